@@ -1,0 +1,132 @@
+"""Typed, closed configs: YAML in, a checked frozen object out, one clear line when something is wrong.
+
+A file may name a parent with ``base: other.yaml`` (relative to itself): the child's keys override the parent's,
+mapping by mapping.  Command-line overrides are ``key.sub=value`` with the value read as YAML.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stepdistill.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of a config: unknown keys are refused, values do not change after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """One YAML file with its parents merged in.
+
+    Raises:
+        UserError: no such file, not YAML, not a mapping, or parents that form a circle.
+    """
+    return _read_chain(Path(path), ())
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: its 'base' chain comes back to itself; remove one of the base keys")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if seen:
+            raise UserError(f"{seen[-1]}: its base {path} does not exist") from None
+        raise UserError(f"{path}: no such config file; configs/ has some to start from") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a .yaml file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML: {problem}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, not a {type(raw).__name__}")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base must be the path of another config, not {base!r}")
+    return merge(_read_chain(path.parent / base, (*seen, resolved)), raw)
+
+
+def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """``child`` over ``parent``, mapping by mapping; other values replace."""
+    merged = dict(parent)
+    for key, value in child.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """``key.sub=value`` strings over a raw config; the value is read as YAML."""
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"{override!r}: an override is key=value or key.sub=value")
+        try:
+            parsed = yaml.safe_load(value) if value else None
+        except yaml.YAMLError:
+            raise UserError(f"{override!r}: the value is not valid YAML") from None
+        nested: dict[str, Any] = {}
+        leaf = nested
+        *path, last = key.strip().split(".")
+        for part in path:
+            leaf[part] = {}
+            leaf = leaf[part]
+        leaf[last] = parsed
+        raw = merge(raw, nested)
+    return raw
+
+
+def check(model: type[SectionType], raw: dict[str, Any], where: str) -> SectionType:
+    """``raw`` as a ``model``, or a UserError that names the key, the value and what is allowed."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_say(model, e) for e in error.errors()[:3])) from None
+
+
+def _say(model: type[BaseModel], error: dict[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _keys_beside(model, location)
+        hint = f"; known keys here: {', '.join(known)}" if known else ""
+        return f"unknown key '{key}'{hint}"
+    if error["type"] == "missing":
+        return f"key '{key}' is missing"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key} = {error['input']!r}: {message}"
+
+
+def _keys_beside(model: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return []
+    return sorted(model.model_fields)
+
+
+def dump_yaml(model: BaseModel) -> str:
+    """The whole config, defaults included, as YAML."""
+    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,252 @@
+"""Where conditions and real images come from, and in which order.
+
+Order is a function of (seed, position) alone, so a run resumes by remembering one integer, and any number of
+processes see the same global batches.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from stepdistill.errors import UserError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class Order:
+    """An endless shuffled order over ``size`` items: a fresh permutation each epoch, seeded by (seed, epoch)."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def _of_epoch(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+            self._epoch = epoch
+        return self._permutation
+
+    def indices(self, position: int, count: int) -> list[int]:
+        """The items at ``position .. position + count - 1`` of the order."""
+        return [
+            int(self._of_epoch(at // self.size)[at % self.size]) for at in range(position, position + count)
+        ]
+
+
+class ImageSet:
+    """Real images with what was known of them.
+
+    ``size`` images, each (C, H, W); :meth:`batch` gives float32 pixels in [-1, 1].  ``labels`` is a list of ints
+    or captions (or None where the source has none), aligned with the images.
+    """
+
+    def __init__(self, source: str, read, size: int, labels: list[int] | list[str] | None):
+        self.source, self._read, self.size, self.labels = source, read, size, labels
+
+    def batch(self, indices: list[int]) -> Tensor:
+        """Pixels (len(indices), C, H, W) in [-1, 1]."""
+        stack = np.stack([self._read(i) for i in indices])
+        return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def _fit(image: Image.Image, shape: tuple[int, int, int], resize: bool, name: str) -> np.ndarray:
+    """One PIL image as uint8 (H, W, C) of ``shape`` (C, H, W); centre-cropped and Lanczos-resized if asked."""
+    channels, height, width = shape
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        if not resize:
+            raise UserError(
+                f"{name}: the image is {image.size[0]}x{image.size[1]}, the teacher needs {width}x{height}; "
+                "resize the files or set data.images.resize=true"
+            )
+        side = min(image.size[0] / width, image.size[1] / height)
+        crop_w, crop_h = side * width, side * height
+        left, top = (image.size[0] - crop_w) / 2, (image.size[1] - crop_h) / 2
+        image = image.resize(
+            (width, height), Image.Resampling.LANCZOS, box=(left, top, left + crop_w, top + crop_h)
+        )
+    return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
+
+
+def _open(source, name: str) -> Image.Image:
+    try:
+        image = Image.open(source)
+        image.load()
+        return image
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{name}: not a readable image ({error}); remove or replace the file") from None
+
+
+def read_array_images(
+    pixels: np.ndarray, labels, shape: tuple[int, int, int], resize: bool, source: str
+) -> ImageSet:
+    """An ImageSet over a uint8 array (N, H, W) or (N, H, W, C)."""
+    if pixels.ndim not in (3, 4) or pixels.dtype != np.uint8 or len(pixels) == 0:
+        raise UserError(
+            f"{source}: images must be uint8 of shape (N, H, W) or (N, H, W, C), not {pixels.dtype} "
+            f"{pixels.shape}"
+        )
+    if pixels.ndim == 4 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if labels is not None and len(labels) != len(pixels):
+        raise UserError(f"{source}: {len(pixels)} images but {len(labels)} labels")
+
+    def read(index: int) -> np.ndarray:
+        return _fit(Image.fromarray(pixels[index]), shape, resize, f"{source}[{index}]")
+
+    read(0)  # a wrong size is answered at once
+    return ImageSet(source, read, len(pixels), None if labels is None else [int(x) for x in labels])
+
+
+def read_npz(path: str | Path, shape: tuple[int, int, int], resize: bool = False) -> ImageSet:
+    """``.npz`` with ``images`` uint8 (N, H, W[, C]) and, if it has them, ``labels`` int (N,)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "images" not in file:
+                raise UserError(f"{path}: no array named 'images' (it holds {', '.join(file.files) or 'none'})")
+            images, labels = file["images"], file["labels"] if "labels" in file else None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; set data.images.npz to an existing .npz") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npz file ({error})") from None
+    return read_array_images(images, labels, shape, resize, str(path))
+
+
+def read_idx(images: str | Path, labels: str | Path | None, shape, resize: bool = True) -> ImageSet:
+    """MNIST's idx format, plain or gzipped: uint8 images (N, H, W) and labels (N,)."""
+
+    def parse(path) -> np.ndarray:
+        try:
+            raw = Path(path).read_bytes()
+            raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file (Debian's dataset-fashion-mnist has one)") from None
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: not readable ({error})") from None
+        if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+            raise UserError(f"{path}: not an idx file of bytes")
+        dims = np.frombuffer(raw, ">i4", raw[3], 4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(dims)
+
+    return read_array_images(
+        parse(images), None if labels is None else parse(labels), shape, resize, str(images)
+    )
+
+
+def read_folder(path: str | Path, shape: tuple[int, int, int], resize: bool = False) -> ImageSet:
+    """A folder of images.  Sub-folders, if any, are labels in sorted order; ``NAME.txt`` beside an image is its
+    caption."""
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"{path}: no such folder; set data.images.folder to a folder of images")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"{path}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))} are read)")
+    labels: list | None = None
+    if all(p.with_suffix(".txt").exists() for p in files):
+        labels = [p.with_suffix(".txt").read_text(encoding="utf-8").strip() for p in files]
+    elif all(p.parent != root for p in files):
+        names = sorted({p.relative_to(root).parts[0] for p in files})
+        labels = [names.index(p.relative_to(root).parts[0]) for p in files]
+
+    def read(index: int) -> np.ndarray:
+        return _fit(_open(files[index], str(files[index])), shape, resize, str(files[index]))
+
+    for index in range(len(files)):  # headers only: a run of days should not end on its last file
+        with _quick_open(files[index]) as image:
+            if image.size != (shape[2], shape[1]) and not resize:
+                read(index)
+    return ImageSet(str(path), read, len(files), labels)
+
+
+def _quick_open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: not a readable image ({error}); remove or replace the file") from None
+
+
+def _dataset(name: str, split: str, revision: str | None):
+    """A Hugging Face dataset: a folder written by ``save_to_disk``, or a hub id."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            "reading a Hugging Face dataset needs the 'datasets' package: pip install datasets"
+        ) from None
+    try:
+        if Path(name).is_dir() and any(
+            (Path(name) / marker).exists() for marker in ("dataset_info.json", "dataset_dict.json")
+        ):
+            loaded = datasets.load_from_disk(name)
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return datasets.load_dataset(name, split=split, revision=revision)
+    except Exception as error:  # the library raises many kinds; the user needs the name and the reason
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"dataset {name!r} (split {split!r}) cannot be loaded: {reason}") from None
+
+
+def _column(dataset, column: str, name: str):
+    if column not in dataset.column_names:
+        raise UserError(f"dataset {name!r} has no column {column!r}; it has {', '.join(dataset.column_names)}")
+    return dataset[column]
+
+
+def read_dataset(
+    name: str,
+    shape: tuple[int, int, int],
+    split: str = "train",
+    revision: str | None = None,
+    image_column: str = "image",
+    label_column: str | None = None,
+    resize: bool = False,
+) -> ImageSet:
+    """Images of a Hugging Face dataset; ``label_column`` may hold ints or captions."""
+    dataset = _dataset(name, split, revision)
+    labels = None if label_column is None else list(_column(dataset, label_column, name))
+    _column(dataset, image_column, name)
+
+    def read(index: int) -> np.ndarray:
+        value, where = dataset[index][image_column], f"{name}[{index}]"
+        if isinstance(value, dict) and value.get("bytes"):
+            value = _open(io.BytesIO(value["bytes"]), where)
+        if not isinstance(value, Image.Image):
+            value = Image.fromarray(np.asarray(value, dtype=np.uint8))
+        return _fit(value, shape, resize, where)
+
+    if len(dataset) == 0:
+        raise UserError(f"dataset {name!r} (split {split!r}) is empty")
+    read(0)
+    return ImageSet(name, read, len(dataset), labels)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """A text file, one prompt a line, blank lines skipped."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; set data.prompts to a text file, one prompt a line") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a readable text file ({error})") from None
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it; write one a line")
+    return prompts
+
+
+def read_prompt_column(name: str, column: str, split: str = "train", revision: str | None = None) -> list[str]:
+    """One text column of a Hugging Face dataset."""
+    prompts = [str(x).strip() for x in _column(_dataset(name, split, revision), column, name)]
+    prompts = [x for x in prompts if x]
+    if not prompts:
+        raise UserError(f"dataset {name!r}: column {column!r} has no text in it")
+    return prompts

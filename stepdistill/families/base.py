@@ -1,0 +1,105 @@
+"""What a teacher family must say.  Adding a family is one file beside this one and one row in the contract tests."""
+
+from __future__ import annotations
+
+import abc
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
+from stepdistill.schedule import PredictionType, Schedule
+
+ConditionKind = Literal["none", "label", "prompt"]
+
+
+class Family(abc.ABC):
+    """A teacher, and everything that only its kind of model knows.
+
+    Attributes:
+        name: the family's name in configs.
+        network: the teacher's denoising network, frozen.
+        schedule, kind: the noise schedule, and what the network's output means.
+        sample_shape: (C, H, W) of what is denoised (latents where there is a VAE).
+        condition_kind: ``none``, ``label`` or ``prompt``.
+        num_labels: how many labels a class-conditional teacher knows, the null label not counted.
+        has_null: whether there is a null condition, which guidance needs.
+        lora_targets: names of the modules that LoRA adapts by default (as in peft's ``target_modules``).
+    """
+
+    name: ClassVar[str]
+    lora_targets: ClassVar[list[str]]
+    network: nn.Module
+    schedule: Schedule
+    kind: PredictionType
+    sample_shape: tuple[int, int, int]
+    condition_kind: ConditionKind = "none"
+    num_labels: int = 0
+    has_null: bool = False
+
+    # -- calling the network -------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """Call ``network`` (the teacher's or a copy) on x (B, C, H, W), time (B,); gives (B, C, H, W)."""
+
+    @abc.abstractmethod
+    def mid_block(self, network: nn.Module) -> nn.Module:
+        """The module whose output (B, F, h, w) is the encoder's last feature; a discriminator's input."""
+
+    def denoiser(self, network: nn.Module | None = None) -> Denoiser:
+        """``network`` (the teacher's by default) as a denoiser."""
+        target = self.network if network is None else network
+        return NetworkDenoiser(lambda x, t, c: self.forward(target, x, t, c), self.schedule, self.kind)
+
+    @abc.abstractmethod
+    def fresh_network(self) -> nn.Module:
+        """A new network of the teacher's architecture; its weights are arbitrary."""
+
+    # -- conditions ----------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def encode_conditions(self, items: list) -> Condition:
+        """Labels or prompts to what the network takes, batch first, on the network's device."""
+
+    @abc.abstractmethod
+    def null_condition(self, count: int) -> Condition:
+        """The null condition for ``count`` samples; raises UserError where the teacher has none."""
+
+    # -- pixels --------------------------------------------------------------------------------------------
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures."""
+        return self.sample_shape
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to what is denoised; the identity without a VAE."""
+        return pixels
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """The inverse: samples to pixels (B, C, H, W) in [-1, 1], clamped."""
+        return samples.clamp(-1, 1)
+
+    # -- export --------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def pipeline(self, network: nn.Module, scheduler):
+        """A stock diffusers pipeline around ``network`` and ``scheduler``, ready for ``save_pretrained``."""
+
+    @property
+    @abc.abstractmethod
+    def guidance_off(self) -> dict[str, float]:
+        """The stock pipeline's call arguments that mean "no guidance", {} where it has none."""
+
+    # -- housekeeping --------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str) -> Family:
+        """Move the teacher; text encoders and VAEs stay where they are cheap until used."""
+        self.network.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device

@@ -1,0 +1,124 @@
+"""Pixel-space UNet2DModel teachers, unconditional or class-conditional.
+
+The teacher's folder holds ``unet`` and ``scheduler`` (as DDPMPipeline, DDIMPipeline and ConsistencyModelPipeline
+write it).  The null label for guidance is ``null_label`` under ``_stepdistill`` in the UNet's config; a teacher
+without one is guided by nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from diffusers import ConsistencyModelPipeline, UNet2DModel
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Condition
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.schedule import from_scheduler
+
+
+class UNet2DFamily(Family):
+    name = "unet2d"
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
+
+    def __init__(self, network: UNet2DModel, scheduler):
+        self.network = network.requires_grad_(False).eval()
+        self.scheduler = scheduler
+        self.schedule, self.kind = from_scheduler(scheduler)
+        config = network.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.sample_shape = (config.in_channels, height, width)
+        self.null_label = (config.get("_stepdistill") or {}).get("null_label")
+        self.has_null = self.null_label is not None
+        if config.num_class_embeds:
+            self.condition_kind = "label"
+            self.num_labels = config.num_class_embeds - int(self.has_null)
+
+    @classmethod
+    def from_components(cls, components: dict, source: str) -> UNet2DFamily:
+        """From a loaded pipeline's components.
+
+        Raises:
+            UserError: a network without a sample size, or one that learns its variance.
+        """
+        network = components["unet"]
+        if network.config.sample_size is None:
+            raise UserError(f"teacher {source}: its UNet's config has no sample_size; add it")
+        if network.config.out_channels != network.config.in_channels:
+            raise UserError(
+                f"teacher {source}: {network.config.out_channels} output channels for "
+                f"{network.config.in_channels} input channels (a learned variance) is not supported"
+            )
+        return cls(network, components["scheduler"])
+
+    def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        return network(x, time, class_labels=condition.get("label")).sample
+
+    def mid_block(self, network: nn.Module) -> nn.Module:
+        return network.mid_block
+
+    def fresh_network(self) -> UNet2DModel:
+        return UNet2DModel.from_config(self.network.config)
+
+    def encode_conditions(self, items: list) -> Condition:
+        if self.condition_kind == "none":
+            return {}
+        return {"label": torch.as_tensor(items, dtype=torch.long, device=self.device)}
+
+    def null_condition(self, count: int) -> Condition:
+        if not self.has_null:
+            raise UserError(
+                "this teacher has no null label, so it cannot be guided: set guidance_scale to 1, or name the label "
+                "under _stepdistill.null_label in its unet/config.json"
+            )
+        return {"label": torch.full((count,), self.null_label, dtype=torch.long, device=self.device)}
+
+    def pipeline(self, network: nn.Module, scheduler) -> ConsistencyModelPipeline:
+        """ConsistencyModelPipeline: the one stock class for (class-conditional) pixel students.
+
+        Where the null label is the last one it is cut off, so that a call without labels never draws it.
+        """
+        if self.has_null and self.null_label == network.config.num_class_embeds - 1:
+            network = _without_last_label(network)
+        return ConsistencyModelPipeline(unet=network, scheduler=scheduler)
+
+    @property
+    def guidance_off(self) -> dict[str, float]:
+        return {}
+
+
+def _without_last_label(network: UNet2DModel) -> UNet2DModel:
+    """A copy of ``network`` whose class embedding has one row fewer."""
+    shorter = copy.deepcopy(network)
+    weight = shorter.class_embedding.weight
+    shorter.class_embedding = nn.Embedding.from_pretrained(weight[:-1].detach().clone(), freeze=False)
+    provenance = {k: v for k, v in (network.config.get("_stepdistill") or {}).items() if k != "null_label"}
+    shorter.register_to_config(num_class_embeds=len(weight) - 1, _stepdistill=provenance)
+    return shorter
+
+
+def build_teacher_network(
+    resolution: int, channels: int, num_labels: int, block_channels: list[int], layers_per_block: int
+) -> UNet2DModel:
+    """A small class-conditional UNet2DModel with a null label, self-attention at its lowest resolution.
+
+    The label ``num_labels`` is the null label.
+    """
+    down = len(block_channels) - 1
+    network = UNet2DModel(
+        sample_size=resolution,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(block_channels),
+        layers_per_block=layers_per_block,
+        down_block_types=("DownBlock2D",) * down + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * down,
+        norm_num_groups=8,
+        attention_head_dim=32,
+        num_class_embeds=num_labels + 1,
+    )
+    network.register_to_config(_stepdistill={"null_label": num_labels})
+    return network

@@ -1,0 +1,284 @@
+"""Noise schedules and conversions between x0, eps, v, flow and score.  The only place with these formulas.
+
+Conventions, once for the whole library:
+
+- ``x_t = alpha(t) x0 + sigma(t) eps``, ``eps ~ N(0, I)``; time runs from data (small t) to noise (large t).
+- ``t`` is in the schedule's own unit: an integer timestep 0..T-1 for VP, the flow time in [0, 1] for flow,
+  the noise level sigma for EDM.  Shape ``(B,)``.
+- ``eps``: the noise.  ``x0``: the clean sample.  ``v = alpha eps - sigma x0`` (Salimans & Ho, 2202.00512).
+  ``flow = eps - x0``: the velocity of the straight path, pointing to the noise (Liu et al., 2209.03003).
+  ``edm``: the raw output F of a preconditioned network, ``x0 = c_skip x + c_out F`` (Karras et al., 2206.00364).
+- ``score = -(x_t - alpha x0) / sigma^2``, the gradient of log q_t at x_t when x0 is the posterior mean.
+
+Coefficients are made in float64 and applied in float32 or better; results come back in the caller's dtype.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import UserError
+
+PredictionType = Literal["eps", "v", "x0", "flow", "edm"]
+
+ALPHA_MIN = 1e-4
+"""Smallest alpha that x0 is divided by.  Below it (zero terminal SNR) eps says nothing of x0."""
+SIGMA_MIN = 1e-5
+"""Smallest sigma that eps and the score are divided by: at sigma = 0 the noise is unknown."""
+
+DIFFUSERS_PREDICTION_TYPES: dict[str, PredictionType] = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "x0",
+    "flow_prediction": "flow",
+}
+
+
+def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """Shape ``(B,)`` to ``(B, 1, ..., 1)`` with the dims of ``like``, in its dtype, at least float32."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return coefficient.to(device=like.device, dtype=dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Schedule(abc.ABC):
+    """alpha and sigma as functions of t, and how a network is fed at t.
+
+    ``num_levels`` discrete noise levels (ascending in noise) stand for "a random time": methods draw an integer
+    level and :meth:`level` turns it into t, so that a range such as 20..980 means the same on every schedule.
+    """
+
+    num_levels: int
+
+    @abc.abstractmethod
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at ``t`` (B,), each (B,) in float64."""
+
+    @abc.abstractmethod
+    def level(self, index: Tensor) -> Tensor:
+        """The time t of noise level ``index`` in 0..num_levels-1 (ascending noise), same shape."""
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the network sees in place of x_t: c_in x_t for EDM, x_t itself otherwise."""
+        return x_t
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """The time label that the network was trained with, (B,)."""
+        return t
+
+    def start_scale(self, t: float) -> float:
+        """What unit noise is multiplied by to be the sampler's first input at ``t``: 1, but sigma for EDM."""
+        return 1.0
+
+    def _coefficients(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.alpha_sigma(t)
+        return expand(alpha, x_t), expand(sigma, x_t)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """``alpha x0 + sigma eps``; x0 and eps (B, ...), t (B,)."""
+        alpha, sigma = self._coefficients(x0, t)
+        return (alpha * x0 + sigma * eps).to(x0.dtype)
+
+    def to_x0(self, output: Tensor, kind: PredictionType, x_t: Tensor, t: Tensor) -> Tensor:
+        """The x0 that a prediction of ``kind`` means at ``x_t``.
+
+        eps: ``(x - sigma eps) / alpha`` with alpha at least ``ALPHA_MIN``; v: ``(alpha x - sigma v) / (alpha^2 +
+        sigma^2)``; flow: ``(x - sigma u) / (alpha + sigma)``.  Any schedule, so any pair may be converted.
+        """
+        alpha, sigma = self._coefficients(x_t, t)
+        match kind:
+            case "x0":
+                x0 = output
+            case "eps":
+                x0 = (x_t - sigma * output) / alpha.clamp(min=ALPHA_MIN)
+            case "v":
+                x0 = (alpha * x_t - sigma * output) / (alpha**2 + sigma**2)
+            case "flow":
+                x0 = (x_t - sigma * output) / (alpha + sigma)
+            case "edm":
+                c_skip, c_out = self.preconditioning(t)
+                x0 = expand(c_skip, x_t) * x_t + expand(c_out, x_t) * output
+            case _:
+                raise ValueError(f"unknown prediction type {kind!r}")
+        return x0.to(x_t.dtype)
+
+    def from_x0(self, x0: Tensor, kind: PredictionType, x_t: Tensor, t: Tensor) -> Tensor:
+        """The prediction of ``kind`` that means ``x0`` at ``x_t``: the inverse of :meth:`to_x0`.
+
+        Divides by sigma (at least ``SIGMA_MIN``), but for x0 itself.
+        """
+        alpha, sigma = self._coefficients(x_t, t)
+        if kind == "x0":
+            return x0
+        if kind == "edm":
+            c_skip, c_out = self.preconditioning(t)
+            return ((x0 - expand(c_skip, x_t) * x_t) / expand(c_out, x_t)).to(x_t.dtype)
+        eps = (x_t - alpha * x0) / sigma.clamp(min=SIGMA_MIN)
+        match kind:
+            case "eps":
+                output = eps
+            case "v":
+                output = alpha * eps - sigma * x0
+            case "flow":
+                output = eps - x0
+            case _:
+                raise ValueError(f"unknown prediction type {kind!r}")
+        return output.to(x_t.dtype)
+
+    def target(self, x0: Tensor, eps: Tensor, kind: PredictionType, x_t: Tensor, t: Tensor) -> Tensor:
+        """What a network of ``kind`` should say when x_t was made of ``x0`` and ``eps``.  No division."""
+        alpha, sigma = self._coefficients(x0, t)
+        match kind:
+            case "x0":
+                return x0
+            case "eps":
+                return eps
+            case "v":
+                return (alpha * eps - sigma * x0).to(x0.dtype)
+            case "flow":
+                return eps - x0
+        return self.from_x0(x0, kind, x_t, t)
+
+    def score(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """``-(x_t - alpha x0) / sigma^2``."""
+        alpha, sigma = self._coefficients(x_t, t)
+        return (-(x_t - alpha * x0) / sigma.clamp(min=SIGMA_MIN) ** 2).to(x_t.dtype)
+
+    def step(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The deterministic (DDIM, flow Euler) move from t to s along the prediction x0 (2010.02502, eq. 12).
+
+        ``x_s = alpha_s x0 + sigma_s eps`` with ``eps = (x_t - alpha_t x0) / sigma_t``.
+        """
+        eps = self.from_x0(x0, "eps", x_t, t)
+        return self.add_noise(x0, eps, s)
+
+    def preconditioning(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """c_skip and c_out of an EDM network, (B,) each; only EDM schedules have them."""
+        raise ValueError("prediction type 'edm' needs an EDM schedule")
+
+
+class VPSchedule(Schedule):
+    """Variance preserving: ``alpha^2 = alphas_cumprod[t]``, ``sigma^2 = 1 - alpha^2``; t integer in 0..T-1.
+
+    ``alphas_cumprod``: shape (T,), decreasing, in [0, 1]; a last entry of 0 (zero terminal SNR) is allowed.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor):
+        self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
+        self.num_levels = len(self.alphas_cumprod)
+        self._alpha = self.alphas_cumprod.sqrt()
+        self._sigma = (1 - self.alphas_cumprod).sqrt()
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self._alpha.device != t.device:
+            self._alpha, self._sigma = self._alpha.to(t.device), self._sigma.to(t.device)
+        return self._alpha[t.long()], self._sigma[t.long()]
+
+    def level(self, index: Tensor) -> Tensor:
+        return index
+
+
+class FlowSchedule(Schedule):
+    """Straight paths: ``alpha = 1 - t``, ``sigma = t``, t in [0, 1]; the network's label is ``1000 t``.
+
+    ``shift`` s moves the levels to noise: ``t = s u / (1 + (s - 1) u)`` (Esser et al., 2403.03206, eq. 23).
+    """
+
+    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000):
+        self.shift = shift
+        self.num_levels = num_train_timesteps
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        return 1 - t, t
+
+    def level(self, index: Tensor) -> Tensor:
+        u = (index.double() + 1) / self.num_levels
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (t * self.num_levels).float()
+
+
+class EDMSchedule(Schedule):
+    """Variance exploding with EDM's preconditioning: ``alpha = 1``, ``sigma = t`` (2206.00364, table 1).
+
+    ``c_skip = sd^2 / (sigma^2 + sd^2)``, ``c_out = sigma sd / sqrt(sigma^2 + sd^2)``, ``c_in = 1 / sqrt(sigma^2 +
+    sd^2)``, ``c_noise = time_scale * ln(sigma) / 4``.  Levels are Karras' grid, ascending (rho 7).
+    ``out_sign`` is -1 for schedulers that call the raw output a v-prediction.
+    """
+
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        rho: float = 7.0,
+        time_scale: float = 1.0,
+        out_sign: int = 1,
+        num_levels: int = 1000,
+    ):
+        self.sigma_min, self.sigma_max, self.sigma_data, self.rho = sigma_min, sigma_max, sigma_data, rho
+        self.time_scale, self.out_sign, self.num_levels = time_scale, out_sign, num_levels
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        return torch.ones_like(t), t
+
+    def level(self, index: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + index.double() / (self.num_levels - 1) * (high - low)) ** self.rho
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return (x_t / expand((t.double() ** 2 + self.sigma_data**2).sqrt(), x_t)).to(x_t.dtype)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (self.time_scale * t.double().log() / 4).float()
+
+    def start_scale(self, t: float) -> float:
+        return float(t)
+
+    def preconditioning(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma, sd = t.double(), self.sigma_data
+        c_skip = sd**2 / (sigma**2 + sd**2)
+        c_out = self.out_sign * sigma * sd / (sigma**2 + sd**2).sqrt()
+        return c_skip, c_out
+
+
+def from_scheduler(scheduler) -> tuple[Schedule, PredictionType]:
+    """The schedule and prediction type that a diffusers scheduler's config describes.
+
+    Any scheduler with ``alphas_cumprod`` (DDPM, DDIM, PNDM, Euler, DPM-Solver, LCM, ...) is VP, with the
+    scheduler's own float32 table, so that stock sampling and ours use the same numbers; FlowMatch* and
+    schedulers set to ``use_flow_sigmas`` are flow; schedulers with ``sigma_data`` are EDM.
+
+    Raises:
+        UserError: a scheduler of another kind, or a prediction type that is not one of ours.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    stated = config.get("prediction_type", "epsilon")
+    if name.startswith("FlowM") or config.get("use_flow_sigmas"):
+        shift = config.get("shift", config.get("flow_shift", 1.0)) or 1.0
+        return FlowSchedule(shift, config.get("num_train_timesteps", 1000)), "flow"
+    if config.get("sigma_data") is not None:
+        edm = EDMSchedule(
+            # the consistency scheduler's sigma_min = 0 is its way to end at x0 exactly, not a training level
+            sigma_min=config.sigma_min or 0.002,
+            sigma_max=config.sigma_max,
+            sigma_data=config.sigma_data,
+            rho=config.get("rho", 7.0),
+            time_scale=1000.0 if name.startswith("CMStochastic") else 1.0,
+            out_sign=-1 if stated == "v_prediction" else 1,
+        )
+        return edm, "edm"
+    if hasattr(scheduler, "alphas_cumprod"):
+        if stated not in DIFFUSERS_PREDICTION_TYPES:
+            raise UserError(
+                f"scheduler {name}: prediction_type {stated!r} is not supported; use one of "
+                f"{', '.join(DIFFUSERS_PREDICTION_TYPES)}"
+            )
+        return VPSchedule(scheduler.alphas_cumprod), DIFFUSERS_PREDICTION_TYPES[stated]
+    raise UserError(f"scheduler {name} is neither VP, flow nor EDM; save the teacher with one that is")

@@ -1,0 +1,184 @@
+"""Training a small teacher from scratch: how the shipped one was made, and a base for your own.
+
+The plain diffusion loss (2006.11239, 2202.00512): a weighted squared error of the network's own target, t uniform
+over the schedule's levels, labels dropped to the null label with probability ``label_dropout``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import ConsistencyModelPipeline, DDIMScheduler
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from stepdistill.config import Section
+from stepdistill.data import Order, read_idx, read_npz
+from stepdistill.errors import UserError
+from stepdistill.families.unet2d import UNet2DFamily, build_teacher_network
+
+
+class TeacherData(Section):
+    idx_images: str | None = Field(None, description="images in MNIST's idx format")
+    idx_labels: str | None = Field(None, description="labels in MNIST's idx format")
+    npz: str | None = Field(None, description="an .npz with 'images' and 'labels'")
+    num_labels: int = Field(10, ge=1)
+
+
+class TeacherNetwork(Section):
+    resolution: int = Field(16, ge=8)
+    channels: Literal[1, 3] = 1
+    block_channels: list[int] = [32, 64, 64]
+    layers_per_block: int = Field(1, ge=1)
+
+
+class TeacherConfig(Section):
+    """``stepdistill teacher train CONFIG``: a class-conditional v-predicting UNet2DModel on a cosine schedule with
+    zero terminal SNR."""
+
+    output: str = Field(description="the stock diffusers folder to write")
+    seed: int = 0
+    data: TeacherData = TeacherData()
+    network: TeacherNetwork = TeacherNetwork()
+    steps: int = Field(20000, ge=1, description="optimizer steps")
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    warmup: int = Field(500, ge=0)
+    final_lr: float = Field(1e-5, ge=0, description="the cosine ends here")
+    weight_decay: float = Field(0.0, ge=0)
+    ema_decay: float = Field(0.9995, ge=0, lt=1)
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    clip: float = Field(1.0, gt=0)
+    save_every: int = Field(2000, ge=1, description="steps between resumable saves")
+
+
+def teacher_scheduler() -> DDIMScheduler:
+    """The shipped teacher's scheduler: cosine betas with zero terminal SNR, v-prediction, trailing DDIM steps."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def _learning_rate(config: TeacherConfig, step: int) -> float:
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+    return config.final_lr + (config.lr - config.final_lr) * cosine
+
+
+def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
+    """Train, then write a stock folder at ``config.output``; resumes from ``OUTPUT.partial`` if it is there."""
+    net, data = config.network, config.data
+    shape = (net.channels, net.resolution, net.resolution)
+    if data.npz is not None:
+        images = read_npz(data.npz, shape, resize=True)
+    elif data.idx_images is not None:
+        images = read_idx(data.idx_images, data.idx_labels, shape, resize=True)
+    else:
+        raise UserError("data: set npz or idx_images")
+    if images.labels is None:
+        raise UserError(f"{images.source}: a class-conditional teacher needs labels")
+    if max(images.labels) >= data.num_labels:
+        raise UserError(
+            f"{images.source}: label {max(images.labels)} is outside 0..{data.num_labels - 1} (data.num_labels)"
+        )
+
+    torch.manual_seed(config.seed)
+    network = build_teacher_network(
+        net.resolution, net.channels, data.num_labels, net.block_channels, net.layers_per_block
+    ).to(device)
+    family = UNet2DFamily(network, teacher_scheduler())
+    network.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    ema = {name: p.detach().clone() for name, p in network.named_parameters()}
+    generator = torch.Generator().manual_seed(config.seed)
+    partial = Path(f"{config.output}.partial")
+    start = _resume(partial, network, ema, optimizer, generator)
+
+    pixels = images.batch(list(range(len(images))))
+    labels = torch.tensor(images.labels)
+    order = Order(len(images), config.seed)
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="teacher", unit="step")
+    running = None
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(config, step)
+        index = order.indices(step * config.batch_size, config.batch_size)
+        x0, label = pixels[index].to(device), labels[index].to(device)
+        dropped = torch.rand(len(index), generator=generator) < config.label_dropout
+        label = torch.where(dropped.to(device), family.null_label, label)
+        eps = torch.randn(x0.shape, generator=generator).to(device)
+        t = torch.randint(family.schedule.num_levels, (len(index),), generator=generator).to(device)
+        x_t = family.schedule.add_noise(x0, eps, t)
+        output = family.forward(network, x_t, t, {"label": label})
+        loss = (output - family.schedule.target(x0, eps, family.kind, x_t, t)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in network.parameters()], 1 - decay)
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{running:.4f}")
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            _save_partial(partial, step + 1, network, ema, optimizer, generator)
+
+    network.load_state_dict(ema, strict=False)
+    network.eval()
+    network.register_to_config(
+        _stepdistill={
+            "null_label": family.null_label,
+            "trained_by": "stepdistill teacher train",
+            "config": config.model_dump(mode="json", exclude={"output", "save_every"}),
+            "finished": time.strftime("%Y-%m-%d"),
+        }
+    )
+    ConsistencyModelPipeline(unet=network.cpu(), scheduler=family.scheduler).save_pretrained(config.output)
+    return Path(config.output)
+
+
+def _save_partial(path: Path, step: int, network, ema, optimizer, generator) -> None:
+    """All that resuming needs, in one safetensors file, written beside and renamed in."""
+    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
+    tensors["generator"] = generator.get_state()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": json.dumps(step)})
+    temporary.replace(path)
+
+
+def _resume(path: Path, network, ema, optimizer, generator) -> int:
+    if not path.exists():
+        return 0
+    from safetensors import safe_open
+
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        step = json.loads(file.metadata()["step"])
+    network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+    for name in ema:
+        ema[name].copy_(tensors[f"ema.{name}"])
+    state: dict[int, dict] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    generator.set_state(tensors["generator"])
+    return step
