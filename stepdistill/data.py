@@ -35,9 +35,7 @@ class Order:
 
     def indices(self, position: int, count: int) -> list[int]:
         """The items at ``position .. position + count - 1`` of the order."""
-        return [
-            int(self._of_epoch(at // self.size)[at % self.size]) for at in range(position, position + count)
-        ]
+        return [int(self._of_epoch(at // self.size)[at % self.size]) for at in range(position, position + count)]
 
 
 class ImageSet:
@@ -72,9 +70,7 @@ def _fit(image: Image.Image, shape: tuple[int, int, int], resize: bool, name: st
         side = min(image.size[0] / width, image.size[1] / height)
         crop_w, crop_h = side * width, side * height
         left, top = (image.size[0] - crop_w) / 2, (image.size[1] - crop_h) / 2
-        image = image.resize(
-            (width, height), Image.Resampling.LANCZOS, box=(left, top, left + crop_w, top + crop_h)
-        )
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + crop_w, top + crop_h))
     return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
 
 
@@ -87,14 +83,11 @@ def _open(source, name: str) -> Image.Image:
         raise UserError(f"{name}: not a readable image ({error}); remove or replace the file") from None
 
 
-def read_array_images(
-    pixels: np.ndarray, labels, shape: tuple[int, int, int], resize: bool, source: str
-) -> ImageSet:
+def read_array_images(pixels: np.ndarray, labels, shape: tuple[int, int, int], resize: bool, source: str) -> ImageSet:
     """An ImageSet over a uint8 array (N, H, W) or (N, H, W, C)."""
     if pixels.ndim not in (3, 4) or pixels.dtype != np.uint8 or len(pixels) == 0:
         raise UserError(
-            f"{source}: images must be uint8 of shape (N, H, W) or (N, H, W, C), not {pixels.dtype} "
-            f"{pixels.shape}"
+            f"{source}: images must be uint8 of shape (N, H, W) or (N, H, W, C), not {pixels.dtype} {pixels.shape}"
         )
     if pixels.ndim == 4 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
@@ -138,9 +131,7 @@ def read_idx(images: str | Path, labels: str | Path | None, shape, resize: bool 
         dims = np.frombuffer(raw, ">i4", raw[3], 4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(dims)
 
-    return read_array_images(
-        parse(images), None if labels is None else parse(labels), shape, resize, str(images)
-    )
+    return read_array_images(parse(images), None if labels is None else parse(labels), shape, resize, str(images))
 
 
 def read_folder(path: str | Path, shape: tuple[int, int, int], resize: bool = False) -> ImageSet:
@@ -181,9 +172,7 @@ def _dataset(name: str, split: str, revision: str | None):
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            "reading a Hugging Face dataset needs the 'datasets' package: pip install datasets"
-        ) from None
+        raise UserError("reading a Hugging Face dataset needs the 'datasets' package: pip install datasets") from None
     try:
         if Path(name).is_dir() and any(
             (Path(name) / marker).exists() for marker in ("dataset_info.json", "dataset_dict.json")

@@ -185,22 +185,28 @@ class FlowSchedule(Schedule):
     """Straight paths: ``alpha = 1 - t``, ``sigma = t``, t in [0, 1]; the network's label is ``1000 t``.
 
     ``shift`` s moves the levels to noise: ``t = s u / (1 + (s - 1) u)`` (Esser et al., 2403.03206, eq. 23).
+    ``integer_labels``: the network is told floor(1000 t), as stock schedulers with integer timesteps tell it.
     """
 
-    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000):
+    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000, integer_labels: bool = False):
         self.shift = shift
         self.num_levels = num_train_timesteps
+        self.integer_labels = integer_labels
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.double()
         return 1 - t, t
 
     def level(self, index: Tensor) -> Tensor:
-        u = (index.double() + 1) / self.num_levels
+        return self.shifted((index.double() + 1) / self.num_levels)
+
+    def shifted(self, u):
+        """The flow time that the unshifted time ``u`` in [0, 1] becomes."""
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def network_time(self, t: Tensor) -> Tensor:
-        return (t * self.num_levels).float()
+        label = t.double() * self.num_levels
+        return (torch.floor(label + 1e-6) if self.integer_labels else label).float()
 
 
 class EDMSchedule(Schedule):

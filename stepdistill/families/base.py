@@ -53,6 +53,10 @@ class Family(abc.ABC):
         target = self.network if network is None else network
         return NetworkDenoiser(lambda x, t, c: self.forward(target, x, t, c), self.schedule, self.kind)
 
+    def teacher_denoiser(self) -> Denoiser | None:
+        """A teacher that is not ``network``: only for families whose teacher is a function."""
+        return None
+
     @abc.abstractmethod
     def fresh_network(self) -> nn.Module:
         """A new network of the teacher's architecture; its weights are arbitrary."""

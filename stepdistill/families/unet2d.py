@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.schedule import from_scheduler
+from stepdistill.schedule import FlowSchedule, from_scheduler
 
 
 class UNet2DFamily(Family):
@@ -27,6 +27,8 @@ class UNet2DFamily(Family):
         self.network = network.requires_grad_(False).eval()
         self.scheduler = scheduler
         self.schedule, self.kind = from_scheduler(scheduler)
+        if isinstance(self.schedule, FlowSchedule):
+            self.schedule.integer_labels = True  # the stock schedulers of pixel pipelines truncate their labels
         config = network.config
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size

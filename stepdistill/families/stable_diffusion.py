@@ -1,0 +1,146 @@
+"""Stable Diffusion 1.x and 2.x: UNet2DConditionModel on VAE latents, CLIP text."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Condition
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.schedule import from_scheduler
+
+
+class StableDiffusionFamily(Family):
+    name = "stable_diffusion"
+    # the module set of DMD2's LoRA recipe and of LCM-LoRA
+    lora_targets = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "proj_in",
+        "proj_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+        "time_emb_proj",
+    ]
+    condition_kind = "prompt"
+    has_null = True
+
+    def __init__(self, network: UNet2DConditionModel, scheduler, vae, text_encoder, tokenizer):
+        self.network = network.requires_grad_(False).eval()
+        self.scheduler = scheduler
+        self.vae = vae.requires_grad_(False).eval()
+        self.text_encoder = text_encoder.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.schedule, self.kind = from_scheduler(scheduler)
+        size = network.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.sample_shape = (network.config.in_channels, height, width)
+        self.vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._null: Tensor | None = None
+
+    @classmethod
+    def from_components(cls, components: dict, source: str) -> StableDiffusionFamily:
+        """From a loaded pipeline's components.
+
+        Raises:
+            UserError: a part is missing, or the UNet is an inpainting or depth one.
+        """
+        for part in ("unet", "scheduler", "vae", "text_encoder", "tokenizer"):
+            if components.get(part) is None:
+                raise UserError(f"teacher {source}: its {part} is missing; save the whole pipeline")
+        network = components["unet"]
+        if network.config.in_channels != components["vae"].config.latent_channels:
+            raise UserError(
+                f"teacher {source}: its UNet takes {network.config.in_channels} channels, not the VAE's "
+                f"{components['vae'].config.latent_channels}; inpainting and depth models are not supported"
+            )
+        if network.config.get("time_cond_proj_dim"):
+            raise UserError(f"teacher {source}: its UNet has a guidance embedding, which is not supported")
+        return cls(
+            network,
+            components["scheduler"],
+            components["vae"],
+            components["text_encoder"],
+            components["tokenizer"],
+        )
+
+    def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        text = condition["text"]
+        dtype = torch.promote_types(text.dtype, torch.float32)
+        return network(x, time, encoder_hidden_states=text.to(dtype)).sample
+
+    def mid_block(self, network: nn.Module) -> nn.Module:
+        return network.mid_block
+
+    def fresh_network(self) -> UNet2DConditionModel:
+        return UNet2DConditionModel.from_config(self.network.config)
+
+    @torch.no_grad()
+    def encode_conditions(self, items: list) -> Condition:
+        """Prompts to CLIP's last hidden states, (B, tokens, width); too long ones are cut, as stock does."""
+        tokens = self.tokenizer(
+            list(items),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        device = self.text_encoder.device
+        mask = None
+        if getattr(self.text_encoder.config, "use_attention_mask", False):
+            mask = tokens.attention_mask.to(device)
+        hidden = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+        return {"text": hidden.to(self.device)}
+
+    def null_condition(self, count: int) -> Condition:
+        if self._null is None:
+            self._null = self.encode_conditions([""])["text"]
+        return {"text": self._null.to(self.device).expand(count, -1, -1)}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, height, width = self.sample_shape
+        return (self.vae.config.in_channels, height * self.vae_factor, width * self.vae_factor)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Latents (the posterior's mean) times the VAE's scaling factor."""
+        latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mean
+        return (latents * self.vae.config.scaling_factor).float().to(self.device)
+
+    @torch.no_grad()
+    def decode(self, samples: Tensor) -> Tensor:
+        latents = samples.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(latents).sample.float().clamp(-1, 1)
+
+    def pipeline(self, network: nn.Module, scheduler) -> StableDiffusionPipeline:
+        """A stock StableDiffusionPipeline, without safety checker and feature extractor."""
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=network,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    @property
+    def guidance_off(self) -> dict[str, float]:
+        return {"guidance_scale": 0.0}
+
+    def to(self, device: torch.device | str) -> StableDiffusionFamily:
+        for part in (self.network, self.vae, self.text_encoder):
+            part.to(device)
+        self._null = None
+        return self

@@ -1,0 +1,27 @@
+"""Denoising score matching: what a fake score, or a teacher, is trained by."""
+
+from torch import Tensor
+
+from stepdistill.denoiser import Prediction
+from stepdistill.schedule import EDMSchedule, PredictionType, expand
+
+
+def denoising_loss(prediction: Prediction, x0: Tensor, eps: Tensor, target: PredictionType) -> Tensor:
+    """Mean squared error of ``prediction`` against what made its x_t, measured as ``target``.  A scalar.
+
+    x0, eps: (B, ...), the sample and the noise in ``x_t = alpha x0 + sigma eps``.
+
+    - eps: ``mean |eps_hat - eps|^2`` (2006.11239 eq. 14), DMD2's fake-score loss for Stable Diffusion and SDXL; equal
+      to the SNR-weighted x0 error.
+    - v, flow: the same of those targets; v on VP is ``1/alpha^2`` times the eps error, so the highest noise levels
+      (where alpha is near 0) are trained too.
+    - x0, edm: the x0 error; on an EDM schedule weighted by ``sigma^-2 + sigma_data^-2`` (2206.00364, table 1, up to a
+      constant), DMD2's choice for ImageNet.
+    """
+    schedule, x_t, t = prediction.schedule, prediction.x_t, prediction.t
+    if target in ("x0", "edm"):
+        error = (prediction.x0 - x0).square()
+        if isinstance(schedule, EDMSchedule):
+            error = error * expand(t.double() ** -2 + schedule.sigma_data**-2, error)
+        return error.mean()
+    return (prediction.of(target) - schedule.target(x0, eps, target, x_t, t)).square().mean()

@@ -1,0 +1,25 @@
+"""The distribution-matching gradient of DMD (2311.18828) and DMD2 (2405.14867)."""
+
+from torch import Tensor
+
+
+def distribution_matching_gradient(x0: Tensor, teacher_x0: Tensor, fake_score_x0: Tensor) -> Tensor:
+    """``g = (m_fake - m_teacher) / mean_CHW |x0 - m_teacher|``, each argument and the result (B, ...).
+
+    2311.18828 eq. 7-8 and algorithm 2: the gradient of KL(student || teacher) at one noise level with weight
+    ``sigma^2 / alpha`` over the per-sample mean distance to the (guided) teacher.  As in the algorithm and the
+    authors' code, and unlike eq. 7, there is no factor alpha_t.  Departure: where the distance is exactly 0, g is 0
+    (the authors' code replaces the NaN of 0/0 afterwards).
+    """
+    distance = (x0 - teacher_x0).abs().flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))
+    difference = fake_score_x0 - teacher_x0
+    return (difference / distance.where(distance > 0, distance.new_ones(()))).where(distance > 0, 0.0)
+
+
+def distribution_matching_loss(x0: Tensor, gradient: Tensor) -> Tensor:
+    """``1/2 mean (x0 - stopgrad(x0 - g))^2``: a scalar whose gradient in x0 is exactly ``g / (B D)``.
+
+    Mean over batch and elements.  Its value, ``1/2 mean g^2``, is a diagnostic and not an objective: it starts near
+    zero (the fake score is the teacher) and rises first.
+    """
+    return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()

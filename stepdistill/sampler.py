@@ -1,0 +1,130 @@
+"""The few-step generator: the same arithmetic in training, evaluation and export.
+
+A student of N steps is called at N fixed times t_1 > ... > t_N.  It starts from noise used as it is (unit variance,
+times sigma on EDM schedules), predicts x0, moves to the next time, and ends with the last x0:
+
+- ``renoise``: ``x_{k+1} = alpha x0 + sigma eps`` with fresh eps (consistency sampling, 2303.01469 alg. 1; DMD2);
+- ``ode``: the deterministic DDIM or Euler move along the student's own prediction.
+
+Which times and transitions exist is decided by what a stock diffusers scheduler can be told by its config alone,
+since the exported student must sample with nothing else (:func:`few_step_times`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser import Condition, Denoiser
+from stepdistill.errors import UserError
+from stepdistill.schedule import EDMSchedule, FlowSchedule, Schedule, VPSchedule
+
+Transition = Literal["renoise", "ode"]
+Draw = Callable[[Tensor], Tensor]
+"""Standard normal noise of the shape, dtype and device of its argument."""
+
+EDM_STUDENT_RHO = 4.0
+"""Spacing of an EDM student's steps, ``sigma_k = sigma_1 (1 - k/N)^rho``: 80, 25, 5, 0.3 for four."""
+
+
+def few_step_times(schedule: Schedule, steps: int, start: float | None = None) -> tuple[float, ...]:
+    """The N times of a student, descending, as its exported scheduler will give them.
+
+    VP: ``k (N, ..., 1) - 1`` with ``k = (start + 1) // N``; N = 4, start 999: 999, 749, 499, 249.
+    Flow: ``0.999 (N, ..., 1) / N``, shifted.  EDM: ``start (1 - k/N)^4``.  ``start``: the first time (the noise's
+    conditioning timestep), by default the last of a VP schedule, and sigma_max.
+
+    Raises:
+        UserError: more steps than levels, a start outside the schedule.
+    """
+    if isinstance(schedule, VPSchedule):
+        last = schedule.num_levels - 1
+        first = last if start is None else start
+        if first != int(first) or not 0 < first <= last:
+            raise UserError(f"sampler.start = {first}: a whole timestep from 1 to {last} is needed")
+        stride = (int(first) + 1) // steps
+        if stride < 1:
+            raise UserError(f"sampler.steps = {steps}: more than the {int(first) + 1} timesteps up to {first}")
+        if (int(first) + 1) % steps and stride * steps - 1 < 0.9 * first:
+            raise UserError(f"sampler.steps = {steps} does not divide {int(first) + 1} timesteps; use a divisor")
+        return tuple(float(stride * k - 1) for k in range(steps, 0, -1))
+    if isinstance(schedule, FlowSchedule):
+        if start is not None:
+            raise UserError("sampler.start: a flow student always starts at pure noise; remove the key")
+        top = 1 - 1 / schedule.num_levels
+        return tuple(schedule.shifted(top * k / steps) for k in range(steps, 0, -1))
+    if isinstance(schedule, EDMSchedule):
+        first = schedule.sigma_max if start is None else start
+        if not 0 < first <= schedule.sigma_max:
+            raise UserError(f"sampler.start = {first}: a sigma in (0, {schedule.sigma_max}] is needed")
+        return tuple(first * (1 - k / steps) ** EDM_STUDENT_RHO for k in range(steps))
+    raise TypeError(f"no few-step times for {type(schedule).__name__}")
+
+
+@dataclass(frozen=True)
+class FewStepSampler:
+    """N-step generation with any denoiser; ``times`` descending, in the schedule's unit."""
+
+    schedule: Schedule
+    times: tuple[float, ...]
+    transition: Transition = "renoise"
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+    def time(self, index: int, like: Tensor) -> Tensor:
+        """``times[index]`` for each sample of ``like``, shape (B,); integer on VP schedules."""
+        dtype = torch.long if isinstance(self.schedule, VPSchedule) else torch.float64
+        return torch.full((len(like),), self.times[index], dtype=dtype, device=like.device)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Unit noise (B, ...) to the first input."""
+        return noise * self.schedule.start_scale(self.times[0])
+
+    def move(self, x0: Tensor, x_t: Tensor, index: int, draw: Draw) -> Tensor:
+        """From ``times[index]`` to ``times[index + 1]`` given the prediction ``x0`` at ``x_t``."""
+        following = self.time(index + 1, x0)
+        if self.transition == "renoise":
+            return self.schedule.add_noise(x0, draw(x0), following)
+        return self.schedule.step(x0, x_t, self.time(index, x0), following)
+
+    def rollout(
+        self, student: Denoiser, noise: Tensor, condition: Condition, exit_index: int, draw: Draw
+    ) -> tuple[Tensor, Tensor]:
+        """The student's own input at step ``exit_index``, and its time: backward simulation (2405.14867, 4.5).
+
+        noise (B, ...) unit normal.  Returns x_t (B, ...) and t (B,).  Runs ``exit_index`` network passes; call it
+        under ``no_grad``.
+        """
+        x_t = self.start(noise)
+        for index in range(exit_index):
+            x0 = student(x_t, self.time(index, x_t), condition).x0
+            x_t = self.move(x0, x_t, index, draw)
+        return x_t, self.time(exit_index, x_t)
+
+    def sample(self, student: Denoiser, noise: Tensor, condition: Condition, draw: Draw) -> Tensor:
+        """x0 (B, ...) after all N steps, from unit noise (B, ...)."""
+        x_t, t = self.rollout(student, noise, condition, self.steps - 1, draw)
+        return student(x_t, t, condition).x0
+
+
+def ddim_times(schedule: Schedule, steps: int) -> tuple[float, ...]:
+    """Trailing times of a teacher's sampler in ``steps`` steps, descending: its usual DDIM or Euler grid."""
+    levels = [round(schedule.num_levels * (1 - k / steps)) - 1 for k in range(steps)]
+    return tuple(float(t) for t in schedule.level(torch.tensor(levels)))
+
+
+def ode_sample(denoise: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, times, noise: Tensor) -> Tensor:
+    """Deterministic DDIM/Euler sampling with ``denoise(x_t, t) -> x0`` along ``times``, ending at x0 (2010.02502)."""
+    sampler = FewStepSampler(schedule, tuple(times), "ode")
+    x_t = sampler.start(noise)
+    for index in range(len(times)):
+        x0 = denoise(x_t, sampler.time(index, x_t))
+        if index + 1 < len(times):
+            x_t = schedule.step(x0, x_t, sampler.time(index, x_t), sampler.time(index + 1, x_t))
+    return x0
