@@ -33,7 +33,7 @@ class TeacherData(Section):
 class TeacherNetwork(Section):
     resolution: int = Field(16, ge=8)
     channels: Literal[1, 3] = 1
-    block_channels: list[int] = [32, 64, 64]
+    block_channels: list[int] = [16, 32, 64]
     layers_per_block: int = Field(1, ge=1)
 
 

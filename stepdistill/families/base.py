@@ -29,7 +29,7 @@ class Family(abc.ABC):
     """
 
     name: ClassVar[str]
-    lora_targets: ClassVar[list[str]]
+    lora_targets: ClassVar[list[str] | str]
     network: nn.Module
     schedule: Schedule
     kind: PredictionType

@@ -1,0 +1,128 @@
+"""A student as a folder that anyone's diffusers loads: a stock class, a stock scheduler, a model card.
+
+What a call must say (steps, no guidance) stands in the model card and, with the student's provenance, under
+``_stepdistill`` in the configs of the scheduler and the network: keys that stock diffusers keeps and ignores.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from stepdistill.pipelines.schedulers import student_scheduler
+from torch import Tensor
+
+from stepdistill import __version__
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.roles import Role
+from stepdistill.sampler import FewStepSampler
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def export_student(
+    family: Family,
+    role: Role,
+    sampler: FewStepSampler,
+    path: str | Path,
+    provenance: dict[str, Any],
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the student as a stock pipeline folder at ``path``, replacing what is there only when whole.
+
+    Args:
+        role: the student; an adapter is merged into its base, and written beside as a LoRA file.
+        provenance: JSON-able facts (method, teacher, updates, ...); ``steps`` and ``call`` are added.
+        dtype: of the saved network; float32 by default.
+
+    Raises:
+        UserError: the sampler cannot be expressed, or the folder cannot be written.
+    """
+    path = Path(path)
+    call = {"num_inference_steps": sampler.steps, **family.guidance_off}
+    facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times), "call": call, **provenance}
+    network = family.fresh_network()
+    network.load_state_dict(role.plain_state_dict())
+    network.to(device="cpu", dtype=dtype or torch.float32).eval()
+    own = {k: v for k, v in (network.config.get("_stepdistill") or {}).items() if k == "null_label"}
+    network.register_to_config(_stepdistill={**own, **facts})
+    scheduler = student_scheduler(family.scheduler, family.kind, sampler)
+    scheduler.register_to_config(_stepdistill=facts)
+    pipeline = family.pipeline(network, scheduler)
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        (temporary / "README.md").write_text(model_card(path.name, pipeline, facts), encoding="utf-8")
+        if role.adapter is not None:
+            save_lora(role, temporary / "lora")
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{path}: the student cannot be written ({error.strerror or error})") from None
+    return path
+
+
+def save_lora(role: Role, folder: Path) -> Path:
+    """The student's adapter in diffusers' keys, alpha in the metadata; what ``load_lora_weights`` takes.
+
+    Networks whose pipelines have no ``load_lora_weights`` (UNet2DModel) get the same file for peft's own loader.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    layers: dict[str, Tensor] = {}
+    config = None
+    for key, value in role.switch.parameters(role.adapter).items():
+        layers[f"unet.{key.replace(f'.{role.adapter}.', '.')}"] = value.detach().cpu().float().contiguous()
+    for module in role.switch.layers:
+        config = {"r": module.r[role.adapter], "lora_alpha": module.lora_alpha[role.adapter]}
+        break
+    targets = sorted({key.removeprefix("unet.").split(".lora_")[0] for key in layers})
+    adapter = {
+        **{f"unet.{k}": v for k, v in config.items()},
+        "unet.target_modules": targets,
+        "unet.lora_dropout": 0.0,
+        "unet.bias": "none",
+    }
+    file = folder / LORA_FILE
+    save_file(layers, file, {"format": "pt", "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)})
+    return file
+
+
+def model_card(name: str, pipeline, facts: dict[str, Any]) -> str:
+    """README.md of an exported folder: what it is, and the three lines that use it."""
+    conditional = getattr(pipeline.unet.config, "num_class_embeds", None)
+    inputs = {"StableDiffusionPipeline": '"a photo of a cat"'}.get(type(pipeline).__name__)
+    inputs = inputs or ("class_labels=[0]" if conditional else "batch_size=1")
+    arguments = ", ".join([inputs, *(f"{k}={v}" for k, v in facts["call"].items())])
+    settings = json.dumps({k: v for k, v in facts.items() if k != "call"}, indent=1, default=str)
+    return f"""---
+library_name: diffusers
+tags: [stepdistill, distillation, few-step]
+---
+# {name}: {facts["steps"]}-step student by {facts.get("method", "distillation")}
+
+Distilled from `{facts.get("teacher", "a teacher")}` with stepdistill {facts["version"]}. A stock
+`{type(pipeline).__name__}`: diffusers alone loads it, stepdistill is not needed.
+
+```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER")
+image = pipe({arguments}).images[0]
+```
+
+The number of steps and the absence of guidance are part of what was trained. The teacher's licence applies.
+
+<details><summary>How it was made</summary>
+
+```json
+{settings}
+```
+</details>
+"""

@@ -1,0 +1,333 @@
+"""The command line: ``stepdistill COMMAND``.  The one module of the library that knows the rooms above it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepdistill.errors import UserError
+
+app = typer.Typer(
+    help="Distil a diffusion teacher into a student that needs one step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+teacher_app = typer.Typer(help="Make a small teacher of your own, and what evaluating it needs.", no_args_is_help=True)
+benchmark_app = typer.Typer(help="Measure what a step costs.", no_args_is_help=True)
+app.add_typer(teacher_app, name="teacher")
+app.add_typer(benchmark_app, name="benchmark")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override the config's keys")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except OSError as error:
+        if error.errno == 28:
+            _fail(f"no space left on the device ({error.filename or 'while writing'}); free some and try again")
+        raise
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
+            _fail(error.format_message(), error.exit_code)
+        raise
+
+
+def _fail(message: str, code: int = 2) -> None:
+    print(f"stepdistill: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _quiet_libraries() -> None:
+    import warnings
+
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+# -- distill -----------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: stepdistill distill configs/quickstart.yaml train.updates=100 output=runs/short")
+def distill(
+    config: Annotated[Path, typer.Argument(help="a YAML config")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the output folder")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
+) -> None:
+    """Distil a teacher: train, export the student, evaluate it, write the report."""
+    from stepdistill.trainers.job import read_job
+
+    job = read_job(config, overrides)
+    from stepdistill.run import RunFolder
+
+    run = RunFolder(job.config.output)
+    exists = False if dry_run else run.check(job.config, resume)
+    _quiet_libraries()
+    if dry_run:
+        _print_plan(job)
+        return
+    _train(job, run, exists)
+
+
+def _train(job, run, exists: bool) -> None:
+    from accelerate import Accelerator
+
+    from stepdistill.trainers.base import Interrupted
+    from stepdistill.trainers.job import build_trainer
+    from stepdistill.trainers.job import resume as resume_run
+
+    config = job.config
+    accelerator = Accelerator(log_with=list(config.train.trackers), project_dir=str(run.path / "logs"))
+    trainer = build_trainer(job, run, accelerator)
+    _check_export(trainer)
+    main_process = accelerator.is_main_process
+    if main_process:
+        if not exists:
+            run.create(config, config.seed)
+        for other in job.unused:
+            print(f"note: the section '{other}' is not used by method {job.method.name}")
+        accelerator.init_trackers("stepdistill")
+    accelerator.wait_for_everyone()
+    if exists and resume_run(trainer, run) and main_process:
+        print(f"resumed at student update {trainer.counters['student']}")
+    try:
+        trainer.fit()
+    except Interrupted as stop:
+        if main_process:
+            print(f"{stop}: saved at student update {trainer.counters['student']}; go on with --resume")
+        _finish(accelerator)
+        raise typer.Exit(stop.exit_code) from None
+    if main_process:
+        _export(job, trainer, run)
+    _finish(accelerator)
+    if main_process:
+        _evaluate_and_report(config, run)
+
+
+def _finish(accelerator) -> None:
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _check_export(trainer) -> None:
+    """A student that could not be exported is refused before it is trained."""
+    from stepdistill.pipelines import check_expressible
+
+    check_expressible(trainer.family.scheduler, trainer.sampler)
+
+
+def _print_plan(job) -> None:
+    """What a run would do, from the config and the teacher; nothing is written."""
+    from stepdistill.config import dump_yaml
+    from stepdistill.pipelines import check_expressible
+    from stepdistill.trainers.job import condition_items, load_teacher, make_sampler
+
+    config = job.config
+    print(dump_yaml(config).rstrip())
+    family = load_teacher(config)
+    sampler = make_sampler(config, family)
+    check_expressible(family.scheduler, sampler)
+    items = condition_items(config, family)
+    parameters = sum(p.numel() for p in family.network.parameters())
+    train = config.train
+    kind = {"none": "no conditions", "label": f"{len(items)} labels", "prompt": f"{len(items)} prompts"}
+    print(f"""
+# the plan
+teacher   {config.teacher.path}: family {family.name}, {parameters / 1e6:.2f}M parameters, predicts {family.kind},
+          samples {"x".join(map(str, family.sample_shape))}, {kind[family.condition_kind]}
+student   {sampler.steps} step{"s" * (sampler.steps > 1)} at t = {", ".join(f"{t:g}" for t in sampler.times)}
+method    {job.method.name}: {job.method.title}
+training  {train.updates} student updates of {train.batch_size * train.gradient_accumulation} samples a process
+writes    {config.output}""")
+
+
+# -- after training ----------------------------------------------------------------------------------------
+
+
+def _export(job, trainer, run) -> None:
+    from stepdistill.pipelines import export_student
+    from stepdistill.trainers.job import provenance
+
+    with trainer.averaged():
+        export_student(trainer.family, trainer.roles.student, trainer.sampler, run.student, provenance(job, trainer))
+
+
+def _evaluate_and_report(config, run) -> None:
+    """Evaluate in a fresh process that loads the student as anyone would, then write the report."""
+    if config.evaluation.enabled:
+        command = [sys.executable, "-m", "stepdistill", "evaluate", str(run.path)]
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            raise UserError(
+                f"the evaluation ended with exit code {done.returncode}; try: stepdistill evaluate {run.path}"
+            )
+    from stepdistill.eval.report import write_report
+
+    write_report(run.path)
+    _last_screen(config, run)
+
+
+def _last_screen(config, run) -> None:
+    call = f'DiffusionPipeline.from_pretrained("{run.student}")'
+    grid = f"\n  pictures   {run.path / 'grid.png'}" if (run.path / "grid.png").exists() else ""
+    print(f"""
+Done.
+  student    {run.student}  (a stock diffusers folder: {call})
+  report     {run.path / "report.html"}{grid}
+Next:
+  stepdistill sample {run.student} --count 40         more pictures
+  stepdistill distill CONFIG method=...              the same with another method (stepdistill methods)
+  stepdistill distill CONFIG teacher.path=FOLDER       your own teacher""")
+
+
+@app.command(epilog="Example: stepdistill export runs/quickstart --output students/fashion")
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    output: Annotated[Path | None, typer.Option(help="where to write; RUN/student by default")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    average: Annotated[bool, typer.Option(help="the averaged weights, if the run has them")] = True,
+) -> None:
+    """Write the student of a run's newest checkpoint as a stock diffusers folder."""
+    import contextlib
+
+    from stepdistill.pipelines import export_student
+    from stepdistill.run import RunFolder
+    from stepdistill.trainers.job import DTYPES, build_trainer, provenance, read_job
+    from stepdistill.trainers.job import resume as resume_run
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
+    folder = _run_folder(run)
+    _quiet_libraries()
+    job = read_job(folder / "config.yaml")
+    trainer = build_trainer(job, None)
+    if not resume_run(trainer, RunFolder(folder)):
+        raise UserError(f"{run}: the run has no whole checkpoint yet")
+    with trainer.averaged() if average else contextlib.nullcontext():
+        facts = provenance(job, trainer)
+        target = output or folder / "student"
+        path = export_student(trainer.family, trainer.roles.student, trainer.sampler, target, facts, DTYPES[dtype])
+    print(f"student {path}")
+
+
+def _run_folder(path: Path) -> Path:
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path}: not a run folder (no config.yaml in it)")
+    return path
+
+
+@app.command(epilog="Example: stepdistill sample runs/quickstart/student --count 40 --output grid.png")
+def sample(
+    pipeline: Annotated[str, typer.Argument(help="an exported student, a run folder, or any diffusers folder")],
+    count: Annotated[int, typer.Option(min=1)] = 40,
+    steps: Annotated[int | None, typer.Option(min=1, help="the student's own number by default")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="for text-conditional pipelines; may be repeated")] = None,
+    label: Annotated[list[int] | None, typer.Option(help="for class-conditional ones; may be repeated")] = None,
+    guidance_scale: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    output: Annotated[Path, typer.Option(help="the picture to write")] = Path("samples.png"),
+) -> None:
+    """Draw a grid of pictures with a stock pipeline."""
+    import torch
+
+    from stepdistill import assets
+    from stepdistill.eval.stock import StockPipeline
+    from stepdistill.trainers.grids import save_grid
+
+    _quiet_libraries()
+    path = assets.resolve(pipeline)
+    if (Path(path) / "student" / "model_index.json").is_file():
+        path = str(Path(path) / "student")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stock = StockPipeline.load(path, device)
+    conditions = _given_conditions(stock, prompt, label, count)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(count, *stock.noise_shape, generator=generator)
+    pixels = stock.generate(conditions, noise, steps or stock.default_steps or 25, generator, guidance_scale)
+    try:
+        save_grid(pixels * 2 - 1, output)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {output}: cannot be written ({error})") from None
+    print(f"{count} pictures in {output}")
+
+
+def _given_conditions(stock, prompts: list[str] | None, labels: list[int] | None, count: int) -> list | None:
+    if stock.condition_kind == "prompt":
+        if not prompts:
+            raise UserError("this pipeline takes prompts: add --prompt 'a photo of a cat'")
+        return [prompts[i % len(prompts)] for i in range(count)]
+    if prompts:
+        raise UserError("--prompt: this pipeline takes no prompts")
+    if stock.condition_kind == "none":
+        if labels:
+            raise UserError("--label: this pipeline takes no labels")
+        return None
+    for value in labels or []:
+        if not 0 <= value < stock.num_labels:
+            raise UserError(f"--label {value}: outside 0..{stock.num_labels - 1}")
+    chosen = labels or list(range(stock.num_labels))
+    return [chosen[i % len(chosen)] for i in range(count)]
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write RUN/report.html: one self-contained page.  Example: stepdistill report runs/quickstart"""
+    from stepdistill.eval.report import write_report
+
+    print(f"report {write_report(run)}")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods.  Example: stepdistill methods"""
+    from stepdistill.trainers import METHODS
+
+    for name, method in METHODS.items():
+        print(f"{name:12s} {method.title}")
+
+
+# -- teachers ----------------------------------------------------------------------------------------------
+
+
+@teacher_app.command("train", epilog="Example: stepdistill teacher train configs/teachers/fashion_mnist.yaml")
+def teacher_train(config: Annotated[Path, typer.Argument(help="a YAML config")], overrides: Overrides = None) -> None:
+    """Train a small class-conditional pixel teacher; resumes if it was stopped."""
+    import torch
+
+    from stepdistill.config import apply_overrides, check, read_yaml
+    from stepdistill.trainers.teacher import TeacherConfig, train_teacher
+
+    _quiet_libraries()
+    checked = check(TeacherConfig, apply_overrides(read_yaml(config), overrides or []), str(config))
+    path = train_teacher(checked, "cuda" if torch.cuda.is_available() else "cpu")
+    print(f"teacher {path}")
+
+
+if __name__ == "__main__":
+    main()

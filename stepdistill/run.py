@@ -1,0 +1,163 @@
+"""The run folder: what a run was told, what it measured, what it made.
+
+config.yaml       the resolved config, defaults included
+environment.json  versions, git state, command, when
+metrics.jsonl     one row every train.log_every student updates
+samples/          grids over time on fixed noise
+checkpoints/      whole checkpoints (stepdistill.checkpoint)
+student/          the exported stock pipeline
+evaluation.json, grid.png, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from stepdistill.config import dump_yaml
+from stepdistill.errors import UserError
+
+PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+FREE_KEYS = {"output", "evaluation"}
+"""Top-level keys that may differ when a run is resumed; train's own are in FREE_TRAIN_KEYS."""
+FREE_TRAIN_KEYS = {
+    "updates",
+    "max_minutes",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "trackers",
+    "non_finite_limit",
+}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Versions, git state, command and machine, for the record."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "git": _git_state(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": seed,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    def ask(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in config.items() if k not in FREE_KEYS}
+    kept["train"] = {k: v for k, v in config.get("train", {}).items() if k not in FREE_TRAIN_KEYS}
+    return kept
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = []
+        for key in sorted(a.keys() | b.keys()):
+            found += _differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if a == b else [f"{path} ({a!r} there, {b!r} now)"]
+
+
+class RunFolder:
+    """A run's folder.  Only the main process writes."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.student = self.path / "student"
+
+    def check(self, config: BaseModel, resume: bool) -> bool:
+        """Whether there is a run to go on with; nothing is written.
+
+        Raises:
+            UserError: the folder holds a run and resume was not asked for, or the run has another config, or the
+                folder holds something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output = {self.path}: that is a file; name a folder")
+        saved = self.path / "config.yaml"
+        if not saved.exists():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(f"output = {self.path}: the folder is not empty and holds no run; choose another")
+            return False
+        if not resume:
+            raise UserError(
+                f"output = {self.path}: the folder holds a run; add --resume to go on with it, or choose another with "
+                "output=FOLDER"
+            )
+        try:
+            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+            differences = _differences(_comparable(before), _comparable(config.model_dump(mode="json")))
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+            raise UserError(f"{saved}: damaged; choose another output folder") from None
+        if differences:
+            raise UserError(
+                f"output = {self.path}: its config differs: {'; '.join(differences[:3])}; give it the same, "
+                "or choose another folder with output=FOLDER"
+            )
+        return True
+
+    def create(self, config: BaseModel, seed: int) -> None:
+        """Make the folder with its config and environment."""
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.yaml", dump_yaml(config))
+            write_atomically(self.path / "environment.json", json.dumps(environment(seed), indent=1))
+        except OSError as error:
+            raise UserError(f"output = {self.path}: cannot be written ({error.strerror or error})") from None
+
+    def keep_metrics_until(self, iteration: int) -> None:
+        """Drop rows that a resumed run will write again, and a last line cut short by a kill."""
+        if not self.metrics.exists():
+            return
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["iteration"] <= iteration:
+                    rows.append(line)
+            except (ValueError, KeyError):
+                break
+        write_atomically(self.metrics, "".join(f"{row}\n" for row in rows))
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,134 @@
+"""The config of a distillation run, section by section.  A method adds its own section under its own name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stepdistill.config import Section
+from stepdistill.roles import RolesSettings
+from stepdistill.sampler import Transition
+
+
+class TeacherSettings(Section):
+    path: str = Field(description="a diffusers folder, a hub id (owner/name), or asset:NAME for a shipped one")
+    family: str = Field("auto", description="auto reads it off the folder")
+    revision: str | None = None
+    variant: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen weights")
+    steps: int = Field(25, ge=1, description="the teacher's full number of steps, for grids and evaluation")
+
+
+class ImagesSettings(Section):
+    """Real images, from one of four places."""
+
+    folder: str | None = None
+    npz: str | None = Field(None, description="'images' uint8 (N, H, W[, C]) and 'labels'; asset:NAME is allowed")
+    dataset: str | None = Field(None, description="a Hugging Face dataset: a save_to_disk folder or a hub id")
+    split: str = "train"
+    revision: str | None = None
+    image_column: str = "image"
+    label_column: str | None = Field(None, description="labels or captions of the dataset's images")
+    resize: bool = Field(False, description="centre-crop and Lanczos-resize what has another size")
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        given = [k for k in ("folder", "npz", "dataset") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"set exactly one of folder, npz, dataset (set: {', '.join(given) or 'none'})")
+        return self
+
+
+class PromptColumnSettings(Section):
+    name: str = Field(description="a save_to_disk folder or a hub id")
+    column: str = "text"
+    split: str = "train"
+    revision: str | None = None
+
+
+class DataSettings(Section):
+    """Conditions, and real images for the methods that want them."""
+
+    labels: Literal["all"] | list[int] = Field("all", description="for class-conditional teachers")
+    prompts: str | None = Field(None, description="a text file, one prompt a line")
+    prompt_dataset: PromptColumnSettings | None = None
+    images: ImagesSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        if self.prompts is not None and self.prompt_dataset is not None:
+            raise ValueError("set prompts or prompt_dataset, not both")
+        if self.labels != "all" and not self.labels:
+            raise ValueError("labels is empty; name some or say all")
+        return self
+
+
+class SamplerSettings(Section):
+    """How the student is called."""
+
+    steps: int = Field(1, ge=1, le=64, description="the student's steps")
+    start: float | None = Field(None, description="the first step's time; the schedule's last by default (SDXL: 399)")
+    transition: Transition = Field("renoise", description="between steps: fresh noise, or the student's own ODE")
+
+
+class OptimizerSettings(Section):
+    """AdamW of one role."""
+
+    lr: float = Field(1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: int = Field(0, ge=0, description="linear warm-up, in this role's own updates")
+    clip: float = Field(10.0, gt=0, description="the gradient norm is clipped to this")
+
+
+class OptimizersSettings(Section):
+    student: OptimizerSettings = OptimizerSettings()
+    fake_score: OptimizerSettings = OptimizerSettings()
+
+
+class TrainSettings(Section):
+    updates: int = Field(ge=1, description="student updates in all")
+    batch_size: int = Field(ge=1, description="samples a process and micro-batch")
+    gradient_accumulation: int = Field(1, ge=1)
+    precision: Literal["float32", "bf16"] = Field("float32", description="of the networks; masters are float32")
+    gradient_checkpointing: bool = False
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="of the student's weights, per update; 0 is none")
+    max_minutes: float | None = Field(None, gt=0, description="save and stop after this time")
+    non_finite_limit: int = Field(10, ge=1, description="stop after this many skipped updates of a role in a row")
+    log_every: int = Field(10, ge=1, description="student updates between rows of metrics")
+    sample_every: int = Field(100, ge=1, description="student updates between sample grids")
+    sample_count: int = Field(40, ge=1, le=256)
+    checkpoint_every: int = Field(100, ge=1, description="student updates between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+
+
+class EvaluationSettings(Section):
+    """What is measured once the student is exported."""
+
+    enabled: bool = True
+    samples: int = Field(5000, ge=2)
+    batch_size: int = Field(250, ge=1)
+    seed: int = 1234
+    extractor: str | None = Field(None, description="feature network: asset:NAME, a file, or inception")
+    reference: str | None = Field(None, description="reference statistics: asset:NAME or a file")
+    teacher_steps: list[int] = Field([], description="teacher step counts measured beside its full number")
+    teacher_guidance_scale: float | None = Field(None, ge=0)
+    latency: bool = True
+
+
+class RunSettings(Section):
+    """Everything but the method's own section."""
+
+    method: str
+    output: str = Field(description="the run folder")
+    seed: int = Field(0, ge=0)
+    teacher: TeacherSettings
+    data: DataSettings = DataSettings()
+    roles: RolesSettings = RolesSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    optimizer: OptimizersSettings = OptimizersSettings()
+    train: TrainSettings
+    evaluation: EvaluationSettings = EvaluationSettings()

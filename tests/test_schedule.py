@@ -1,0 +1,154 @@
+"""Conversions, named epsilons, and the schedules read off diffusers' schedulers."""
+
+import pytest
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from toys import linear_betas, zero_snr
+
+from stepdistill.errors import UserError
+from stepdistill.schedule import ALPHA_MIN, EDMSchedule, FlowSchedule, VPSchedule, from_scheduler
+
+SCHEDULES = {
+    "vp": linear_betas(),
+    "zero_snr": zero_snr(),
+    "flow": FlowSchedule(),
+    "shifted_flow": FlowSchedule(shift=3.0),
+    "edm": EDMSchedule(),
+}
+KINDS = ["x0", "eps", "v", "flow"]
+
+
+def made(schedule, level, batch=5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(level)
+    x0, eps = torch.randn(2, batch, 3, 2, generator=generator, dtype=dtype)
+    t = schedule.level(torch.full((batch,), level))
+    return x0, eps, t, schedule.add_noise(x0, eps, t)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("level", [1, 20, 500, 980, 998])
+def test_round_trips_between_all_kinds(name, level):
+    schedule = SCHEDULES[name]
+    x0, eps, t, x_t = made(schedule, level)
+    for kind in [*KINDS, "edm"] if name == "edm" else KINDS:
+        output = schedule.target(x0, eps, kind, x_t, t)
+        back = schedule.to_x0(output, kind, x_t, t)
+        torch.testing.assert_close(back, x0, rtol=1e-9, atol=1e-8)
+        torch.testing.assert_close(schedule.from_x0(x0, kind, x_t, t), output, rtol=1e-7, atol=1e-7)
+
+
+def test_zero_terminal_snr_reads_x0_off_v_but_not_off_eps():
+    schedule = zero_snr()
+    x0, eps, t, x_t = made(schedule, 999)
+    assert schedule.alpha_sigma(t)[0].max() == 0
+    torch.testing.assert_close(x_t, eps)
+    torch.testing.assert_close(schedule.to_x0(-x0, "v", x_t, t), x0)
+    torch.testing.assert_close(schedule.to_x0(eps - x0, "flow", x_t, t), x0)
+    wrong = schedule.to_x0(eps + 0.1, "eps", x_t, t)
+    torch.testing.assert_close(wrong, torch.full_like(wrong, -0.1 / ALPHA_MIN), rtol=1e-6, atol=1e-6)
+
+
+def test_score_is_the_gradient_of_the_gaussian_kernel():
+    schedule = linear_betas()
+    x0, eps, t, x_t = made(schedule, 300)
+    _, sigma = schedule.alpha_sigma(t)
+    torch.testing.assert_close(schedule.score(x0, x_t, t), -eps / sigma[:, None, None])
+
+
+def test_float32_in_float32_out_with_float64_coefficients():
+    schedule = linear_betas()
+    x0, eps, t, x_t = made(schedule, 999, dtype=torch.float32)
+    assert x_t.dtype == torch.float32
+    exact = schedule.to_x0(eps.double(), "eps", x_t.double(), t)
+    given = schedule.to_x0(eps, "eps", x_t, t)
+    assert given.dtype == torch.float32
+    torch.testing.assert_close(given.double(), exact, rtol=0, atol=1e-5)
+    half = schedule.to_x0(eps.bfloat16(), "eps", x_t.bfloat16(), t)
+    assert half.dtype == torch.bfloat16
+
+
+def test_schedule_constants_of_stable_diffusion():
+    abar = linear_betas().alphas_cumprod
+    for t, value in {
+        20: 0.98131,
+        249: 0.67543,
+        399: 0.42609,
+        499: 0.27767,
+        749: 0.05662,
+        980: 0.00584,
+        999: 0.00466,
+    }.items():
+        assert abar[t].item() == pytest.approx(value, abs=1e-5)
+    sigma_over_alpha = ((1 - abar) / abar).sqrt()
+    assert sigma_over_alpha[999].item() == pytest.approx(14.615, abs=1e-3)
+    assert sigma_over_alpha[399].item() == pytest.approx(1.161, abs=1e-3)
+
+
+def test_karras_grid_of_edm():
+    grid = EDMSchedule().level(torch.arange(1000))
+    for index, value in {20: 0.00323, 100: 0.01675, 500: 2.5265, 980: 72.05, 999: 80.0}.items():
+        assert grid[index].item() == pytest.approx(value, rel=1e-3)
+    assert (grid.diff() > 0).all()
+
+
+def test_preconditioning_of_edm_has_unit_variance_input_and_target():
+    schedule = EDMSchedule()
+    sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
+    c_skip, c_out = schedule.preconditioning(sigma)
+    # 2206.00364 eq. 115-117: Var(c_in x) = 1, and the target of F has variance 1
+    torch.testing.assert_close(
+        schedule.network_input(torch.ones(3, 1, dtype=torch.float64), sigma)[:, 0] ** 2 * (sigma**2 + 0.25),
+        torch.ones(3, dtype=torch.float64),
+    )
+    target_variance = ((1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2) / c_out**2
+    torch.testing.assert_close(target_variance, torch.ones(3, dtype=torch.float64))
+
+
+def test_deterministic_step_is_stock_ddim():
+    stock = DDIMScheduler(clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)
+    schedule, kind = from_scheduler(stock)
+    assert kind == "eps"
+    stock.set_timesteps(10)
+    x_t, eps = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, s = stock.timesteps[3], stock.timesteps[4]
+    ours = schedule.step(schedule.to_x0(eps, "eps", x_t, t.expand(4)), x_t, t.expand(4), s.expand(4))
+    torch.testing.assert_close(ours, stock.step(eps, t, x_t).prev_sample, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "schedule_type", "kind"),
+    [
+        (PNDMScheduler(prediction_type="v_prediction"), VPSchedule, "v"),
+        (EulerDiscreteScheduler(prediction_type="epsilon"), VPSchedule, "eps"),
+        (DPMSolverMultistepScheduler(prediction_type="sample"), VPSchedule, "x0"),
+        (DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True), VPSchedule, "v"),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), FlowSchedule, "flow"),
+        (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), FlowSchedule, "flow"),
+        (EDMEulerScheduler(), EDMSchedule, "edm"),
+        (CMStochasticIterativeScheduler(), EDMSchedule, "edm"),
+    ],
+    ids=lambda value: type(value).__name__ if hasattr(value, "config") else str(value),
+)
+def test_schedules_read_off_stock_schedulers(scheduler, schedule_type, kind):
+    schedule, found = from_scheduler(scheduler)
+    assert type(schedule) is schedule_type
+    assert found == kind
+    if schedule_type is VPSchedule:
+        torch.testing.assert_close(schedule.alphas_cumprod, scheduler.alphas_cumprod.double(), rtol=0, atol=0)
+    if schedule_type is FlowSchedule:
+        assert schedule.shift == scheduler.config.get("shift", scheduler.config.get("flow_shift"))
+
+
+def test_unknown_prediction_type_is_the_users_error():
+    scheduler = DDIMScheduler()
+    scheduler.register_to_config(prediction_type="wavelet")
+    with pytest.raises(UserError, match="prediction_type 'wavelet'"):
+        from_scheduler(scheduler)

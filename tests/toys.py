@@ -1,0 +1,97 @@
+"""Teachers in closed form, small networks, and trainers around them."""
+
+from __future__ import annotations
+
+import torch
+from stepdistill.trainers.base import ConditionSource
+from stepdistill.trainers.job import make_job
+from torch import nn
+
+from stepdistill.analytic import GaussianMixture
+from stepdistill.families.analytic import AnalyticFamily
+from stepdistill.roles import Roles
+from stepdistill.sampler import FewStepSampler, few_step_times
+from stepdistill.schedule import VPSchedule
+
+
+def linear_betas(count: int = 1000, low: float = 0.00085, high: float = 0.012) -> VPSchedule:
+    """Stable Diffusion's schedule: abar[999] = 0.00466."""
+    betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float64) ** 2
+    return VPSchedule(torch.cumprod(1 - betas, 0))
+
+
+def zero_snr() -> VPSchedule:
+    """A cosine schedule whose last alpha is exactly 0."""
+    u = torch.linspace(0, 1, 1000, dtype=torch.float64)
+    return VPSchedule((torch.cos(u * torch.pi / 2) ** 2).clamp(max=0.9999) * (u < 1))
+
+
+class MLP(nn.Module):
+    """A small network on (B, D, 1, 1) with time and label; ``features`` is its middle."""
+
+    def __init__(self, dim: int, hidden: int = 64, num_labels: int = 0, time_scale: float = 1000.0):
+        super().__init__()
+        self.time_scale = time_scale
+        self.label = nn.Embedding(num_labels + 1, 8) if num_labels else None
+        self.into = nn.Linear(dim + 17 + (8 if num_labels else 0), hidden)
+        self.middle = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.features = nn.Unflatten(1, (hidden, 1, 1))
+        self.out = nn.Linear(hidden, dim)
+
+    def forward(self, x, time, label=None):
+        t = (time / self.time_scale).to(x.dtype)[:, None]
+        waves = torch.cat([t, *[f(t * torch.pi * 2**k) for k in range(8) for f in (torch.sin, torch.cos)]], 1)
+        parts = [x.flatten(1), waves]
+        if self.label is not None:
+            parts.append(self.label(label))
+        hidden = self.features(self.middle(self.into(torch.cat(parts, 1))))
+        return self.out(hidden.flatten(1)).reshape(x.shape)
+
+
+def toy_config(**changes) -> dict:
+    """A raw DMD2 config for toys; ``changes`` are sections to merge."""
+    from stepdistill.config import merge
+
+    raw = {
+        "method": "dmd2",
+        "output": "unused",
+        "teacher": {"path": "unused"},
+        "optimizer": {
+            "student": {"lr": 1e-3, "weight_decay": 0.0, "betas": [0.0, 0.99]},
+            "fake_score": {"lr": 2e-3, "weight_decay": 0.0, "betas": [0.0, 0.99]},
+        },
+        "train": {"updates": 4, "batch_size": 8, "trackers": []},
+        "evaluation": {"enabled": False},
+    }
+    return merge(raw, changes)
+
+
+def toy_family(
+    mixture: GaussianMixture | None = None, schedule=None, kind="v", hidden: int = 64, dtype=torch.float32
+) -> AnalyticFamily:
+    """A mixture teacher with an MLP for student and fake score."""
+    mixture = mixture or GaussianMixture([[-1.0, 0.5], [1.0, -0.5]], 0.05)
+    dim, labels = mixture.means.shape[1], mixture.num_labels
+    torch.manual_seed(0)
+    network = MLP(dim, hidden, labels).to(dtype)
+    teacher = mixture.denoiser(schedule or zero_snr())
+    return AnalyticFamily(teacher, network, kind, (dim, 1, 1), labels, feature_module="features")
+
+
+def toy_trainer(family: AnalyticFamily | None = None, real=None, run=None, **changes):
+    """A trainer of the config's method on a toy family."""
+    family = family or toy_family()
+    job = make_job(toy_config(**changes))
+    config = job.config
+    roles = Roles(family, config.roles)
+    times = few_step_times(family.schedule, config.sampler.steps, config.sampler.start)
+    sampler = FewStepSampler(family.schedule, times, config.sampler.transition)
+    items = list(range(family.num_labels))
+    conditions = ConditionSource(family, items, config.seed)
+    return job.method(config, job.settings, family, roles, sampler, conditions, real, run)
+
+
+def sigma_points(dim: int) -> torch.Tensor:
+    """2 dim points with mean 0 and covariance exactly I: expectations of quadratics over them are exact. (2 dim, dim)"""
+    points = dim**0.5 * torch.eye(dim, dtype=torch.float64)
+    return torch.cat([points, -points])

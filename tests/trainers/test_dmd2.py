@@ -1,0 +1,294 @@
+"""DMD2 through its real trainer: fixed points, gradient routing, the order and laws of its draws."""
+
+import pytest
+import torch
+from stepdistill.trainers.base import RealSource
+from toys import MLP, linear_betas, toy_family, toy_trainer, zero_snr
+
+from stepdistill.analytic import GaussianMixture
+from stepdistill.denoiser import Prediction
+from stepdistill.families.analytic import AnalyticFamily
+
+
+class ByLabel:
+    """Conditional N(mean[label], variance): a class of its own mean, a null label of its own too."""
+
+    def __init__(self, means, variance, schedule):
+        self.means, self.schedule = torch.tensor(means, dtype=torch.float64), schedule
+        self.unit = GaussianMixture([[0.0]], variance).denoiser(schedule)
+
+    def __call__(self, x_t, t, condition):
+        mean = self.means[condition["label"]].reshape(-1, 1, 1, 1)
+        alpha = self.schedule.alpha_sigma(t)[0].reshape(-1, 1, 1, 1)
+        x0 = self.unit(x_t - alpha * mean, t, {}).x0 + mean
+        return Prediction(self.schedule, x_t, t, x0, "x0")
+
+
+def guided_trainer(student_mean: float, scale: float):
+    """Teacher N(0.7, S) for label 0 and N(0.2, S) for null; fake score exact for a student N(student_mean, S)."""
+    schedule = linear_betas()
+    torch.manual_seed(0)
+    family = AnalyticFamily(ByLabel([0.7, 0.2], 0.3, schedule), MLP(1, 8, 1), "v", (1, 1, 1), num_labels=1)
+    trainer = toy_trainer(family, dmd2={"guidance_scale": scale})
+    trainer.roles.fake_score = ByLabel([student_mean, 99.0], 0.3, schedule)
+    trainer.roles.student.schedule = schedule
+    x0 = student_mean + 0.3**0.5 * torch.randn(
+        64, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    return trainer, x0, {"label": torch.zeros(64, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(("scale", "fixed_point"), [(3.0, 1.7), (1.0, 0.7), (1.75, 1.075)])
+def test_guided_fixed_point(scale, fixed_point):
+    """The student rests at mu_null + s (mu_cond - mu_null); the other convention's 2.2 at s = 3 does not rest."""
+    trainer, x0, condition = guided_trainer(fixed_point, scale)
+    assert trainer.distribution_matching(x0, condition).abs().max() < 1e-12
+    other = 0.7 + scale * 0.5
+    trainer, x0, condition = guided_trainer(other, scale)
+    assert trainer.distribution_matching(x0, condition).abs().mean() > 0.1
+
+
+def real_source(family, count=32):
+    class Pictures:
+        source, labels = "toy", None
+
+        def __len__(self):
+            return count
+
+    latents = torch.randn(count, *family.sample_shape, generator=torch.Generator().manual_seed(3))
+    return RealSource(family, Pictures(), latents, 0)
+
+
+def gan_trainer(**changes):
+    family = toy_family()
+    raw = {"gan": {"student_weight": 0.1}, **changes.pop("dmd2", {})}
+    return toy_trainer(family, real_source(family), dmd2=raw, data={"images": {"folder": "unused"}}, **changes)
+
+
+def test_student_turn_gives_gradients_to_the_student_alone():
+    trainer = gan_trainer()
+    batch = trainer.next_batch()
+    x0 = trainer.make_sample(batch)
+    gradient = trainer.sample_gradient(x0.detach(), batch)
+    assert gradient.abs().sum() > 0
+    x0.backward(gradient)
+    assert all(p.grad is not None for p in trainer.trained["student"].values())
+    assert all(p.grad is None for p in trainer.trained["fake_score"].values())
+
+
+def test_generator_term_reaches_the_sample():
+    trainer = gan_trainer()
+    batch = trainer.next_batch()
+    x0 = trainer.make_sample(batch).detach().requires_grad_()
+    _, loss = trainer.student_losses(x0, batch)["generator"]
+    (gradient,) = torch.autograd.grad(loss, x0)
+    assert gradient.abs().sum() > 0
+
+
+def test_fake_score_turn_gives_gradients_to_fake_score_and_head_alone():
+    trainer = gan_trainer()
+    batch = trainer.next_batch()
+    with torch.no_grad():
+        x0 = trainer.make_sample(batch)
+    losses = trainer.fake_score_losses(x0, batch)
+    sum(w * loss for w, loss in losses.values()).backward()
+    assert all(p.grad is None for p in trainer.trained["student"].values())
+    assert all(p.grad is not None for p in trainer.trained["fake_score"].values())
+
+
+def test_discriminator_loss_trains_the_encoder_and_not_the_decoder():
+    trainer = gan_trainer()
+    batch = trainer.next_batch()
+    with torch.no_grad():
+        x0 = trainer.make_sample(batch)
+    trainer.fake_score_losses(x0, batch)["discriminator"][1].backward()
+    fake = dict(trainer.roles.fake_score.network.named_parameters())
+    assert fake["into.weight"].grad is not None
+    assert fake["out.weight"].grad is None
+    assert all(p.grad is not None for p in trainer.extra["discriminator"].parameters())
+
+
+@pytest.mark.parametrize("ratio", [1, 3, 5])
+def test_two_time_scales_student_first_and_counts_exact(ratio):
+    trainer = toy_trainer(dmd2={"fake_score_updates": ratio}, train={"updates": 4})
+    order = []
+    update = trainer.update
+    trainer.update = lambda role: (order.append(role), update(role))[1]
+    for _ in range(3 * ratio):
+        trainer.iteration()
+        trainer.counters["iteration"] += 1
+    assert order == (["student"] + ["fake_score"] * ratio) * 3
+
+
+def test_fake_score_trains_on_the_samples_made_before_the_students_update():
+    trainer = toy_trainer()
+    seen = {}
+    losses, make = trainer.fake_score_losses, trainer.make_sample
+
+    def make_and_keep(batch):
+        x0 = make(batch)
+        seen["made"] = x0.detach().clone()
+        return x0
+
+    def losses_and_keep(x0, batch):
+        seen["trained_on"], seen["graph"] = x0.clone(), x0.requires_grad
+        return losses(x0, batch)
+
+    trainer.make_sample, trainer.fake_score_losses = make_and_keep, losses_and_keep
+    trainer.iteration()
+    assert torch.equal(seen["made"], seen["trained_on"])
+    assert not seen["graph"]
+
+
+def test_level_laws():
+    """Levels 20..980 where student and teacher meet, 0..999 for fake score and discriminator; ends included."""
+    trainer = gan_trainer(train={"batch_size": 4000})
+    ranges = []
+    draw = trainer.draw_time
+    trainer.draw_time = lambda low, high, count: ranges.append((low, high)) or draw(low, high, count)
+    trainer.iteration()
+    # student: matching, generator; fake score: denoising, real logits, fake logits
+    assert ranges == [(20, 980), (0, 999), (0, 999), (0, 999), (0, 999)]
+    times = draw(20, 980, 200_000)
+    assert (times.min(), times.max()) == (20, 980)
+    assert times.double().mean().item() == pytest.approx(500, abs=3)
+
+
+def test_fake_score_equal_to_a_learned_teacher_gives_a_loss_of_zero():
+    trainer = toy_trainer()
+    family = trainer.family
+    trainer.roles.teacher = trainer.roles.fake_score
+    batch = trainer.next_batch()
+    x0 = trainer.make_sample(batch).detach()
+    assert trainer.distribution_matching(x0, batch.condition).abs().max() == 0
+    assert family.has_null is False
+
+
+def test_teacher_never_changes():
+    trainer = toy_trainer(train={"updates": 3})
+    before = {k: v.clone() for k, v in trainer.family.network.state_dict().items()}
+    trainer.fit()
+    after = trainer.family.network.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert trainer.counters["student"] == 3
+
+
+# -- several steps -------------------------------------------------------------------------------------------
+
+
+def steps_trainer(steps=4, **dmd2):
+    return toy_trainer(sampler={"steps": steps}, dmd2=dmd2)
+
+
+def test_exit_step_is_shared_uniform_and_the_first_input_is_the_batch_noise_itself():
+    trainer = steps_trainer()
+    counts = dict.fromkeys(trainer.sampler.times, 0)
+    for _ in range(400):
+        batch = trainer.next_batch()
+        x_t, t = trainer.student_input(batch)
+        assert (t == t[0]).all()
+        counts[float(t[0])] += 1
+        if t[0] == 999:
+            assert torch.equal(x_t, batch.noise)
+    assert all(60 < count < 140 for count in counts.values())
+
+
+def test_rollout_starts_from_new_noise_and_ends_with_the_batchs():
+    """x_in = alpha x0_hat + sigma n0 at the exit step, x0_hat being the student's on noise other than n0."""
+    trainer = steps_trainer(steps=2)
+    trainer.noise.shared_randint = lambda low, high: 1
+    seen = []
+    student = trainer.roles.student
+
+    class Spy:
+        schedule = student.schedule
+
+        def __call__(self, x_t, t, condition):
+            prediction = student(x_t, t, condition)
+            seen.append((x_t, prediction.x0, torch.is_grad_enabled()))
+            return prediction
+
+    trainer.roles.student = Spy()
+    batch = trainer.next_batch()
+    x_t, t = trainer.student_input(batch)
+    (first_input, x0_hat, grad), *rest = seen
+    assert not rest
+    assert not grad
+    assert not torch.equal(first_input, batch.noise)
+    torch.testing.assert_close(x_t, student.schedule.add_noise(x0_hat, batch.noise, t), rtol=0, atol=0)
+    assert (t == 499).all()
+
+
+def test_gradient_passes_through_one_step_only():
+    trainer = steps_trainer(steps=4)
+    trainer.noise.shared_randint = lambda low, high: 3
+    before = trainer.roles.meter.forward, trainer.roles.meter.backward
+    x0 = trainer.make_sample(trainer.next_batch())
+    assert x0.requires_grad
+    forward, backward = trainer.roles.meter.forward - before[0], trainer.roles.meter.backward - before[1]
+    assert (forward, backward) == (4 * 8, 2 * 8)
+
+
+def test_real_inputs_are_noised_samples_each_at_a_time_of_its_own():
+    family = toy_family()
+    trainer = toy_trainer(
+        family,
+        real_source(family),
+        sampler={"steps": 4},
+        dmd2={"multistep_input": "real"},
+        data={"images": {"folder": "unused"}},
+        train={"batch_size": 64},
+    )
+    batch = trainer.next_batch()
+    x_t, t = trainer.student_input(batch)
+    assert set(t.tolist()) == {999, 749, 499, 249}
+    first = t == 999
+    assert torch.equal(x_t[first], batch.noise[first])
+    real = trainer.real.latents[trainer.real.order.indices(0, 64)]
+    expected = family.schedule.add_noise(real, batch.noise, t)
+    torch.testing.assert_close(x_t[~first], expected[~first])
+
+
+def test_one_step_input_is_the_noise_at_the_chosen_time():
+    trainer = toy_trainer(toy_family(schedule=linear_betas(), kind="eps"), sampler={"start": 399})
+    batch = trainer.next_batch()
+    x_t, t = trainer.student_input(batch)
+    assert torch.equal(x_t, batch.noise)
+    assert (t == 399).all()
+    # x0 = (z - sigma eps) / alpha: 1.532 z - 1.161 eps at 399
+    output = torch.ones_like(x_t)
+    x0 = trainer.family.schedule.to_x0(output, "eps", x_t, t)
+    torch.testing.assert_close(x0, 1.532 * x_t - 1.1606, rtol=1e-3, atol=1e-3)
+
+
+# -- end to end ----------------------------------------------------------------------------------------------
+
+
+def energy_distance(a, b):
+    """2 E|a-b| - E|a-a'| - E|b-b'| (Szekely & Rizzo), 0 iff the distributions are the same."""
+    mean = lambda x, y: torch.cdist(x, y).mean().item()  # noqa: E731
+    return 2 * mean(a, b) - mean(a, a) - mean(b, b)
+
+
+def students_samples(trainer, count=4000):
+    noise = torch.randn(count, *trainer.family.sample_shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad(), trainer.averaged():
+        x0 = trainer.sampler.sample(trainer.roles.student, noise, {}, trainer.noise.randn_like)
+    return x0.flatten(1).double()
+
+
+def test_reaches_a_mixture_through_the_real_loop():
+    """Learned student and learned fake score on a 2-D mixture of three; energy distance to the teacher's samples."""
+    mixture = GaussianMixture([[-1.0, 0.3], [0.9, 0.6], [0.1, -1.0]], 0.03, weights=[0.4, 0.3, 0.3])
+    trainer = toy_trainer(
+        toy_family(mixture, zero_snr(), hidden=128),
+        train={"updates": 500, "batch_size": 256, "ema_decay": 0.98},
+        optimizer={"student": {"lr": 1e-3, "warmup": 50}, "fake_score": {"lr": 2e-3, "warmup": 50}},
+    )
+    truth = mixture.sample(4000, torch.Generator().manual_seed(1))
+    before = energy_distance(students_samples(trainer), truth)
+    trainer.fit()
+    after = energy_distance(students_samples(trainer), truth)
+    noise_floor = energy_distance(mixture.sample(4000, torch.Generator().manual_seed(2)), truth)
+    assert before > 0.3
+    assert after < 0.02, f"energy distance {before:.3f} -> {after:.4f}; two samples of the truth: {noise_floor:.4f}"

@@ -1,0 +1,435 @@
+"""The loop: batches, optimizers, counters, EMA, clipping, logging, checkpoints, signals.  No method, no model name.
+
+A method subclasses :class:`Trainer` (or the two-time-scale :class:`stepdistill.trainers.score.ScoreTrainer`) and holds
+its settings and its losses.  The trainer owns everything that changes the weights.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from stepdistill.trainers.grids import save_grid
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from stepdistill import checkpoint
+from stepdistill.config import Section
+from stepdistill.data import ImageSet, Order
+from stepdistill.denoiser import Condition, take
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.noise import Noise
+from stepdistill.roles import EMA, Roles
+from stepdistill.run import RunFolder
+from stepdistill.sampler import FewStepSampler
+from stepdistill.settings import RunSettings
+
+
+class RunStopped(UserError):
+    """Training cannot go on: too many non-finite updates in a row."""
+
+
+class Interrupted(Exception):
+    """A signal, or the wall-time limit: everything is saved, the run can be resumed."""
+
+    def __init__(self, reason: str, exit_code: int):
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
+@dataclass
+class Batch:
+    """What one micro-batch of a student is made from: conditions and unit noise (B, C, H, W)."""
+
+    condition: Condition
+    noise: Tensor
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+
+class ConditionSource:
+    """Encoded conditions in a seeded order; prompts up to ``KEEP`` are encoded once and kept."""
+
+    KEEP = 20_000
+
+    def __init__(self, family: Family, items: list, seed: int):
+        self.family, self.items, self.order = family, items, Order(max(1, len(items)), seed)
+        self._encoded: Condition | None = None
+        if family.condition_kind == "prompt" and len(items) <= self.KEEP:
+            parts = [family.encode_conditions(items[i : i + 64]) for i in range(0, len(items), 64)]
+            self._encoded = {k: torch.cat([p[k].cpu() for p in parts]) for k in parts[0]}
+
+    def batch(self, position: int, count: int) -> Condition:
+        """Conditions ``position .. position + count - 1`` of the order."""
+        if self.family.condition_kind == "none":
+            return {}
+        index = self.order.indices(position, count)
+        if self._encoded is not None:
+            return {k: v.to(self.family.device) for k, v in take(self._encoded, torch.tensor(index)).items()}
+        return self.family.encode_conditions([self.items[i] for i in index])
+
+
+class RealSource:
+    """Real samples (latents where there is a VAE) with their own conditions, in a seeded order."""
+
+    def __init__(self, family: Family, images: ImageSet, latents: Tensor | None, seed: int):
+        self.family, self.images, self.latents = family, images, latents
+        self.order = Order(len(images), seed)
+
+    def batch(self, position: int, count: int) -> tuple[Tensor, Condition]:
+        """Samples (count, C, H, W) and their conditions."""
+        index = self.order.indices(position, count)
+        if self.latents is not None:
+            samples = self.latents[index].float().to(self.family.device)
+        else:
+            samples = self.family.encode_images(self.images.batch(index).to(self.family.device))
+        if self.family.condition_kind == "none":
+            return samples, {}
+        return samples, self.family.encode_conditions([self.images.labels[i] for i in index])
+
+
+class Trainer(abc.ABC):
+    """One distillation run.
+
+    Args:
+        config: the resolved config.
+        settings: the method's own section of it.
+        sampler: the student's few-step sampler.
+        real: real samples, for methods and settings that want them.
+        run: where to write; None writes nothing (tests, benchmarks).
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    Settings: ClassVar[type[Section]]
+
+    def __init__(
+        self,
+        config: RunSettings,
+        settings: Section,
+        family: Family,
+        roles: Roles,
+        sampler: FewStepSampler,
+        conditions: ConditionSource,
+        real: RealSource | None = None,
+        run: RunFolder | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        self.config, self.settings, self.family, self.roles = config, settings, family, roles
+        self.sampler, self.conditions, self.real, self.run = sampler, conditions, real, run
+        self.accelerator = accelerator or Accelerator(cpu=family.device.type == "cpu")
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.noise = Noise(config.seed, family.device, self.rank, self.world)
+        self.extra: dict[str, nn.Module] = {}  # networks besides the roles, trained with the fake score
+        self.counters = {"iteration": 0, "student": 0, "fake_score": 0, "conditions": 0, "real": 0}
+        self.skipped = {"student": 0, "fake_score": 0}
+        self.skipped_in_a_row = {"student": 0, "fake_score": 0}
+        self.seconds = 0.0
+        self.build()
+        self.trained = {
+            "student": roles.student.parameters(),
+            "fake_score": roles.fake_score.parameters()
+            | {f"{n}.{k}": p for n, module in self.extra.items() for k, p in module.named_parameters()},
+        }
+        self.optimizers = {name: self._optimizer(name, list(p.values())) for name, p in self.trained.items()}
+        self.ema = EMA(roles.student, config.train.ema_decay) if config.train.ema_decay else None
+        self._logged: dict[str, list[Tensor | float]] = {}
+        self._stop: tuple[str, int] | None = None
+
+    # -- what a method says --------------------------------------------------------------------------------
+
+    def build(self) -> None:  # noqa: B027
+        """Make networks of the method's own (``self.extra``); called once, before the optimizers."""
+
+    @abc.abstractmethod
+    def iteration(self) -> None:
+        """One iteration: draw batches, backward, :meth:`update` roles."""
+
+    @classmethod  # noqa: B027
+    def check(cls, config: RunSettings, settings: Section) -> None:
+        """Refuse contradictions before any weight is loaded.
+
+        Raises:
+            UserError: one line that names the keys.
+        """
+
+    @classmethod
+    def wants_images(cls, settings: Section) -> bool:
+        """Whether these settings train with real images."""
+        return False
+
+    # -- batches -------------------------------------------------------------------------------------------
+
+    def next_batch(self) -> Batch:
+        """This process's next conditions with fresh noise."""
+        count = self.config.train.batch_size
+        start = self.counters["conditions"] + self.rank * count
+        self.counters["conditions"] += count * self.world
+        return Batch(self.conditions.batch(start, count), self.noise.randn(count, *self.family.sample_shape))
+
+    def next_real(self, count: int) -> tuple[Tensor, Condition]:
+        """This process's next real samples."""
+        start = self.counters["real"] + self.rank * count
+        self.counters["real"] += count * self.world
+        return self.real.batch(start, count)
+
+    def draw_time(self, low: int, high: int, count: int) -> Tensor:
+        """Times (count,) of noise levels uniform in ``low .. high``, both included."""
+        return self.roles.student.schedule.level(self.noise.randint(low, high, count))
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Remember a scalar; it stays on its device until the row is written."""
+        self._logged.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+
+    # -- updates -------------------------------------------------------------------------------------------
+
+    def _optimizer(self, role: str, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+        own = getattr(self.config.optimizer, role)
+        return torch.optim.AdamW(parameters, lr=own.lr, betas=own.betas, eps=own.eps, weight_decay=own.weight_decay)
+
+    def update(self, role: str) -> bool:
+        """One optimizer step of ``role`` from the gradients that have gathered; whether it was taken.
+
+        Gradients are averaged over processes, the norm is clipped, a non-finite norm is counted and the step skipped.
+
+        Raises:
+            RunStopped: too many skipped in a row.
+        """
+        parameters = [p for p in self.trained[role].values() if p.grad is not None]
+        if self.world > 1:
+            _average([p.grad for p in parameters], self.world)
+        own, optimizer = getattr(self.config.optimizer, role), self.optimizers[role]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        finite = math.isfinite(norm.item())
+        if finite:
+            nn.utils.clip_grads_with_norm_(parameters, own.clip, norm)
+            warm = min(1.0, (self.counters[role] + 1) / own.warmup) if own.warmup else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = own.lr * warm
+            optimizer.step()
+            self.counters[role] += 1
+            self.skipped_in_a_row[role] = 0
+            self.log(f"grad_norm/{role}", norm)
+            if role == "student" and self.ema is not None:
+                self.ema.update()
+        for parameter in self.trained[role].values():
+            parameter.grad = None
+        if not finite:
+            self._count_skipped(role)
+        return finite
+
+    def _count_skipped(self, role: str) -> None:
+        self.skipped[role] += 1
+        self.skipped_in_a_row[role] += 1
+        limit = self.config.train.non_finite_limit
+        if self.skipped_in_a_row[role] >= limit:
+            kept = checkpoint.latest(self.run.checkpoints) if self.run else None
+            raise RunStopped(
+                f"stopped at iteration {self.counters['iteration']}: {limit} non-finite gradients of the {role} in a "
+                f"row; lower optimizer.{role}.lr"
+                + (f"; the last whole checkpoint is {kept}" if kept else "; there is no checkpoint yet")
+            )
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train until ``train.updates`` student updates are done; saves at the end.
+
+        Raises:
+            Interrupted: SIGTERM, Ctrl-C or ``train.max_minutes``; saved before.
+            RunStopped: non-finite gradients in a row.
+        """
+        total, started = self.config.train.updates, time.monotonic()
+        before, main = self.seconds, self.accelerator.is_main_process
+        with (
+            self._signals(),
+            tqdm(total=total, initial=self.counters["student"], desc=self.name, unit="update", disable=not main) as bar,
+        ):
+            if self.run and self.counters["iteration"] == 0:
+                self.save_samples()
+            while self.counters["student"] < total:
+                done = self.counters["student"]
+                self.iteration()
+                self.counters["iteration"] += 1
+                self.seconds = before + time.monotonic() - started
+                if self.counters["student"] > done:
+                    bar.update(1)
+                    self._after_update(bar)
+                self._maybe_stop(time.monotonic() - started)
+            self.save()
+
+    def _after_update(self, bar: tqdm) -> None:
+        train, student = self.config.train, self.counters["student"]
+        if student % train.log_every == 0:
+            self._write_row(bar)
+        if self.run and (student % train.sample_every == 0 or student == train.updates):
+            self.save_samples()
+        if student % train.checkpoint_every == 0 and student < train.updates:
+            self.save()
+
+    def _write_row(self, bar: tqdm) -> None:
+        row: dict[str, Any] = {
+            "iteration": self.counters["iteration"],
+            "updates/student": self.counters["student"],
+            "updates/fake_score": self.counters["fake_score"],
+            "seconds": round(self.seconds, 3),
+            "passes": self.roles.meter.total * self.world,
+        }
+        for name, values in self._logged.items():
+            row[name] = float(torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values]).mean())
+        for role, count in self.skipped.items():
+            if count:
+                row[f"skipped/{role}"] = count
+        self._logged.clear()
+        shown = {k.removeprefix("loss/"): f"{v:.3g}" for k, v in row.items() if k.startswith("loss/")}
+        bar.set_postfix(shown, refresh=False)
+        if self.run and self.accelerator.is_main_process:
+            self.run.append(row)
+            if self.accelerator.trackers:
+                self.accelerator.log({k: v for k, v in row.items() if k != "iteration"}, step=row["iteration"])
+
+    @torch.no_grad()
+    def save_samples(self) -> None:
+        """A grid of the student's pictures on noise and conditions that stay the same over the run."""
+        if not self.accelerator.is_main_process or self.run is None:
+            return
+        count = self.config.train.sample_count
+        fixed = Noise(self.config.seed + 1, self.family.device)
+        noise = fixed.randn(count, *self.family.sample_shape)
+        items = self.conditions.items
+        condition = self.family.encode_conditions([items[i % len(items)] for i in range(count)]) if items else {}
+        passes = self.roles.meter.forward
+        with self.averaged():
+            samples = self.sampler.sample(self.roles.student, noise, condition, fixed.randn_like)
+        self.roles.meter.forward = passes
+        save_grid(self.family.decode(samples), self.run.samples / f"{self.counters['student']:06d}.png")
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """The student with its averaged weights, if there is an average."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied()
+
+    # -- stopping ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and the first Ctrl-C ask for a stop after this iteration; a second Ctrl-C stops at once."""
+
+        def ask(number: int, _frame) -> None:
+            if self._stop is not None:
+                raise KeyboardInterrupt
+            self._stop = ("interrupted" if number == signal.SIGINT else "terminated", 128 + number)
+
+        try:
+            previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _maybe_stop(self, elapsed: float) -> None:
+        limit = self.config.train.max_minutes
+        if self._stop is None and limit is not None and elapsed > 60 * limit:
+            self._stop = (f"train.max_minutes = {limit} reached", 0)
+        asked = self._stop is not None
+        if self.world > 1:
+            flag = torch.tensor(float(asked), device=self.family.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            asked = bool(flag)
+        if asked and self.counters["student"] < self.config.train.updates:
+            self.save()
+            raise Interrupted(*(self._stop or ("another process was stopped", 1)))
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Everything needed to go on: groups of tensors, and a JSON object."""
+        tensors = {role.name: role.state_dict() for role in self.roles.trained()}
+        tensors |= {name: module.state_dict() for name, module in self.extra.items()}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.shadow
+        for name, optimizer in self.optimizers.items():
+            tensors[f"optimizer-{name}"] = {
+                f"{index}.{key}": torch.as_tensor(value)
+                for index, own in optimizer.state_dict()["state"].items()
+                for key, value in own.items()
+            }
+        tensors["noise"] = {"generator": self.noise.get_state()}
+        meta = {
+            "method": self.name,
+            "counters": self.counters,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "seconds": self.seconds,
+            "passes": [self.roles.meter.forward, self.roles.meter.backward],
+            "ema_updates": self.ema.updates if self.ema else 0,
+        }
+        return tensors, meta
+
+    def save(self) -> None:
+        """Write a checkpoint (the main process) and wait for it (the others)."""
+        if self.run is not None and self.accelerator.is_main_process:
+            tensors, meta = self.state()
+            step = self.counters["iteration"]
+            checkpoint.save(self.run.checkpoints, step, tensors, meta, self.config.train.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], where: str) -> None:
+        """Go on from :meth:`state`.
+
+        Raises:
+            UserError: the checkpoint is of another method, or does not fit the networks.
+        """
+        if meta.get("method") != self.name:
+            raise UserError(f"checkpoint {where}: written by method {meta.get('method')!r}, not {self.name!r}")
+        try:
+            for role in self.roles.trained():
+                role.load_state_dict(tensors[role.name])
+            for name, module in self.extra.items():
+                module.load_state_dict(tensors[name])
+            if self.ema is not None:
+                for key, value in self.ema.shadow.items():
+                    value.copy_(tensors["ema"][key])
+                self.ema.updates = meta["ema_updates"]
+            for name, optimizer in self.optimizers.items():
+                _load_optimizer(optimizer, tensors[f"optimizer-{name}"])
+            self.noise.set_state(tensors["noise"]["generator"])
+            self.counters.update(meta["counters"])
+            self.skipped.update(meta["skipped"])
+            self.skipped_in_a_row.update(meta["skipped_in_a_row"])
+            self.seconds = meta["seconds"]
+            self.roles.meter.forward, self.roles.meter.backward = meta["passes"]
+        except (KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"checkpoint {where}: does not fit this run ({reason}); was the teacher changed?") from None
+
+
+def _average(gradients: list[Tensor], world: int) -> None:
+    """Mean over processes, as one message."""
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,26 @@
+"""Pictures of a batch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+
+def save_grid(pixels: Tensor, path: Path, columns: int = 10, least_side: int = 48) -> None:
+    """Write (N, C, H, W) pixels in [-1, 1] as one PNG, ``columns`` across; small pictures are enlarged to be seen."""
+    count, channels, height, width = pixels.shape
+    array = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    rows = math.ceil(count / columns)
+    canvas = np.full((rows * height, columns * width, channels), 255, dtype=np.uint8)
+    for index, picture in enumerate(array):
+        top, left = divmod(index, columns)
+        canvas[top * height : (top + 1) * height, left * width : (left + 1) * width] = picture
+    image = Image.fromarray(canvas[..., 0] if channels == 1 else canvas[..., :3])
+    scale = max(1, math.ceil(least_side / height))
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)

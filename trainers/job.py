@@ -1,0 +1,252 @@
+"""From a config to a trainer that is ready to run: everything between the command line and the loop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from pydantic import create_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from stepdistill.trainers import METHODS
+from stepdistill.trainers.base import ConditionSource, RealSource, Trainer
+from torch import Tensor
+from tqdm import tqdm
+
+from stepdistill import assets, checkpoint, data
+from stepdistill.config import Section, apply_overrides, check, read_yaml
+from stepdistill.errors import UserError
+from stepdistill.families import load_family
+from stepdistill.families.base import Family
+from stepdistill.roles import Roles
+from stepdistill.run import RunFolder
+from stepdistill.sampler import FewStepSampler, few_step_times
+from stepdistill.settings import ImagesSettings, RunSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked config with its method; ``unused``: sections of other methods that the file also holds."""
+
+    config: RunSettings
+    method: type[Trainer]
+    unused: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> Section:
+        return getattr(self.config, self.method.name)
+
+
+def read_job(path: str | Path, overrides: list[str] | None = None) -> Job:
+    """Read, merge, override and check a config file.  Nothing is loaded.
+
+    Raises:
+        UserError: anything wrong with it.
+    """
+    return make_job(apply_overrides(read_yaml(path), overrides or []), str(path))
+
+
+def make_job(raw: dict[str, Any], where: str = "config") -> Job:
+    """Check a raw config.  Sections of other methods may stand beside the chosen one's and are set aside."""
+    if "method" not in raw:
+        raise UserError(f"{where}: key 'method' is missing; methods are {', '.join(METHODS)}")
+    name = raw["method"]
+    if name not in METHODS:
+        raise UserError(f"{where}: method = {name!r}: unknown; methods are {', '.join(METHODS)}")
+    method = METHODS[name]
+    unused = tuple(other for other in METHODS if other != name and other in raw)
+    for other in unused:
+        check(METHODS[other].Settings, raw[other] or {}, f"{where}: {other}")
+    model = create_model(
+        f"{method.__name__}Config", __base__=RunSettings, **{name: (method.Settings, method.Settings())}
+    )
+    config = check(model, {k: v for k, v in raw.items() if k not in unused}, where)
+    job = Job(config, method, unused)
+    _check_conditions(config)
+    method.check(config, job.settings)
+    return job
+
+
+def _check_conditions(config: RunSettings) -> None:
+    evaluation = config.evaluation
+    if (evaluation.extractor is None) != (evaluation.reference is None):
+        raise UserError("evaluation: extractor and reference go together; set both or neither")
+
+
+def load_images(settings: ImagesSettings, shape: tuple[int, int, int]) -> data.ImageSet:
+    """The real images of a config, for a teacher whose pictures are ``shape`` (C, H, W)."""
+    if settings.folder is not None:
+        return data.read_folder(settings.folder, shape, settings.resize)
+    if settings.npz is not None:
+        return data.read_npz(assets.resolve(settings.npz), shape, settings.resize)
+    return data.read_dataset(
+        settings.dataset,
+        shape,
+        settings.split,
+        settings.revision,
+        settings.image_column,
+        settings.label_column,
+        settings.resize,
+    )
+
+
+def condition_items(config: RunSettings, family: Family) -> list:
+    """The labels or prompts that the student is trained on.
+
+    Raises:
+        UserError: labels out of range, no prompts for a text-conditional teacher, prompts for another.
+    """
+    own = config.data
+    if family.condition_kind == "prompt":
+        if own.prompts is not None:
+            return data.read_prompts(own.prompts)
+        if own.prompt_dataset is not None:
+            source = own.prompt_dataset
+            return data.read_prompt_column(source.name, source.column, source.split, source.revision)
+        raise UserError("data: this teacher takes prompts; set data.prompts (a text file) or data.prompt_dataset")
+    if own.prompts is not None or own.prompt_dataset is not None:
+        raise UserError(f"data.prompts: the teacher {config.teacher.path} takes no prompts; remove the key")
+    if family.condition_kind == "none":
+        if own.labels != "all":
+            raise UserError(f"data.labels: the teacher {config.teacher.path} takes no labels; remove the key")
+        return []
+    labels = list(range(family.num_labels)) if own.labels == "all" else own.labels
+    for label in labels:
+        if not 0 <= label < family.num_labels:
+            raise UserError(f"data.labels: {label} is outside 0..{family.num_labels - 1}, the teacher's labels")
+    return labels
+
+
+def _check_image_labels(images: data.ImageSet, family: Family) -> None:
+    if family.condition_kind == "none":
+        return
+    wanted, kind = (str, "captions") if family.condition_kind == "prompt" else (int, "labels")
+    if images.labels is None or not isinstance(images.labels[0], wanted):
+        raise UserError(f"data.images: {images.source} has no {kind}, which this teacher's images need")
+    if wanted is int and not 0 <= min(images.labels) <= max(images.labels) < family.num_labels:
+        raise UserError(
+            f"data.images: {images.source} has labels {min(images.labels)}..{max(images.labels)}, outside "
+            f"the teacher's 0..{family.num_labels - 1}"
+        )
+
+
+def cached_latents(family: Family, images: data.ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
+    """All images as latents (N, C, H, W), from ``folder`` if they lie there; None for a family without a VAE.
+
+    The file is keyed by a fingerprint of the images' source, the VAE's weights and the size, so that a stale one is
+    never used.
+    """
+    vae = getattr(family, "vae", None)
+    if vae is None:
+        return None
+    digest = hashlib.sha256(repr((images.source, len(images), family.image_shape)).encode())
+    for value in vae.state_dict().values():
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    digest.update(images.batch([0, len(images) - 1]).numpy().tobytes())
+    key = digest.hexdigest()
+    file = folder / f"latents-{key[:16]}.safetensors"
+    if file.exists():
+        try:
+            with safe_open(file, "pt") as opened:
+                if (opened.metadata() or {}).get("fingerprint") == key:
+                    return opened.get_tensor("latents")
+        except SafetensorError:
+            pass
+    bar = tqdm(range(0, len(images), batch), desc="latents", unit="batch")
+    parts = [
+        family.encode_images(images.batch(list(range(i, min(i + batch, len(images))))).to(family.device)).cpu()
+        for i in bar
+    ]
+    latents = torch.cat(parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    save_file({"latents": latents}, temporary, {"fingerprint": key})
+    temporary.replace(file)
+    return latents
+
+
+def make_sampler(config: RunSettings, family: Family) -> FewStepSampler:
+    """The student's sampler on the teacher's schedule."""
+    times = few_step_times(family.schedule, config.sampler.steps, config.sampler.start)
+    return FewStepSampler(family.schedule, times, config.sampler.transition)
+
+
+def load_teacher(config: RunSettings) -> Family:
+    """The config's teacher, frozen."""
+    teacher = config.teacher
+    return load_family(
+        assets.resolve(teacher.path), teacher.family, teacher.revision, teacher.variant, DTYPES[teacher.dtype]
+    )
+
+
+def build_trainer(
+    job: Job, run: RunFolder | None, accelerator: Accelerator | None = None, family: Family | None = None
+) -> Trainer:
+    """Load the teacher and data, make roles and the method's trainer.
+
+    Args:
+        family: a teacher already loaded (or analytic); read from the config otherwise.
+
+    Raises:
+        UserError: anything in the config that does not fit the teacher or the data.
+    """
+    config = job.config
+    accelerator = accelerator or Accelerator()
+    family = family or load_teacher(config)
+    family.to(accelerator.device)
+    sampler = make_sampler(config, family)
+    items = condition_items(config, family)
+    images = None
+    if job.method.wants_images(job.settings):
+        images = load_images(config.data.images, family.image_shape)
+        _check_image_labels(images, family)
+    torch.manual_seed(config.seed)
+    roles = Roles(
+        family,
+        config.roles,
+        torch.bfloat16 if config.train.precision == "bf16" else None,
+        config.train.gradient_checkpointing,
+    ).to(accelerator.device)
+    real = None
+    if images is not None:
+        latents = cached_latents(family, images, Path(config.output) / "cache")
+        real = RealSource(family, images, latents, config.seed + 2)
+    conditions = ConditionSource(family, items, config.seed + 1)
+    return job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)
+
+
+def resume(trainer: Trainer, run: RunFolder) -> bool:
+    """Go on from the run's newest whole checkpoint; False where there is none yet.
+
+    Raises:
+        UserError: it is damaged, or of another run.
+    """
+    last = checkpoint.latest(run.checkpoints)
+    if last is None:
+        run.keep_metrics_until(-1)
+        return False
+    tensors, meta = checkpoint.load(last)
+    trainer.restore(tensors, meta, str(last))
+    run.keep_metrics_until(trainer.counters["iteration"])
+    return True
+
+
+def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """What an exported student says of how it was made."""
+    config = job.config
+    return {
+        "method": job.method.name,
+        "teacher": config.teacher.path,
+        "student_updates": trainer.counters["student"],
+        "network_passes": trainer.roles.meter.total * trainer.world,
+        "weights": config.roles.weights,
+        "seed": config.seed,
+        "settings": json.loads(job.settings.model_dump_json()),
+    }
