@@ -48,7 +48,9 @@ def export_student(
     facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times), "call": call, **provenance}
     network = family.fresh_network()
     network.load_state_dict(role.plain_state_dict())
-    network.to(device="cpu", dtype=dtype or torch.float32).eval()
+    if dtype not in (None, torch.float32):
+        network.to(dtype)
+    network.eval()
     own = {k: v for k, v in (network.config.get("_stepdistill") or {}).items() if k == "null_label"}
     network.register_to_config(_stepdistill={**own, **facts})
     scheduler = student_scheduler(family.scheduler, family.kind, sampler)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Literal
 
@@ -73,7 +74,9 @@ class AdapterSwitch:
         )
         trainable = [p for p in self.network.parameters() if p.requires_grad]
         try:
-            inject_adapter_in_model(config, self.network, adapter_name=name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the second of two is meant
+                inject_adapter_in_model(config, self.network, adapter_name=name)
         except ValueError as error:
             raise UserError(f"roles.lora.targets: {str(error).splitlines()[0]}") from None
         self.layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]

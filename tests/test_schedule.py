@@ -65,7 +65,7 @@ def test_score_is_the_gradient_of_the_gaussian_kernel():
 
 def test_float32_in_float32_out_with_float64_coefficients():
     schedule = linear_betas()
-    x0, eps, t, x_t = made(schedule, 999, dtype=torch.float32)
+    _, eps, t, x_t = made(schedule, 999, dtype=torch.float32)
     assert x_t.dtype == torch.float32
     exact = schedule.to_x0(eps.double(), "eps", x_t.double(), t)
     given = schedule.to_x0(eps, "eps", x_t, t)
@@ -104,12 +104,11 @@ def test_preconditioning_of_edm_has_unit_variance_input_and_target():
     sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
     c_skip, c_out = schedule.preconditioning(sigma)
     # 2206.00364 eq. 115-117: Var(c_in x) = 1, and the target of F has variance 1
-    torch.testing.assert_close(
-        schedule.network_input(torch.ones(3, 1, dtype=torch.float64), sigma)[:, 0] ** 2 * (sigma**2 + 0.25),
-        torch.ones(3, dtype=torch.float64),
-    )
+    ones = torch.ones(3, dtype=torch.float64)
+    c_in = schedule.network_input(ones[:, None], sigma)[:, 0]
+    torch.testing.assert_close(c_in**2 * (sigma**2 + 0.25), ones)
     target_variance = ((1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2) / c_out**2
-    torch.testing.assert_close(target_variance, torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(target_variance, ones)
 
 
 def test_deterministic_step_is_stock_ddim():

@@ -92,6 +92,26 @@ def toy_trainer(family: AnalyticFamily | None = None, real=None, run=None, **cha
 
 
 def sigma_points(dim: int) -> torch.Tensor:
-    """2 dim points with mean 0 and covariance exactly I: expectations of quadratics over them are exact. (2 dim, dim)"""
+    """2 dim points (2 dim, dim) with mean 0 and covariance exactly I: means of quadratics over them are exact."""
     points = dim**0.5 * torch.eye(dim, dtype=torch.float64)
     return torch.cat([points, -points])
+
+
+def fit_to_teacher(family: AnalyticFamily, mixture: GaussianMixture, steps: int, batch: int = 256) -> None:
+    """Train the family's network to be the teacher, as a real run starts from it."""
+    from stepdistill.objectives.denoising import denoising_loss
+
+    generator = torch.Generator().manual_seed(0)
+    network = family.network.requires_grad_(True)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
+    denoiser = family.denoiser()
+    for _ in range(steps):
+        x0 = mixture.sample(batch, generator).float().reshape(batch, *family.sample_shape)
+        eps = torch.randn(x0.shape, generator=generator)
+        t = family.schedule.level(torch.randint(family.schedule.num_levels, (batch,), generator=generator))
+        prediction = denoiser(family.schedule.add_noise(x0, eps, t), t, {})
+        optimizer.zero_grad()
+        denoising_loss(prediction, x0, eps, family.kind).backward()
+        optimizer.step()
+        schedule.step()

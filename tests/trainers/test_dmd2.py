@@ -3,7 +3,7 @@
 import pytest
 import torch
 from stepdistill.trainers.base import RealSource
-from toys import MLP, linear_betas, toy_family, toy_trainer, zero_snr
+from toys import MLP, fit_to_teacher, linear_betas, toy_family, toy_trainer, zero_snr
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.denoiser import Prediction
@@ -278,17 +278,18 @@ def students_samples(trainer, count=4000):
 
 
 def test_reaches_a_mixture_through_the_real_loop():
-    """Learned student and learned fake score on a 2-D mixture of three; energy distance to the teacher's samples."""
+    """Learned teacher copy, student and fake score on a 2-D mixture of three: energy distance to its samples."""
     mixture = GaussianMixture([[-1.0, 0.3], [0.9, 0.6], [0.1, -1.0]], 0.03, weights=[0.4, 0.3, 0.3])
+    family = toy_family(mixture, zero_snr(), hidden=128)
+    fit_to_teacher(family, mixture, 1500)
     trainer = toy_trainer(
-        toy_family(mixture, zero_snr(), hidden=128),
-        train={"updates": 500, "batch_size": 256, "ema_decay": 0.98},
-        optimizer={"student": {"lr": 1e-3, "warmup": 50}, "fake_score": {"lr": 2e-3, "warmup": 50}},
+        family,
+        train={"updates": 400, "batch_size": 256, "ema_decay": 0.98},
+        optimizer={"student": {"lr": 5e-4, "warmup": 50}, "fake_score": {"lr": 1e-3, "warmup": 50}},
     )
     truth = mixture.sample(4000, torch.Generator().manual_seed(1))
     before = energy_distance(students_samples(trainer), truth)
     trainer.fit()
     after = energy_distance(students_samples(trainer), truth)
-    noise_floor = energy_distance(mixture.sample(4000, torch.Generator().manual_seed(2)), truth)
-    assert before > 0.3
-    assert after < 0.02, f"energy distance {before:.3f} -> {after:.4f}; two samples of the truth: {noise_floor:.4f}"
+    assert before > 0.5
+    assert after < 0.03, f"energy distance {before:.3f} -> {after:.4f}"
