@@ -206,6 +206,51 @@ Next:
   stepdistill distill CONFIG teacher.path=FOLDER       your own teacher""")
 
 
+@app.command("evaluate", epilog="Example: stepdistill evaluate runs/quickstart")
+def evaluate_command(
+    targets: Annotated[list[str], typer.Argument(help="run folders, or pipelines as PATH or PATH@STEPS")],
+    samples: Annotated[int | None, typer.Option(min=2, help="pictures from each")] = None,
+    extractor: Annotated[str | None, typer.Option(help="asset:NAME, a file, inception, module:attribute")] = None,
+    reference: Annotated[str | None, typer.Option(help="reference statistics")] = None,
+    seed: Annotated[int, typer.Option()] = 1234,
+    prompts: Annotated[str | None, typer.Option(help="a file, one prompt a line")] = None,
+    clip_model: Annotated[str | None, typer.Option(help="open_clip's model name, e.g. ViT-g-14")] = None,
+    clip_weights: Annotated[str | None, typer.Option(help="a local weight file for --clip-model")] = None,
+    output: Annotated[Path, typer.Option(help="the JSON file, for pipelines")] = Path("evaluation.json"),
+) -> None:
+    """Fréchet and kernel distance, latency, CLIP score.  A run's teacher and student, or any pipelines."""
+    import torch
+
+    _quiet_libraries()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    runs = [t for t in targets if (Path(t) / "config.yaml").is_file()]
+    if runs:
+        from stepdistill.eval.of_run import evaluate_run
+
+        if len(runs) != len(targets):
+            raise UserError("give run folders or pipelines, not both")
+        for run in runs:
+            print(evaluate_run(Path(run), device, samples))
+        return
+    from stepdistill import assets
+    from stepdistill.config import check
+    from stepdistill.eval.evaluate import EvaluationSettings, Target, evaluate
+    from stepdistill.eval.pictures import table
+
+    given = {"samples": samples, "extractor": extractor, "reference": reference, "seed": seed, "prompts": prompts}
+    raw = {k: v for k, v in given.items() if v is not None}
+    if clip_model is not None:
+        raw["clip"] = {"model": clip_model, "pretrained": clip_weights}
+    settings = check(EvaluationSettings, raw, "evaluate")
+    parsed = []
+    for target in targets:
+        path, _, steps = target.rpartition("@") if "@" in target else (target, "", "")
+        if steps and not steps.isdigit():
+            raise UserError(f"{target}: what follows @ is a number of steps")
+        parsed.append(Target(Path(path).name, assets.resolve(path), int(steps) if steps else None))
+    print(table(evaluate(parsed, settings, output, device)))
+
+
 @app.command(epilog="Example: stepdistill export runs/quickstart --output students/fashion")
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],
@@ -327,6 +372,44 @@ def teacher_train(config: Annotated[Path, typer.Argument(help="a YAML config")],
     checked = check(TeacherConfig, apply_overrides(read_yaml(config), overrides or []), str(config))
     path = train_teacher(checked, "cuda" if torch.cuda.is_available() else "cpu")
     print(f"teacher {path}")
+
+
+@teacher_app.command(
+    "features", epilog="Example: stepdistill teacher features configs/teachers/fashion_mnist_features.yaml"
+)
+def teacher_features(
+    config: Annotated[Path, typer.Argument(help="a YAML config")], overrides: Overrides = None
+) -> None:
+    """Train a feature network for evaluation, make reference statistics, pack real images."""
+    import torch
+
+    from stepdistill.config import apply_overrides, check, read_yaml
+    from stepdistill.eval.prepare import FeatureConfig, prepare_assets
+
+    checked = check(FeatureConfig, apply_overrides(read_yaml(config), overrides or []), str(config))
+    for name, path in prepare_assets(checked, "cuda" if torch.cuda.is_available() else "cpu").items():
+        print(f"{name} {path}")
+
+
+# -- benchmarks --------------------------------------------------------------------------------------------
+
+
+@benchmark_app.command("step", epilog="Example: stepdistill benchmark step configs/quickstart.yaml --seconds 20")
+def benchmark_step(
+    config: Annotated[Path, typer.Argument(help="a run's YAML config")],
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="about how long to measure")] = 20.0,
+    random_size: Annotated[
+        str | None, typer.Option(help="a network with random weights instead: sd-small, sd15")
+    ] = None,
+) -> None:
+    """What an update costs over its floor: the same networks' passes alone, timed in the same run."""
+    from stepdistill.trainers.benchmark import measure_step
+    from stepdistill.trainers.job import read_job
+
+    job = read_job(config, overrides)
+    _quiet_libraries()
+    print(measure_step(job, seconds, random_size))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def cached_latents(family: Family, images: data.ImageSet, folder: Path, batch: i
         family.encode_images(images.batch(list(range(i, min(i + batch, len(images))))).to(family.device)).cpu()
         for i in bar
     ]
-    latents = torch.cat(parts)
+    latents = torch.cat(parts).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     save_file({"latents": latents}, temporary, {"fingerprint": key})

@@ -82,9 +82,7 @@ def load_family(
 
     optional = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            path, revision=revision, variant=variant, dtype=dtype, **optional
-        )
+        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, variant=variant, dtype=dtype, **optional)
     except Exception as error:  # diffusers and transformers raise many kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"teacher {path}: cannot be loaded: {reason}") from None

@@ -1,0 +1,125 @@
+"""CLIP score: how well pictures fit their prompts (Hessel et al., 2104.08718), as a plain mean cosine.
+
+Not times 100, not clamped at 0.  Scores of different CLIP models live on different scales: the tag says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stepdistill.config import Section
+from stepdistill.errors import UserError
+
+from .distances import unit_uint8
+
+
+class ClipSettings(Section):
+    """Which CLIP scores, and from where its weights come."""
+
+    model: str = Field("ViT-g-14", description="open_clip's model name, or local-dir:FOLDER")
+    pretrained: str | None = Field(
+        None, description="a weight file; with hub=true one of open_clip's tags, such as laion2b_s12b_b42k"
+    )
+    hub: bool = Field(False, description="true allows open_clip to download the weights")
+    prefix: str = Field("A photo depicts ", description="put before every prompt")
+
+    @model_validator(mode="after")
+    def _weights_named(self) -> ClipSettings:
+        if self.pretrained is None and not self.model.startswith("local-dir:"):
+            raise ValueError(
+                f"pretrained is missing: name a weight file of {self.model}, or hub=true and a tag, or "
+                "model=local-dir:FOLDER"
+            )
+        return self
+
+    @property
+    def tag(self) -> str:
+        """What a score is labelled with."""
+        weights = "" if self.pretrained is None else f" {Path(self.pretrained).name}"
+        return f"{self.model}{weights}, prefix {self.prefix!r}"
+
+
+class TextImageModel(Protocol):
+    """What scoring needs of a model: embeddings of the same width for pictures and for texts."""
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
+
+    def encode_text(self, tokens: Tensor) -> Tensor: ...
+
+
+@torch.inference_mode()
+def cosine_scores(model: TextImageModel, images: Tensor, tokens: Tensor) -> Tensor:
+    """Cosine of each picture's embedding with its text's, (B,), float32 on the CPU.
+
+    Args:
+        images: (B, ...) as the model wants them; tokens: (B, ...) likewise, aligned.
+    """
+    pictures, texts = model.encode_image(images).float(), model.encode_text(tokens).float()
+    return torch.nn.functional.cosine_similarity(pictures, texts, dim=-1).cpu()
+
+
+@dataclass
+class ClipScorer:
+    """A model with its picture transform (PIL image to tensor) and tokenizer (list of str to tensor)."""
+
+    model: TextImageModel
+    transform: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    tag: str
+    prefix: str = ""
+    device: str | torch.device = "cpu"
+
+    def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Scores (B,) of pictures (B, 1 or 3, H, W) in [0, 1] against their prompts."""
+        arrays = unit_uint8(pixels).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+        images = torch.stack([self.transform(Image.fromarray(array)) for array in arrays]).to(self.device)
+        tokens = self.tokenizer([self.prefix + prompt for prompt in prompts]).to(self.device)
+        return cosine_scores(self.model, images, tokens)
+
+
+def load_clip(settings: ClipSettings, device: str | torch.device = "cpu") -> ClipScorer:
+    """open_clip's model from a local file or folder, or from the hub where ``hub`` allows it; prints its tag.
+
+    Raises:
+        UserError: the package or the weights are missing, or open_clip cannot load them.
+    """
+    _check_weights(settings)
+    open_clip: Any = _open_clip()
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            settings.model, pretrained=settings.pretrained, device=device
+        )
+        tokenizer = open_clip.get_tokenizer(settings.model)
+    except Exception as error:  # open_clip raises many kinds; the user needs the model and the reason
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"clip {settings.tag}: open_clip cannot load it ({reason})") from None
+    print(f"CLIP score by {settings.tag}")
+    return ClipScorer(model.eval(), transform, tokenizer, settings.tag, settings.prefix, device)
+
+
+def _check_weights(settings: ClipSettings) -> None:
+    folder = settings.model.removeprefix("local-dir:")
+    if folder != settings.model:
+        if not Path(folder).is_dir():
+            raise UserError(f"clip: folder {folder} is missing; put open_clip's config and weights of a model there")
+    elif not settings.hub and not Path(settings.pretrained).is_file():
+        raise UserError(
+            f"clip: weight file {settings.pretrained} of {settings.model} is missing; download it from the model's "
+            "page on the Hugging Face hub to that path, or set hub=true and a tag of open_clip's"
+        )
+
+
+def _open_clip():
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError(f"clip: needs the package open_clip_torch ({error}); pip install 'stepdistill[eval]'") from None
+    return open_clip

@@ -1,0 +1,78 @@
+"""Evaluating a finished run: its teacher at several step counts, its student, a table and a grid on equal noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from stepdistill import assets
+from stepdistill.errors import UserError
+
+from .evaluate import EvaluationSettings, Target, evaluate
+from .pictures import grid, table
+
+
+def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
+    """The teacher at its full steps, the teacher at fewer, and the student.
+
+    A guided teacher is evaluated with ``evaluation.teacher_guidance_scale``, by default the scale it was distilled with.
+    """
+    own, teacher = config["evaluation"], config["teacher"]
+    path = assets.resolve(teacher["path"])
+    scale = own["teacher_guidance_scale"]
+    if scale is None and own_scale(config) != 1:
+        scale = own_scale(config)
+    full = Target("teacher", path, teacher["steps"], scale)
+    fewer = [
+        Target("teacher", path, n, scale) for n in sorted(set(own["teacher_steps"]) - {teacher["steps"]}, reverse=True)
+    ]
+    return [full, *fewer, Target("student", run / "student")]
+
+
+def own_scale(config: dict[str, Any]) -> float:
+    """The guidance scale in the method's section; 1 where it has none."""
+    return float((config.get(config["method"]) or {}).get("guidance_scale") or 1.0)
+
+
+def evaluate_run(run: Path, device: torch.device | str, samples: int | None = None) -> str:
+    """Measure a run's teacher and student, write ``evaluation.json`` and ``grid.png``; returns the table as text.
+
+    Raises:
+        UserError: not a run folder, no student in it yet, or an evaluation setting that does not fit.
+    """
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        own = config["evaluation"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{run}: not a run folder (no config.yaml in it)") from None
+    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
+        raise UserError(f"{run / 'config.yaml'}: damaged; it is not a run's config") from None
+    if not (run / "student" / "model_index.json").is_file():
+        raise UserError(f"{run}: there is no student in it yet; finish the run, or: stepdistill export {run}")
+    targets = run_targets(run, config)
+    prompts = config["data"].get("prompts")
+    lines = []
+    if own["extractor"] is not None:
+        settings = EvaluationSettings(
+            samples=samples or own["samples"],
+            batch_size=own["batch_size"],
+            seed=own["seed"],
+            extractor=own["extractor"],
+            reference=own["reference"],
+            labels="uniform" if config["data"]["labels"] == "all" else config["data"]["labels"],
+            prompts=prompts,
+            latency=own["latency"],
+        )
+        rows = evaluate(targets, settings, run, device)
+        protocol = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["protocol"]
+        lines = [f"{protocol['metric']}, {settings.samples} samples each", table(rows, protocol["metric"])]
+    else:
+        lines = ["no distance was measured: evaluation.extractor and evaluation.reference are not set"]
+    shown = [t for t in targets if t.name == "student" or t.steps in (config["teacher"]["steps"], 1)]
+    texts = Path(prompts).read_text(encoding="utf-8").split("\n")[:4] if prompts else None
+    grid(shown, run / "grid.png", seed=own["seed"], device=device, prompts=texts)
+    return "\n".join(lines)

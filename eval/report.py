@@ -1,0 +1,281 @@
+"""``report.html``: one page that shows a run, with everything in it; it opens offline, on a phone too."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepdistill.errors import UserError
+
+from .pictures import table_cells
+
+MOST_SAMPLES = 12
+"""Sample grids that a page shows, spread evenly over the run."""
+MOST_POINTS = 1000
+"""Points of a curve; longer ones are averaged in equal spans."""
+NOT_CURVES = {"iteration", "seconds", "passes"}
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:62rem;margin:0 auto;padding:1rem}
+h1{font-size:1.5rem;margin:.4rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:1px solid #dde1e6}
+table{border-collapse:collapse;font-size:.9rem}td,th{
+padding:.25rem .7rem;text-align:right;border-bottom:1px solid #e8ebef}
+td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}img{max-width:100%;height:auto}
+.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:.5rem}
+figure{margin:.5rem 0}figcaption,.note{color:#5a6470;font-size:.85rem}pre{
+background:#f5f7f9;padding:.8rem;overflow-x:auto}
+"""
+
+
+def write_report(run: str | Path) -> Path:
+    """Write ``report.html`` into a run's folder, from whatever of the run is there; the missing is named.
+
+    Raises:
+        UserError: no such folder, or one without config.yaml, environment.json and metrics.jsonl.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(f"run {run}: no such folder; name the output folder of a distillation")
+    if not any((run / name).is_file() for name in ("config.yaml", "environment.json", "metrics.jsonl")):
+        raise UserError(
+            f"run {run}: holds no config.yaml, environment.json or metrics.jsonl, so it is not a run; name the "
+            "output folder of a distillation"
+        )
+    config = _read_text(run / "config.yaml")
+    sections = [
+        ("What was run", _facts(run, config)),
+        ("Evaluation", _evaluation(run)),
+        ("Comparison, on the same noise", _comparison(run)),
+        ("Curves", _curves(run)),
+        ("Samples over time", _samples(run)),
+        ("Config", _config(config)),
+    ]
+    body = "\n".join(f"<h2>{_escape(title)}</h2>\n{content}" for title, content in sections)
+    name = _escape(run.resolve().name)
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n{body}\n</body></html>\n"
+    )
+    path = run / "report.html"
+    temporary = path.with_name("report.html.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+# -- pieces of a page --------------------------------------------------------------------------------------
+
+
+def _escape(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _missing(what: str) -> str:
+    return f'<p class="note">Not there: {_escape(what)}.</p>'
+
+
+def _image(data: bytes, text: str) -> str:
+    return f'<img alt="{_escape(text)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+
+def _table(rows: list[list[Any]], header: bool = True) -> str:
+    lines = []
+    for i, row in enumerate(rows):
+        tag = "th" if header and i == 0 else "td"
+        lines.append("<tr>" + "".join(f"<{tag}>{_escape(cell)}</{tag}>" for cell in row) + "</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _read_json(path: Path) -> Any:
+    text = _read_text(path)
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError:
+        return None
+
+
+# -- sections ----------------------------------------------------------------------------------------------
+
+
+def _facts(run: Path, config: str | None) -> str:
+    """Method, teacher, steps, seed, versions, command: from the config and the environment, as far as they say."""
+    try:
+        settings = yaml.safe_load(config or "") or {}
+    except yaml.YAMLError:
+        settings = {}
+    settings = settings if isinstance(settings, dict) else {}
+    environment = _read_json(run / "environment.json")
+    environment = environment if isinstance(environment, dict) else {}
+    rows = []
+    for label, keys in (
+        ("method", ["method"]),
+        ("teacher", ["teacher.path", "teacher"]),
+        ("teacher's steps", ["teacher.steps"]),
+        ("student's steps", ["sampler.steps", "steps"]),
+        ("seed", ["seed", "train.seed"]),
+    ):
+        value = next((v for v in (_at(settings, key) for key in keys) if v is not None), None)
+        if label == "seed" and value is None:
+            value = environment.get("seed")
+        if value is not None and not isinstance(value, dict):
+            rows.append([label, value])
+    git, versions = environment.get("git"), environment.get("versions")
+    if isinstance(git, dict) and git.get("commit"):
+        rows.append(["git", f"{git['commit']}{', with changes' if git.get('dirty') else ''}"])
+    rows += [[key, environment[key]] for key in ("command", "started", "platform") if environment.get(key)]
+    if isinstance(versions, dict):
+        rows.append(["versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)])
+    parts = [_table(rows, header=False)] if rows else []
+    parts += [_missing("environment.json (versions, git state, seed)")] if not environment else []
+    return "\n".join(parts)
+
+
+def _at(settings: dict, key: str) -> Any:
+    """The value at ``a.b.c``, None where the path ends early."""
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _evaluation(run: Path) -> str:
+    content = _read_json(run / "evaluation.json")
+    if not isinstance(content, dict) or not content.get("rows"):
+        return _missing("evaluation.json, or it cannot be read (make it with: stepdistill evaluate)")
+    protocol = content.get("protocol") or {}
+    reference = protocol.get("reference") or {}
+    settings = protocol.get("settings") or {}
+    said = [
+        f"{protocol.get('metric', 'distance')} of {settings.get('samples', '?')} pictures from "
+        f"{reference.get('source', '?')} ({reference.get('n', '?')} pictures, resize: {reference.get('resize', '?')})",
+        f"seed {settings.get('seed', '?')}",
+        f"on {protocol.get('device', '?')}",
+        str(content.get("date", "")),
+    ]
+    if protocol.get("clip"):
+        said.append(f"CLIP score by {protocol['clip']}")
+    if protocol.get("extractor_fingerprint"):
+        said.append(f"extractor {protocol.get('extractor')} {protocol['extractor_fingerprint'][:12]}")
+    cells = table_cells(content["rows"], str(protocol.get("metric", "frechet")))
+    note = "Lower is better; ratio and speed are against the first row. " + "; ".join(filter(None, said)) + "."
+    return f'{_table(cells)}<p class="note">{_escape(note)}</p>'
+
+
+def _comparison(run: Path) -> str:
+    path = run / "grid.png"
+    if not path.is_file():
+        return _missing("grid.png")
+    return _image(path.read_bytes(), "teacher and student on the same noise")
+
+
+def _samples(run: Path) -> str:
+    files = sorted((run / "samples").glob("*.png"))
+    if not files:
+        return _missing("samples/*.png")
+    if len(files) > MOST_SAMPLES:
+        last = len(files) - 1
+        files = [files[round(i * last / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
+    figures = []
+    for file in files:
+        caption = f"iteration {int(file.stem)}" if file.stem.isdecimal() else file.stem
+        figures.append(
+            f"<figure>{_image(file.read_bytes(), caption)}<figcaption>{_escape(caption)}</figcaption></figure>"
+        )
+    return "\n".join(figures)
+
+
+def _config(config: str | None) -> str:
+    if config is None:
+        return _missing("config.yaml")
+    return f"<details><summary>config.yaml, as resolved</summary><pre>{_escape(config)}</pre></details>"
+
+
+# -- curves ------------------------------------------------------------------------------------------------
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Every scalar of a ``metrics.jsonl`` as (iterations, values); lines that are cut short are passed over."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for line in (_read_text(path) or "").splitlines():
+        try:
+            row = json.loads(line)
+            iteration = float(row["iteration"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        for name, value in row.items():
+            if name not in NOT_CURVES and isinstance(value, int | float) and not isinstance(value, bool):
+                xs, ys = curves.setdefault(name, ([], []))
+                xs.append(iteration)
+                ys.append(float(value))
+    return curves
+
+
+def _curves(run: Path) -> str:
+    curves = read_metrics(run / "metrics.jsonl")
+    if not curves:
+        return _missing("metrics.jsonl, or it has no rows yet")
+    first = {"loss": 0, "grad_norm": 1}
+    names = sorted(curves, key=lambda name: (first.get(name.split("/")[0], 2), name))
+    return '<div class="curves">' + "\n".join(_curve(name, *curves[name]) for name in names) + "</div>"
+
+
+def _thin(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
+    """At most ``MOST_POINTS`` points: means over equal spans."""
+    span = -(-len(xs) // MOST_POINTS)
+    starts = range(0, len(xs), span)
+    return (
+        [sum(xs[i : i + span]) / len(xs[i : i + span]) for i in starts],
+        [sum(ys[i : i + span]) / len(ys[i : i + span]) for i in starts],
+    )
+
+
+def _curve(name: str, xs: list[float], ys: list[float]) -> str:
+    """One metric as an inline SVG; values that are not finite are left out and counted in the caption."""
+    from matplotlib.figure import Figure
+
+    points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
+    left_out = len(xs) - len(points)
+    if not points:
+        return f'<p class="note">{_escape(name)}: none of its {len(xs)} values is finite.</p>'
+    x, y = _thin([p[0] for p in points], [p[1] for p in points])
+    figure = Figure(figsize=(4.6, 2.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(x, y, linewidth=1.2, color="#1f6feb", marker="." if len(x) < 30 else None)
+    if min(y) > 0 and max(y) > 100 * min(y):
+        axes.set_yscale("log")
+    axes.set_title(name.replace("$", r"\$"), fontsize=9)
+    axes.set_xlabel("iteration", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    note = f"{left_out} values that are not finite are left out" if left_out else ""
+    caption = f"<figcaption>{_escape(note)}</figcaption>" if note else ""
+    return f'<figure role="img" aria-label="{_escape(name)}">{_svg(figure)}{caption}</figure>'
+
+
+def _svg(figure) -> str:
+    """A figure as an ``<svg>`` element alone: no prolog, no metadata, scaling with the page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%"', text, count=1)
+    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)

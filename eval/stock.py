@@ -1,0 +1,223 @@
+"""A stock diffusers folder, called in one way whatever its pipeline class.
+
+Nothing of ours takes part in the drawing: what is measured is what a user of plain diffusers gets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+
+from stepdistill import assets
+from stepdistill.errors import UserError
+
+ConditionKind = Literal["none", "label", "prompt"]
+
+
+class StockPipeline:
+    """A loaded pipeline with what evaluation must know of it.
+
+    Attributes:
+        pipeline: the diffusers pipeline.
+        path: where it came from.
+        provenance: the ``_stepdistill`` mapping of its scheduler's config, {} for a folder that is not ours.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, path: str):
+        self.path = path
+        self.pipeline = _callable_with_noise(pipeline)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self._arguments = set(inspect.signature(type(self.pipeline).__call__).parameters)
+        if not {"latents", "num_inference_steps"} <= self._arguments:
+            raise UserError(
+                f"{path}: {type(pipeline).__name__} cannot be given its noise or its number of steps, so it "
+                "cannot be compared; use a pipeline that takes latents= and num_inference_steps="
+            )
+        self.provenance: dict = dict(self.pipeline.scheduler.config.get("_stepdistill") or {})
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> StockPipeline:
+        """``DiffusionPipeline.from_pretrained`` on a folder of this machine (or ``asset:NAME``); no downloads.
+
+        Raises:
+            UserError: no such folder, not a diffusers folder, or one that diffusers cannot load.
+        """
+        folder = pipeline_folder(path)
+        # float32 is the default; the argument's older name works in every version that we allow, but warns in some
+        precision = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+        try:
+            with _quiet():
+                pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **precision)
+        except Exception as error:  # diffusers raises many kinds; the user needs the folder and the reason
+            reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+            raise UserError(f"pipeline {path}: diffusers cannot load it ({reason}); export it again") from None
+        return cls(pipeline.to(device), str(path))
+
+    # -- what it is ----------------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is called at every step."""
+        network = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
+        if network is None:
+            raise UserError(f"pipeline {self.path}: has neither a unet nor a transformer; it cannot be measured")
+        return network
+
+    @property
+    def condition_kind(self) -> ConditionKind:
+        if "prompt" in self._arguments:
+            return "prompt"
+        labelled = self.denoiser.config.get("num_class_embeds") and "class_labels" in self._arguments
+        return "label" if labelled else "none"
+
+    @property
+    def num_labels(self) -> int:
+        """How many real labels there are: a null label that is the last one is not counted; 0 without labels."""
+        if self.condition_kind != "label":
+            return 0
+        count = self.denoiser.config.num_class_embeds
+        null = (self.denoiser.config.get("_stepdistill") or {}).get("null_label")
+        return count - 1 if null == count - 1 else count
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the noise: pixels, or latents where there is a VAE."""
+        config = self.denoiser.config
+        size, channels = config.get("sample_size"), config.get("in_channels")
+        if size is None or channels is None:
+            raise UserError(
+                f"pipeline {self.path}: its {type(self.denoiser).__name__}'s config has no sample_size or "
+                "in_channels; add them"
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return (channels, height, width)
+
+    @property
+    def default_steps(self) -> int | None:
+        """The steps that its maker says, None where nobody says."""
+        return self.provenance.get("steps")
+
+    @property
+    def default_guidance(self) -> float | None:
+        """The guidance scale that its maker says, None where nobody says."""
+        return (self.provenance.get("call") or {}).get("guidance_scale")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    # -- drawing -------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        conditions: list | None,
+        noise: Tensor,
+        steps: int,
+        generator: torch.Generator | None = None,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """Draw pictures.
+
+        Args:
+            conditions: B labels or B prompts, None for an unconditional pipeline.
+            noise: (B, C, H, W) unit normal; the pipeline scales it by its scheduler's ``init_noise_sigma``.
+            steps: ``num_inference_steps``.
+            generator: for what the scheduler draws between steps.
+            guidance_scale: passed on where the call has it; None leaves the pipeline's own default.
+
+        Returns:
+            Pixels (B, C, H, W), float32, in [0, 1].
+
+        Raises:
+            UserError: noise or conditions that do not fit this pipeline, or guidance that it does not have.
+        """
+        self._check(conditions, noise, guidance_scale)
+        given = {
+            "batch_size": len(noise),
+            "latents": noise.to(self.device, self.denoiser.dtype),
+            "num_inference_steps": steps,
+            "generator": generator,
+            "guidance_scale": guidance_scale,
+            "prompt": conditions if self.condition_kind == "prompt" else None,
+            "class_labels": conditions if self.condition_kind == "label" else None,
+            "output_type": "pt",
+        }
+        accepted = {k: v for k, v in given.items() if k in self._arguments and v is not None}
+        images = self.pipeline(**accepted).images
+        return images.float().clamp(0, 1) if images.isfinite().all() else images.float()
+
+    def _check(self, conditions: list | None, noise: Tensor, guidance_scale: float | None) -> None:
+        if tuple(noise.shape[1:]) != self.noise_shape:
+            raise UserError(
+                f"pipeline {self.path}: needs noise of shape (B, {', '.join(map(str, self.noise_shape))}), not "
+                f"{tuple(noise.shape)}"
+            )
+        kind = self.condition_kind
+        if kind != "none" and (conditions is None or len(conditions) != len(noise)):
+            count = "none" if conditions is None else len(conditions)
+            raise UserError(f"pipeline {self.path}: needs one {kind} for each of {len(noise)} samples, got {count}")
+        if kind == "label" and not all(0 <= label < self.num_labels for label in conditions):
+            wrong = next(label for label in conditions if not 0 <= label < self.num_labels)
+            raise UserError(f"pipeline {self.path}: label {wrong} is outside 0..{self.num_labels - 1}")
+        if guidance_scale not in (None, 0, 1) and "guidance_scale" not in self._arguments:
+            raise UserError(
+                f"pipeline {self.path}: {type(self.pipeline).__name__} has no guidance, so guidance_scale = "
+                f"{guidance_scale} cannot be; leave it out"
+            )
+
+
+def pipeline_folder(path: str | Path) -> Path:
+    """The folder that ``path`` (or ``asset:NAME``) names.
+
+    Raises:
+        UserError: no such folder, or not a diffusers folder.
+    """
+    folder = Path(assets.resolve(str(path)))
+    if not folder.is_dir():
+        raise UserError(f"pipeline {path}: no such folder; name a folder that save_pretrained wrote")
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"pipeline {path}: has no model_index.json, so it is not a diffusers folder; name one that "
+            "save_pretrained wrote"
+        )
+    return folder
+
+
+def _callable_with_noise(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline, made to take its noise by hand where its class does not let one.
+
+    DDPM's and DDIM's pipelines have no ``latents``; with the same network and scheduler the consistency pipeline
+    runs the same loop and has.  That one's input check in turn demands three channels whatever its network has,
+    which nothing after the check does, so latents are kept from the check.
+    """
+    if isinstance(pipeline, DDPMPipeline | DDIMPipeline):
+        pipeline = ConsistencyModelPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler)
+    if isinstance(pipeline, ConsistencyModelPipeline):
+        stock_check = pipeline.check_inputs
+
+        def check_inputs(steps, timesteps, latents, batch_size, img_size, callback_steps):
+            stock_check(steps, timesteps, None, batch_size, img_size, callback_steps)
+
+        pipeline.check_inputs = check_inputs
+    return pipeline
+
+
+@contextlib.contextmanager
+def _quiet():
+    """diffusers' bar over components off while loading."""
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()

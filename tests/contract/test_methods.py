@@ -1,0 +1,214 @@
+"""Every method x teacher family x weights: trains, resumes bit for bit, routes gradients, exports."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from methods import METHODS, TEACHERS, WEIGHTS
+from PIL import Image
+from stepdistill.pipelines import export_student
+from stepdistill.trainers.job import build_trainer, make_job, provenance, resume
+
+from stepdistill import checkpoint
+from stepdistill.config import merge
+from stepdistill.run import RunFolder
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """A folder and data for each family."""
+    root = tmp_path_factory.mktemp("teachers")
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 255, (12, 8, 8), dtype=np.uint8)
+    np.savez(root / "images.npz", images=pixels, labels=np.arange(12) % 3)
+    (root / "prompts.txt").write_text("a cat\na dog\na red bus\n")
+    for index in range(6):
+        Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(root / f"{index}.png")
+        (root / f"{index}.txt").write_text("a cat" if index % 2 else "a dog")
+    folders = root / "pictures"
+    folders.mkdir()
+    for file in [*root.glob("*.png"), *(root / f"{i}.txt" for i in range(6))]:
+        file.rename(folders / file.name)
+    return {
+        "unet2d": {
+            "teacher": {"path": str(tiny.save_pixels(root / "unet2d", "v", labels=3, null=True))},
+            "data": {"images": {"npz": str(root / "images.npz")}},
+        },
+        "stable_diffusion": {
+            "teacher": {"path": str(tiny.save_stable_diffusion(root / "stable_diffusion"))},
+            "data": {"prompts": str(root / "prompts.txt"), "images": {"folder": str(folders)}},
+        },
+    }
+
+
+def job_for(row: str, teacher: dict, weights: str, output, **train):
+    raw = {
+        "method": row.split("_")[0],
+        "output": str(output),
+        "seed": 3,
+        "roles": {"weights": weights, "lora": {"rank": 2}},
+        "optimizer": {"student": {"lr": 1e-3, "warmup": 3}, "fake_score": {"lr": 1e-3}},
+        "train": {"updates": 4, "batch_size": 2, "log_every": 1, "sample_count": 4, "ema_decay": 0.9, "trackers": []},
+        "evaluation": {"enabled": False},
+    }
+    raw = merge(merge(raw, METHODS[row]), {"train": train})
+    return make_job(merge(raw, teacher))
+
+
+def weights_of(trainer) -> dict[str, torch.Tensor]:
+    tensors, _ = trainer.state()
+    return {f"{group}/{key}": value.clone() for group, own in tensors.items() for key, value in own.items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]):
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different, different[:5]
+
+
+def started(job, output):
+    run = RunFolder(output)
+    run.create(job.config, job.config.seed)
+    return build_trainer(job, run), run
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("row", METHODS)
+def test_two_and_two_updates_are_four_bit_for_bit_and_the_student_exports(row, teacher, weights, teachers, tmp_path):
+    whole, _ = started(job_for(row, teachers[teacher], weights, tmp_path / "whole"), tmp_path / "whole")
+    frozen = {k: v.clone() for k, v in whole.family.network.state_dict().items() if "lora_" not in k}
+    start = weights_of(whole)
+    whole.fit()
+
+    first, _ = started(job_for(row, teachers[teacher], weights, tmp_path / "halves", updates=2), tmp_path / "halves")
+    first.fit()
+    job = job_for(row, teachers[teacher], weights, tmp_path / "halves")
+    run = RunFolder(tmp_path / "halves")
+    assert run.check(job.config, resume=True)
+    second = build_trainer(job, run)
+    assert resume(second, run)
+    assert second.counters["student"] == 2
+    second.fit()
+    assert_same(weights_of(whole), weights_of(second))
+    assert whole.counters == second.counters
+
+    moved = weights_of(whole)
+    for role in ("student", "fake_score"):
+        keys = [k for k in start if k.startswith(f"{role}/")]
+        assert any(not torch.equal(start[k], moved[k]) for k in keys), role
+    for key, value in whole.family.network.state_dict().items():
+        if "lora_" not in key:
+            assert torch.equal(value, frozen[key]), f"the teacher's {key} changed"
+
+    folder = export_student(
+        whole.family, whole.roles.student, whole.sampler, tmp_path / "student", provenance(job, whole)
+    )
+    assert (folder / "model_index.json").exists()
+    assert (folder / "lora").exists() == (weights == "shared")
+    rows = run.metrics.read_text().splitlines()
+    assert len(rows) == 4
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("row", METHODS)
+def test_gradient_checkpointing_changes_no_gradient(row, teacher, weights, teachers, tmp_path):
+    """Values, not running: recomputation under the wrong adapter would give other gradients and no error."""
+    gradients = []
+    for checkpointing in (False, True):
+        job = job_for(row, teachers[teacher], weights, tmp_path, gradient_checkpointing=checkpointing)
+        trainer = build_trainer(job, None)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():  # LoRA's B starts at zero: adapters would not differ from the base
+            for role in trainer.roles.trained():
+                for parameter in role.parameters().values():
+                    parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+        kept = {}
+        trainer.update = lambda role, kept=kept, trainer=trainer: kept.update(
+            {f"{role}/{k}": p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}
+        )
+        trainer.iteration()
+        gradients.append(kept)
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys()
+    assert any(key.startswith("student/") for key in plain)
+    for key, value in plain.items():
+        torch.testing.assert_close(recomputed[key], value, rtol=1e-4, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize("row", METHODS)
+def test_accumulation_is_the_larger_batch(row, teachers, tmp_path):
+    """Two micro-batches of 2 give the gradient of one batch of 4 on the same samples."""
+    job = job_for(row, teachers["unet2d"], "full", tmp_path, gradient_accumulation=2)
+    trainer = build_trainer(job, None)
+    parts, taken = [], {}
+
+    def whole(trainer):
+        trainer.update = lambda role: taken.update({k: p.grad.clone() for k, p in trainer.trained[role].items()})
+
+    make = trainer.make_sample
+
+    def make_and_keep(batch):
+        x0 = make(batch)
+        parts.append((batch, x0.detach().clone()))
+        return x0
+
+    trainer.make_sample = make_and_keep
+    gradients = []
+    own = trainer.sample_gradient
+    trainer.sample_gradient = lambda x0, batch: gradients.append(own(x0, batch)) or gradients[-1]
+    backward = []
+    trainer.update = lambda role: backward.append(
+        {k: p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}
+    )
+    trainer.iteration()
+    student = backward[0]
+    for p in trainer.trained["student"].values():
+        p.grad = None
+    state = trainer.noise.get_state()
+    for (batch, before), gradient in zip(parts, gradients, strict=True):
+        trainer.noise.set_state(state)
+        if trainer.sampler.steps == 1:
+            x0 = make(batch)
+            torch.testing.assert_close(x0.detach(), before)
+            x0.backward(gradient / 2)
+    if trainer.sampler.steps == 1:
+        for key, parameter in trainer.trained["student"].items():
+            if parameter.grad is not None:
+                torch.testing.assert_close(student[key], parameter.grad)
+    assert len(parts) == 2
+
+
+@pytest.mark.parametrize("row", METHODS)
+def test_bf16_trains_close_to_float32(row, teachers, tmp_path):
+    """The sample's gradient in bf16 points where float32's does."""
+    gradients = {}
+    for precision in ("float32", "bf16"):
+        trainer = build_trainer(job_for(row, teachers["unet2d"], "full", tmp_path, precision=precision), None)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():  # away from fake score = teacher, where the gradient is zero
+            for parameter in trainer.roles.fake_score.parameters().values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        batch = trainer.next_batch()
+        x0 = trainer.make_sample(batch)
+        assert x0.dtype == torch.float32
+        gradients[precision] = trainer.sample_gradient(x0.detach(), batch).flatten()
+    cosine = torch.nn.functional.cosine_similarity(gradients["float32"], gradients["bf16"], 0)
+    assert cosine > 0.98
+
+
+def test_checkpoint_of_another_method_or_teacher_is_refused(teachers, tmp_path):
+    from stepdistill.errors import UserError
+
+    job = job_for("dmd2", teachers["unet2d"], "full", tmp_path / "a", updates=1)
+    trainer, run = started(job, tmp_path / "a")
+    trainer.fit()
+    tensors, meta = checkpoint.load(checkpoint.latest(run.checkpoints))
+    with pytest.raises(UserError, match="written by method 'other'"):
+        trainer.restore(tensors, {**meta, "method": "other"}, "here")
+    other = build_trainer(job_for("dmd2", teachers["stable_diffusion"], "full", tmp_path / "b"), None)
+    with pytest.raises(UserError, match="do not fit"):
+        other.restore(tensors, meta, "here")

@@ -1,0 +1,101 @@
+import builtins
+
+import numpy as np
+import pytest
+import torch
+from stepdistill.eval.clip import ClipScorer, ClipSettings, cosine_scores, load_clip
+
+from stepdistill.config import check
+from stepdistill.errors import UserError
+
+
+class Colours:
+    """Embeds a picture as its mean colour, and a text as the colour that its last word names."""
+
+    words = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
+
+    def encode_image(self, images):
+        return images.mean((2, 3))
+
+    def encode_text(self, tokens):
+        return 5 * tokens
+
+
+def scorer():
+    def transform(picture):
+        return torch.from_numpy(np.array(picture)).float().permute(2, 0, 1)
+
+    def tokenizer(texts):
+        assert all(text.startswith("a picture of ") for text in texts)
+        return torch.tensor([Colours.words[text.split()[-1]] for text in texts])
+
+    return ClipScorer(Colours(), transform, tokenizer, "colours", "a picture of ")
+
+
+def test_scores_are_plain_cosines():
+    pixels = torch.zeros(4, 3, 5, 7)
+    pixels[0, 0] = pixels[1, 1] = pixels[2, 0] = 1.0
+    pixels[3, 0], pixels[3, 1] = 1.0, 1.0
+    scores = scorer()(pixels, ["red", "green", "blue", "red"])
+    torch.testing.assert_close(scores, torch.tensor([1.0, 1.0, 0.0, 0.5**0.5]))
+
+
+def test_scores_may_be_negative():
+    class Opposite(Colours):
+        def encode_text(self, tokens):
+            return -tokens
+
+    images = torch.ones(1, 3, 2, 2)
+    assert cosine_scores(Opposite(), images, torch.ones(1, 3)).item() == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model": "ViT-B-32", "pretrained": "nowhere.pt"}, "weight file nowhere.pt of ViT-B-32 is missing"),
+        ({"model": "local-dir:nowhere"}, "folder nowhere is missing"),
+    ],
+)
+def test_missing_weights_are_one_line(settings, says):
+    with pytest.raises(UserError) as error:
+        load_clip(ClipSettings(**settings))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "weights.pt").write_bytes(b"")
+    real = builtins.__import__
+
+    def without(name, *arguments, **more):
+        if name == "open_clip":
+            raise ImportError("no open_clip here")
+        return real(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"open_clip_torch .*pip install"):
+        load_clip(ClipSettings(pretrained=str(tmp_path / "weights.pt")))
+
+
+def test_the_hub_must_be_asked_for(monkeypatch, capsys):
+    """Without ``hub`` a tag is taken as a file that is missing; with it open_clip gets the tag."""
+    import sys
+    import types
+
+    asked = []
+    fake = types.ModuleType("open_clip")
+    fake.create_model_and_transforms = lambda *a, **k: asked.append((a, k)) or (torch.nn.Identity(), None, "transform")
+    fake.get_tokenizer = lambda name: f"tokenizer of {name}"
+    monkeypatch.setitem(sys.modules, "open_clip", fake)
+    with pytest.raises(UserError, match="is missing"):
+        load_clip(ClipSettings(pretrained="laion2b_s12b_b42k"))
+    assert asked == []
+    loaded = load_clip(ClipSettings(pretrained="laion2b_s12b_b42k", hub=True))
+    assert asked == [(("ViT-g-14",), {"pretrained": "laion2b_s12b_b42k", "device": "cpu"})]
+    assert (loaded.transform, loaded.tokenizer) == ("transform", "tokenizer of ViT-g-14")
+    assert "ViT-g-14 laion2b_s12b_b42k" in capsys.readouterr().out
+
+
+def test_weights_must_be_named():
+    with pytest.raises(UserError, match="pretrained is missing"):
+        check(ClipSettings, {"model": "ViT-g-14"}, "evaluation.clip")
