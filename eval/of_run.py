@@ -19,7 +19,7 @@ from .pictures import grid, table
 def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
     """The teacher at its full steps, the teacher at fewer, and the student.
 
-    A guided teacher is evaluated with ``evaluation.teacher_guidance_scale``, by default the scale it was distilled with.
+    A guided teacher is evaluated with ``evaluation.teacher_guidance_scale``, by default that of its distillation.
     """
     own, teacher = config["evaluation"], config["teacher"]
     path = assets.resolve(teacher["path"])

@@ -181,7 +181,7 @@ def _export(job, trainer, run) -> None:
 def _evaluate_and_report(config, run) -> None:
     """Evaluate in a fresh process that loads the student as anyone would, then write the report."""
     if config.evaluation.enabled:
-        command = [sys.executable, "-m", "stepdistill", "evaluate", str(run.path)]
+        command = [sys.executable, "-P", "-m", "stepdistill", "evaluate", str(run.path)]
         done = subprocess.run(command, check=False)
         if done.returncode:
             raise UserError(
@@ -340,17 +340,17 @@ def _given_conditions(stock, prompts: list[str] | None, labels: list[int] | None
     return [chosen[i % len(chosen)] for i in range(count)]
 
 
-@app.command()
+@app.command(epilog="Example: stepdistill report runs/quickstart")
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Write RUN/report.html: one self-contained page.  Example: stepdistill report runs/quickstart"""
+    """Write RUN/report.html: one self-contained page."""
     from stepdistill.eval.report import write_report
 
     print(f"report {write_report(run)}")
 
 
-@app.command()
+@app.command(epilog="Example: stepdistill methods")
 def methods() -> None:
-    """List the methods.  Example: stepdistill methods"""
+    """List the methods."""
     from stepdistill.trainers import METHODS
 
     for name, method in METHODS.items():
@@ -399,9 +399,7 @@ def benchmark_step(
     config: Annotated[Path, typer.Argument(help="a run's YAML config")],
     overrides: Overrides = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="about how long to measure")] = 20.0,
-    random_size: Annotated[
-        str | None, typer.Option(help="a network with random weights instead: sd-small, sd15")
-    ] = None,
+    random_size: Annotated[str | None, typer.Option(help="random weights instead: sd-small, sd15")] = None,
 ) -> None:
     """What an update costs over its floor: the same networks' passes alone, timed in the same run."""
     from stepdistill.trainers.benchmark import measure_step
