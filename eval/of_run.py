@@ -74,5 +74,21 @@ def evaluate_run(run: Path, device: torch.device | str, samples: int | None = No
         lines = ["no distance was measured: evaluation.extractor and evaluation.reference are not set"]
     shown = [t for t in targets if t.name == "student" or t.steps in (config["teacher"]["steps"], 1)]
     texts = Path(prompts).read_text(encoding="utf-8").split("\n")[:4] if prompts else None
-    grid(shown, run / "grid.png", seed=own["seed"], device=device, prompts=texts)
+    grid(
+        shown,
+        run / "grid.png",
+        seed=own["seed"],
+        device=device,
+        prompts=texts,
+        label_names=label_names(run / "student"),
+    )
     return "\n".join(lines)
+
+
+def label_names(pipeline: Path) -> list[str] | None:
+    """What a folder's labels are called, where its UNet's config says so."""
+    try:
+        config = json.loads((pipeline / "unet" / "config.json").read_text(encoding="utf-8"))
+        return (config.get("_stepdistill") or {}).get("label_names")
+    except (OSError, ValueError):
+        return None

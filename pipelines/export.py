@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from stepdistill.pipelines.schedulers import student_scheduler
 from torch import Tensor
@@ -44,6 +45,8 @@ def export_student(
         UserError: the sampler cannot be expressed, or the folder cannot be written.
     """
     path = Path(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").is_file():
+        raise UserError(f"{path}: the folder is not empty and holds no pipeline; choose another for the student")
     call = {"num_inference_steps": sampler.steps, **family.guidance_off}
     facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times), "call": call, **provenance}
     network = family.fresh_network()
@@ -51,7 +54,7 @@ def export_student(
     if dtype not in (None, torch.float32):
         network.to(dtype)
     network.eval()
-    own = {k: v for k, v in (network.config.get("_stepdistill") or {}).items() if k == "null_label"}
+    own = {k: v for k, v in (network.config.get("_stepdistill") or {}).items() if k in ("null_label", "label_names")}
     network.register_to_config(_stepdistill={**own, **facts})
     scheduler = student_scheduler(family.scheduler, family.kind, sampler)
     scheduler.register_to_config(_stepdistill=facts)
@@ -66,9 +69,10 @@ def export_student(
             save_lora(role, temporary / "lora")
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{path}: the student cannot be written ({error.strerror or error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: the student cannot be written ({reason})") from None
     return path
 
 

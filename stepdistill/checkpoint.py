@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,19 @@ def _sync(path: Path) -> None:
 def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int) -> Path:
     """Write ``root/step-NNNNNNNN`` with one file a group of tensors, then drop all but the last ``keep``.
 
+    A whole checkpoint of the same step stays as it is: nothing has been trained since it was written.
+
     Raises:
         UserError: no space left; earlier checkpoints are untouched.
     """
     target = root / f"step-{step:08d}"
     temporary = root / f".step-{step:08d}.tmp"
+    if target in folders(root):
+        return target
     try:
         root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in root.glob(".step-*.tmp"):  # of a run that was killed while it wrote
+            shutil.rmtree(leftover)
         temporary.mkdir()
         digests = {}
         for name, group in tensors.items():
@@ -70,13 +76,15 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dic
             raise UserError(f"{root}: no space left for a checkpoint; free some and use --resume{kept}") from None
         raise
     for old in folders(root)[:-keep]:
+        (old / STATE).unlink()  # first, so that half a folder never counts as whole
         shutil.rmtree(old)
     return target
 
 
 def folders(root: Path) -> list[Path]:
     """The whole checkpoints under ``root``, oldest first."""
-    return sorted(p for p in root.glob("step-*") if (p / STATE).is_file()) if root.is_dir() else []
+    named = (p for p in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+    return sorted(p for p in named if (p / STATE).is_file())
 
 
 def latest(root: Path) -> Path | None:
@@ -94,7 +102,7 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     remedy = f"delete {path} to go on from the one before it"
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        files, meta = state["files"], state["meta"]
+        files, meta = dict(state["files"]), dict(state["meta"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"checkpoint {path}: {STATE} is missing or damaged; {remedy}") from None
     tensors = {}

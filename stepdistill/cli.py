@@ -31,11 +31,9 @@ def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except UserError as error:
         _fail(str(error))
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except OSError as error:
@@ -43,13 +41,19 @@ def main() -> None:
             _fail(f"no space left on the device ({error.filename or 'while writing'}); free some and try again")
         raise
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # no command given: typer has no public name for it
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(error.exit_code)
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             _fail(error.format_message(), error.exit_code)
         raise
+    if isinstance(code, int):  # what a command gave typer.Exit comes back as a value
+        sys.exit(code)
 
 
 def _fail(message: str, code: int = 2) -> None:
-    print(f"stepdistill: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"stepdistill: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -82,26 +86,27 @@ def distill(
     job = read_job(config, overrides)
     from stepdistill.run import RunFolder
 
-    run = RunFolder(job.config.output)
-    exists = False if dry_run else run.check(job.config, resume)
-    _quiet_libraries()
     if dry_run:
+        _quiet_libraries()
         _print_plan(job)
         return
-    _train(job, run, exists)
+    _train(job, RunFolder(job.config.output), resume)
 
 
-def _train(job, run, exists: bool) -> None:
-    from accelerate import Accelerator
-
+def _train(job, run, resume: bool) -> None:
     from stepdistill.trainers.base import Interrupted
-    from stepdistill.trainers.job import build_trainer
+    from stepdistill.trainers.job import build_trainer, load_teacher, make_accelerator
     from stepdistill.trainers.job import resume as resume_run
 
     config = job.config
-    accelerator = Accelerator(log_with=list(config.train.trackers), project_dir=str(run.path / "logs"))
-    trainer = build_trainer(job, run, accelerator)
-    _check_export(trainer)
+    trackers = list(config.train.trackers) or None
+    accelerator = make_accelerator(log_with=trackers, project_dir=str(run.path / "logs"))
+    exists = run.check(config, resume)
+    accelerator.wait_for_everyone()  # no process writes before all have looked
+    _quiet_libraries()
+    family = load_teacher(config)
+    _check_export(config, family)
+    trainer = build_trainer(job, run, accelerator, family)
     main_process = accelerator.is_main_process
     if main_process:
         if not exists:
@@ -110,8 +115,12 @@ def _train(job, run, exists: bool) -> None:
             print(f"note: the section '{other}' is not used by method {job.method.name}")
         accelerator.init_trackers("stepdistill")
     accelerator.wait_for_everyone()
-    if exists and resume_run(trainer, run) and main_process:
-        print(f"resumed at student update {trainer.counters['student']}")
+    if exists:
+        resumed = resume_run(trainer, run)
+        if main_process:
+            run.write_config(config)  # what may change on the way (train.updates, evaluation) counts from here
+            if resumed:
+                print(f"resumed at student update {trainer.counters['student']}")
     try:
         trainer.fit()
     except Interrupted as stop:
@@ -135,25 +144,26 @@ def _finish(accelerator) -> None:
         dist.destroy_process_group()
 
 
-def _check_export(trainer) -> None:
-    """A student that could not be exported is refused before it is trained."""
+def _check_export(config, family):
+    """The student's sampler; one that could not be exported is refused before it is trained."""
     from stepdistill.pipelines import check_expressible
+    from stepdistill.trainers.job import make_sampler
 
-    check_expressible(trainer.family.scheduler, trainer.sampler)
+    sampler = make_sampler(config, family)
+    check_expressible(family.scheduler, sampler)
+    return sampler
 
 
 def _print_plan(job) -> None:
     """What a run would do, from the config and the teacher; nothing is written."""
     from stepdistill.config import dump_yaml
-    from stepdistill.pipelines import check_expressible
-    from stepdistill.trainers.job import condition_items, load_teacher, make_sampler
+    from stepdistill.trainers.job import check_fit, load_teacher
 
     config = job.config
     print(dump_yaml(config).rstrip())
     family = load_teacher(config)
-    sampler = make_sampler(config, family)
-    check_expressible(family.scheduler, sampler)
-    items = condition_items(config, family)
+    sampler = _check_export(config, family)
+    items, _ = check_fit(job, family)
     parameters = sum(p.numel() for p in family.network.parameters())
     train = config.train
     kind = {"none": "no conditions", "label": f"{len(items)} labels", "prompt": f"{len(items)} prompts"}

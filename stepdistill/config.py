@@ -45,6 +45,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: no such config file; configs/ has some to start from") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a .yaml file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); name a .yaml file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{path}: not valid YAML: {problem}") from None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,8 @@ class ImageSet:
 def _fit(image: Image.Image, shape: tuple[int, int, int], resize: bool, name: str) -> np.ndarray:
     """One PIL image as uint8 (H, W, C) of ``shape`` (C, H, W); centre-cropped and Lanczos-resized if asked."""
     channels, height, width = shape
+    if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255
+        raise UserError(f"{name}: the image has mode {image.mode}; 8 bits a channel are read, convert the files")
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         if not resize:
@@ -79,18 +83,23 @@ def _open(source, name: str) -> Image.Image:
         image = Image.open(source)
         image.load()
         return image
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # Pillow's for broken chunks
         raise UserError(f"{name}: not a readable image ({error}); remove or replace the file") from None
 
 
 def read_array_images(pixels: np.ndarray, labels, shape: tuple[int, int, int], resize: bool, source: str) -> ImageSet:
     """An ImageSet over a uint8 array (N, H, W) or (N, H, W, C)."""
-    if pixels.ndim not in (3, 4) or pixels.dtype != np.uint8 or len(pixels) == 0:
+    whole = pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[-1] in (1, 3, 4))
+    if not whole or pixels.dtype != np.uint8 or pixels.size == 0:
         raise UserError(
-            f"{source}: images must be uint8 of shape (N, H, W) or (N, H, W, C), not {pixels.dtype} {pixels.shape}"
+            f"{source}: images must be uint8 of shape (N, H, W) or (N, H, W, C), C 1, 3 or 4, not {pixels.dtype} "
+            f"{pixels.shape}"
         )
     if pixels.ndim == 4 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
+    labels = None if labels is None else np.asarray(labels)
+    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+        raise UserError(f"{source}: labels must be integers of shape (N,), not {labels.dtype} {labels.shape}")
     if labels is not None and len(labels) != len(pixels):
         raise UserError(f"{source}: {len(pixels)} images but {len(labels)} labels")
 
@@ -104,13 +113,16 @@ def read_array_images(pixels: np.ndarray, labels, shape: tuple[int, int, int], r
 def read_npz(path: str | Path, shape: tuple[int, int, int], resize: bool = False) -> ImageSet:
     """``.npz`` with ``images`` uint8 (N, H, W[, C]) and, if it has them, ``labels`` int (N,)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it is a single array; write one with numpy.savez")
+        with file:
             if "images" not in file:
                 raise UserError(f"{path}: no array named 'images' (it holds {', '.join(file.files) or 'none'})")
             images, labels = file["images"], file["labels"] if "labels" in file else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; set data.images.npz to an existing .npz") from None
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable .npz file ({error})") from None
     return read_array_images(images, labels, shape, resize, str(path))
 
@@ -124,12 +136,15 @@ def read_idx(images: str | Path, labels: str | Path | None, shape, resize: bool 
             raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         except FileNotFoundError:
             raise UserError(f"{path}: no such file (Debian's dataset-fashion-mnist has one)") from None
-        except (OSError, EOFError) as error:
-            raise UserError(f"{path}: not readable ({error})") from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: not readable ({error}); fetch the file again") from None
         if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
             raise UserError(f"{path}: not an idx file of bytes")
-        dims = np.frombuffer(raw, ">i4", raw[3], 4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(dims)
+        try:
+            dims = np.frombuffer(raw, ">i4", raw[3], 4)
+            return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(dims)
+        except ValueError:
+            raise UserError(f"{path}: cut short; fetch the file again") from None
 
     return read_array_images(parse(images), None if labels is None else parse(labels), shape, resize, str(images))
 
@@ -140,12 +155,12 @@ def read_folder(path: str | Path, shape: tuple[int, int, int], resize: bool = Fa
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"{path}: no such folder; set data.images.folder to a folder of images")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"{path}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))} are read)")
     labels: list | None = None
     if all(p.with_suffix(".txt").exists() for p in files):
-        labels = [p.with_suffix(".txt").read_text(encoding="utf-8").strip() for p in files]
+        labels = [_caption(p.with_suffix(".txt")) for p in files]
     elif all(p.parent != root for p in files):
         names = sorted({p.relative_to(root).parts[0] for p in files})
         labels = [names.index(p.relative_to(root).parts[0]) for p in files]
@@ -158,6 +173,13 @@ def read_folder(path: str | Path, shape: tuple[int, int, int], resize: bool = Fa
             if image.size != (shape[2], shape[1]) and not resize:
                 read(index)
     return ImageSet(str(path), read, len(files), labels)
+
+
+def _caption(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a readable text file ({error}); save it as UTF-8") from None
 
 
 def _quick_open(path: Path) -> Image.Image:
@@ -206,11 +228,16 @@ def read_dataset(
     _column(dataset, image_column, name)
 
     def read(index: int) -> np.ndarray:
-        value, where = dataset[index][image_column], f"{name}[{index}]"
-        if isinstance(value, dict) and value.get("bytes"):
-            value = _open(io.BytesIO(value["bytes"]), where)
-        if not isinstance(value, Image.Image):
-            value = Image.fromarray(np.asarray(value, dtype=np.uint8))
+        where = f"{name}[{index}]"
+        try:
+            value = dataset[index][image_column]
+            if isinstance(value, dict) and value.get("bytes"):
+                value = _open(io.BytesIO(value["bytes"]), where)
+            if not isinstance(value, Image.Image):
+                value = Image.fromarray(np.asarray(value, dtype=np.uint8))
+        except (OSError, ValueError, TypeError, SyntaxError) as error:  # of the decoder, or of what is no image
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{where}: column {image_column!r} holds no readable image ({reason})") from None
         return _fit(value, shape, resize, where)
 
     if len(dataset) == 0:
@@ -222,11 +249,11 @@ def read_dataset(
 def read_prompts(path: str | Path) -> list[str]:
     """A text file, one prompt a line, blank lines skipped."""
     try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; set data.prompts to a text file, one prompt a line") from None
     except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable text file ({error})") from None
+        raise UserError(f"{path}: not a readable text file ({error}); save it as UTF-8") from None
     if not prompts:
         raise UserError(f"{path}: no prompts in it; write one a line")
     return prompts
@@ -234,7 +261,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def read_prompt_column(name: str, column: str, split: str = "train", revision: str | None = None) -> list[str]:
     """One text column of a Hugging Face dataset."""
-    prompts = [str(x).strip() for x in _column(_dataset(name, split, revision), column, name)]
+    prompts = [str(x).strip() for x in _column(_dataset(name, split, revision), column, name) if x is not None]
     prompts = [x for x in prompts if x]
     if not prompts:
         raise UserError(f"dataset {name!r}: column {column!r} has no text in it")

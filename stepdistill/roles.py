@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,6 +50,13 @@ class RolesSettings(Section):
 
     weights: Weights = "full"
     lora: LoRASettings = LoRASettings()
+    student_from: str | None = Field(None, description="start a full student from this folder (an earlier student)")
+
+    @model_validator(mode="after")
+    def _full_student(self):
+        if self.student_from is not None and self.weights == "shared":
+            raise ValueError("student_from needs a full student; set weights to full or mixed")
+        return self
 
 
 class AdapterSwitch:
@@ -66,6 +73,10 @@ class AdapterSwitch:
         Raises:
             UserError: no module has one of the target names.
         """
+        names = [f".{name}" for name, _ in self.network.named_modules()]
+        for target in settings.targets or []:
+            if not any(name.endswith(f".{target}") for name in names):
+                raise UserError(f"roles.lora.targets: the teacher has no module named {target!r}; leave the key out")
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.effective_alpha,
@@ -261,6 +272,8 @@ class Roles:
             return role(name, base, switch, name, True)
 
         self.student = full("student") if weights != "shared" else None
+        if settings.student_from is not None:
+            self.student.network.load_state_dict(family.read_weights(settings.student_from))
         self.fake_score = full("fake_score") if weights == "full" else None
         if weights == "shared":
             switch.add("student", settings.lora, family.lora_targets)

@@ -4,6 +4,7 @@ config.yaml       the resolved config, defaults included
 environment.json  versions, git state, command, when
 metrics.jsonl     one row every train.log_every student updates
 samples/          grids over time on fixed noise
+cache/            latents of real images
 checkpoints/      whole checkpoints (stepdistill.checkpoint)
 student/          the exported stock pipeline
 evaluation.json, grid.png, report.html
@@ -28,6 +29,7 @@ from stepdistill.config import dump_yaml
 from stepdistill.errors import UserError
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+CACHE = "cache"
 FREE_KEYS = {"output", "evaluation"}
 """Top-level keys that may differ when a run is resumed; train's own are in FREE_TRAIN_KEYS."""
 FREE_TRAIN_KEYS = {
@@ -116,7 +118,8 @@ class RunFolder:
             raise UserError(f"output = {self.path}: that is a file; name a folder")
         saved = self.path / "config.yaml"
         if not saved.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            held = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+            if held - {CACHE}:  # a run killed while it cached latents has nothing else yet
                 raise UserError(f"output = {self.path}: the folder is not empty and holds no run; choose another")
             return False
         if not resume:
@@ -140,10 +143,14 @@ class RunFolder:
         """Make the folder with its config and environment."""
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "config.yaml", dump_yaml(config))
+            self.write_config(config)
             write_atomically(self.path / "environment.json", json.dumps(environment(seed), indent=1))
         except OSError as error:
             raise UserError(f"output = {self.path}: cannot be written ({error.strerror or error})") from None
+
+    def write_config(self, config: BaseModel) -> None:
+        """Record the resolved config."""
+        write_atomically(self.path / "config.yaml", dump_yaml(config))
 
     def keep_metrics_until(self, iteration: int) -> None:
         """Drop rows that a resumed run will write again, and a last line cut short by a kill."""

@@ -164,6 +164,14 @@ class Trainer(abc.ABC):
             UserError: one line that names the keys.
         """
 
+    @classmethod  # noqa: B027
+    def check_family(cls, settings: Section, family: Family) -> None:
+        """Refuse a teacher that lacks what these settings need, before anything is written.
+
+        Raises:
+            UserError: one line that names the key.
+        """
+
     @classmethod
     def wants_images(cls, settings: Section) -> bool:
         """Whether these settings train with real images."""
@@ -413,8 +421,8 @@ class Trainer(abc.ABC):
             self.skipped_in_a_row.update(meta["skipped_in_a_row"])
             self.seconds = meta["seconds"]
             self.roles.meter.forward, self.roles.meter.backward = meta["passes"]
-        except (KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"checkpoint {where}: does not fit this run ({reason}); was the teacher changed?") from None
 
 

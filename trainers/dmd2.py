@@ -28,6 +28,7 @@ from stepdistill.config import Section
 from stepdistill.denoiser import Condition, guided
 from stepdistill.discriminator import DiscriminatorHead
 from stepdistill.errors import UserError
+from stepdistill.families.base import Family
 from stepdistill.objectives.adversarial import discriminator_loss, generator_loss
 from stepdistill.objectives.denoising import denoising_loss
 from stepdistill.objectives.distribution_matching import distribution_matching_gradient, distribution_matching_loss
@@ -83,6 +84,11 @@ class DMD2(ScoreTrainer):
             raise UserError(f"dmd2.{key} needs real images: set data.images (folder, npz or dataset)")
         if settings.multistep_input == "real" and config.sampler.steps == 1:
             raise UserError("dmd2.multistep_input = real needs sampler.steps above 1: one step starts at pure noise")
+
+    @classmethod
+    def check_family(cls, settings: DMD2Settings, family: Family) -> None:
+        if settings.guidance_scale != 1:
+            family.null_condition(1)
 
     def build(self) -> None:
         if self.settings.gan.student_weight == 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
 from stepdistill.roles import Roles
-from stepdistill.run import RunFolder
+from stepdistill.run import CACHE, RunFolder
 from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.settings import ImagesSettings, RunSettings
 
@@ -58,7 +60,7 @@ def make_job(raw: dict[str, Any], where: str = "config") -> Job:
     if "method" not in raw:
         raise UserError(f"{where}: key 'method' is missing; methods are {', '.join(METHODS)}")
     name = raw["method"]
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise UserError(f"{where}: method = {name!r}: unknown; methods are {', '.join(METHODS)}")
     method = METHODS[name]
     unused = tuple(other for other in METHODS if other != name and other in raw)
@@ -78,6 +80,9 @@ def _check_conditions(config: RunSettings) -> None:
     evaluation = config.evaluation
     if (evaluation.extractor is None) != (evaluation.reference is None):
         raise UserError("evaluation: extractor and reference go together; set both or neither")
+    for tracker in config.train.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"train.trackers: the package {tracker} is not installed: pip install {tracker}")
 
 
 def load_images(settings: ImagesSettings, shape: tuple[int, int, int]) -> data.ImageSet:
@@ -128,13 +133,28 @@ def _check_image_labels(images: data.ImageSet, family: Family) -> None:
     if family.condition_kind == "none":
         return
     wanted, kind = (str, "captions") if family.condition_kind == "prompt" else (int, "labels")
-    if images.labels is None or not isinstance(images.labels[0], wanted):
+    if images.labels is None or not all(isinstance(label, wanted) for label in images.labels):
         raise UserError(f"data.images: {images.source} has no {kind}, which this teacher's images need")
     if wanted is int and not 0 <= min(images.labels) <= max(images.labels) < family.num_labels:
         raise UserError(
             f"data.images: {images.source} has labels {min(images.labels)}..{max(images.labels)}, outside "
             f"the teacher's 0..{family.num_labels - 1}"
         )
+
+
+def check_fit(job: Job, family: Family) -> tuple[list, data.ImageSet | None]:
+    """The condition items and real images of a job, once they and its settings are known to fit the teacher.
+
+    Raises:
+        UserError: they do not.  Nothing has been written then.
+    """
+    job.method.check_family(job.settings, family)
+    items = condition_items(job.config, family)
+    images = None
+    if job.method.wants_images(job.settings):
+        images = load_images(job.config.data.images, family.image_shape)
+        _check_image_labels(images, family)
+    return items, images
 
 
 def cached_latents(family: Family, images: data.ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
@@ -165,11 +185,20 @@ def cached_latents(family: Family, images: data.ImageSet, folder: Path, batch: i
         for i in bar
     ]
     latents = torch.cat(parts).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    save_file({"latents": latents}, temporary, {"fingerprint": key})
-    temporary.replace(file)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")  # every process of a run may be here
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": latents}, temporary, {"fingerprint": key})
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{folder}: the latents cannot be written ({error}); free space or change output") from None
     return latents
+
+
+def make_accelerator(**arguments: Any) -> Accelerator:
+    """Device and processes: CUDA where there is one, else the CPU (schedules need float64, which MPS lacks)."""
+    return Accelerator(cpu=not torch.cuda.is_available(), **arguments)
 
 
 def make_sampler(config: RunSettings, family: Family) -> FewStepSampler:
@@ -198,15 +227,11 @@ def build_trainer(
         UserError: anything in the config that does not fit the teacher or the data.
     """
     config = job.config
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or make_accelerator()
     family = family or load_teacher(config)
     family.to(accelerator.device)
     sampler = make_sampler(config, family)
-    items = condition_items(config, family)
-    images = None
-    if job.method.wants_images(job.settings):
-        images = load_images(config.data.images, family.image_shape)
-        _check_image_labels(images, family)
+    items, images = check_fit(job, family)
     torch.manual_seed(config.seed)
     roles = Roles(
         family,
@@ -216,7 +241,7 @@ def build_trainer(
     ).to(accelerator.device)
     real = None
     if images is not None:
-        latents = cached_latents(family, images, Path(config.output) / "cache")
+        latents = cached_latents(family, images, Path(config.output) / CACHE)
         real = RealSource(family, images, latents, config.seed + 2)
     conditions = ConditionSource(family, items, config.seed + 1)
     return job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)
@@ -230,11 +255,13 @@ def resume(trainer: Trainer, run: RunFolder) -> bool:
     """
     last = checkpoint.latest(run.checkpoints)
     if last is None:
-        run.keep_metrics_until(-1)
+        if trainer.accelerator.is_main_process:
+            run.keep_metrics_until(-1)
         return False
     tensors, meta = checkpoint.load(last)
     trainer.restore(tensors, meta, str(last))
-    run.keep_metrics_until(trainer.counters["iteration"])
+    if trainer.accelerator.is_main_process:
+        run.keep_metrics_until(trainer.counters["iteration"])
     return True
 
 

@@ -28,6 +28,7 @@ class TeacherData(Section):
     idx_labels: str | None = Field(None, description="labels in MNIST's idx format")
     npz: str | None = Field(None, description="an .npz with 'images' and 'labels'")
     num_labels: int = Field(10, ge=1)
+    label_names: list[str] | None = Field(None, description="kept in the UNet's config, for pictures")
 
 
 class TeacherNetwork(Section):
@@ -141,6 +142,7 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
     network.register_to_config(
         _stepdistill={
             "null_label": family.null_label,
+            "label_names": data.label_names,
             "trained_by": "stepdistill teacher train",
             "config": config.model_dump(mode="json", exclude={"output", "save_every"}),
             "finished": time.strftime("%Y-%m-%d"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
+from stepdistill.errors import UserError
 from stepdistill.schedule import PredictionType, Schedule
 
 ConditionKind = Literal["none", "label", "prompt"]
@@ -60,6 +61,27 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def fresh_network(self) -> nn.Module:
         """A new network of the teacher's architecture; its weights are arbitrary."""
+
+    def read_weights(self, path: str) -> dict[str, Tensor]:
+        """The network's weights of another diffusers folder (or hub id), e.g. an earlier student.
+
+        Raises:
+            UserError: not there, or a network of another shape.
+        """
+        try:
+            found = type(self.network).from_pretrained(path, subfolder="unet").state_dict()
+        except Exception as error:  # diffusers raises many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"roles.student_from = {path}: its unet cannot be loaded: {reason}") from None
+        found, own = self.complete_weights(found), self.network.state_dict()
+        odd = [k for k in own.keys() | found.keys() if k not in own or k not in found or own[k].shape != found[k].shape]
+        if odd:
+            raise UserError(f"roles.student_from = {path}: its unet is not the teacher's architecture ({min(odd)})")
+        return found
+
+    def complete_weights(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put back what an export leaves out."""
+        return found
 
     # -- conditions ----------------------------------------------------------------------------------------
 

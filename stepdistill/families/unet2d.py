@@ -78,6 +78,14 @@ class UNet2DFamily(Family):
             )
         return {"label": torch.full((count,), self.null_label, dtype=torch.long, device=self.device)}
 
+    def complete_weights(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An exported student has no null label: the teacher's is put back."""
+        key = "class_embedding.weight"
+        own = self.network.state_dict().get(key)
+        if self.has_null and key in found and len(found[key]) == len(own) - 1 and self.null_label == len(own) - 1:
+            return {**found, key: torch.cat([found[key], own[-1:]])}
+        return found
+
     def pipeline(self, network: nn.Module, scheduler) -> ConsistencyModelPipeline:
         """ConsistencyModelPipeline: the one stock class for (class-conditional) pixel students.
 

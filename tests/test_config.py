@@ -1,0 +1,231 @@
+"""Configs: parents, overrides, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from stepdistill.trainers.job import make_job, read_job
+from toys import toy_config
+
+from stepdistill.config import apply_overrides, check, dump_yaml, merge, read_yaml
+from stepdistill.errors import UserError
+from stepdistill.settings import RunSettings
+
+
+def write(path, **content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+# -- files and their parents -------------------------------------------------------------------------------
+
+
+def test_parents_are_found_beside_the_child_and_overridden_by_it(tmp_path):
+    write(tmp_path / "all.yaml", a=1, deep={"x": 1, "y": 2}, items=[1, 2])
+    write(tmp_path / "sub" / "middle.yaml", base="../all.yaml", a=2, deep={"y": 3})
+    child = write(tmp_path / "sub" / "child.yaml", base="middle.yaml", items=[3], deep={"z": 4})
+    assert read_yaml(child) == {"a": 2, "deep": {"x": 1, "y": 3, "z": 4}, "items": [3]}
+
+
+@pytest.mark.parametrize("chain", [["a"], ["a", "b"], ["a", "b", "c"]])
+def test_a_circle_of_parents_is_refused(tmp_path, chain):
+    for name, parent in zip(chain, [*chain[1:], chain[0]], strict=True):
+        write(tmp_path / f"{name}.yaml", base=f"{parent}.yaml")
+    with pytest.raises(UserError, match="comes back to itself"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_two_children_of_one_parent_are_no_circle(tmp_path):
+    write(tmp_path / "top.yaml", a=1)
+    write(tmp_path / "left.yaml", base="top.yaml", b=2)
+    assert read_yaml(write(tmp_path / "right.yaml", base="left.yaml", c=3)) == {"a": 1, "b": 2, "c": 3}
+
+
+def test_a_missing_parent_names_parent_and_child(tmp_path):
+    child = write(tmp_path / "child.yaml", base="gone.yaml")
+    with pytest.raises(UserError, match=r"child\.yaml: its base .*gone\.yaml does not exist"):
+        read_yaml(child)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a: [1, 2", "not valid YAML"),
+        (b"a: \xff\xfe", "not valid YAML"),
+        (b"- 1\n- 2\n", "mapping of keys to values, not a list"),
+        (b"just words", "mapping of keys to values, not a str"),
+        (b"base: 3\n", "base must be the path of another config, not 3"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, content, says):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        read_yaml(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_no_file_a_folder_and_a_path_through_a_file(tmp_path):
+    file = write(tmp_path / "a.yaml", a=1)
+    for path, says in ((tmp_path / "b.yaml", "no such config"), (tmp_path, "a folder"), (file / "c", "cannot be read")):
+        with pytest.raises(UserError, match=says):
+            read_yaml(path)
+
+
+def test_an_empty_file_is_an_empty_config(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    assert read_yaml(tmp_path / "empty.yaml") == {}
+
+
+def test_merge_replaces_all_but_mappings_and_leaves_its_arguments():
+    parent, child = {"a": {"b": 1, "c": [1]}, "d": {"e": 1}}, {"a": {"c": [2]}, "d": 3}
+    assert merge(parent, child) == {"a": {"b": 1, "c": [2]}, "d": 3}
+    assert parent == {"a": {"b": 1, "c": [1]}, "d": {"e": 1}}
+    assert child == {"a": {"c": [2]}, "d": 3}
+
+
+# -- overrides ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("a=2", {"a": 2, "s": {"x": 1}}),
+        ("s.y=true", {"a": 1, "s": {"x": 1, "y": True}}),
+        ("s.t.u=[1, two]", {"a": 1, "s": {"x": 1, "t": {"u": [1, "two"]}}}),
+        ("s={x: 5, z: null}", {"a": 1, "s": {"x": 5, "z": None}}),
+        ("a=", {"a": None, "s": {"x": 1}}),
+        ("a=x=y", {"a": "x=y", "s": {"x": 1}}),
+        ("a.b=1", {"a": {"b": 1}, "s": {"x": 1}}),
+    ],
+)
+def test_overrides_are_yaml(override, expected):
+    assert apply_overrides({"a": 1, "s": {"x": 1}}, [override]) == expected
+
+
+def test_later_overrides_win():
+    assert apply_overrides({}, ["a.b=1", "a.c=2", "a.b=3"]) == {"a": {"b": 3, "c": 2}}
+
+
+@pytest.mark.parametrize("override", ["novalue", "=3", " =3", "a=[1"])
+def test_bad_overrides_are_named(override):
+    with pytest.raises(UserError) as caught:
+        apply_overrides({}, [override])
+    assert repr(override) in str(caught.value)
+
+
+def test_overrides_reach_the_checked_config(tmp_path):
+    path = write(tmp_path / "c.yaml", **toy_config())
+    job = read_job(
+        path, ["train.updates=7", "optimizer.student.lr=3e-4", "dmd2.gan.max_level=10", "data.labels=[2, 0]"]
+    )
+    assert job.config.train.updates == 7
+    assert job.config.train.batch_size == 8  # beside it in the file
+    assert job.config.optimizer.student.lr == 3e-4  # what YAML 1.1 reads as text
+    assert job.settings.gan.max_level == 10
+    assert job.config.data.labels == [2, 0]
+
+
+# -- the check ---------------------------------------------------------------------------------------------
+
+
+def refused(**changes) -> str:
+    with pytest.raises(UserError) as caught:
+        make_job(toy_config(**changes), "my.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_an_unknown_key_is_named_beside_the_known_ones():
+    top = refused(lerning_rate=1)
+    assert "unknown key 'lerning_rate'" in top
+    assert "known keys here: data, dmd2, evaluation" in top
+    deep = refused(optimizer={"student": {"learning_rate": 1}})
+    assert "unknown key 'optimizer.student.learning_rate'" in deep
+    assert "betas, clip, eps, lr, warmup, weight_decay" in deep
+    method = refused(dmd2={"gan": {"weight": 1}})
+    assert "unknown key 'dmd2.gan.weight'" in method
+    assert "discriminator_weight" in method
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"train": {"updates": "many"}}, ["train.updates = 'many'", "integer"]),
+        ({"train": {"updates": 1.5}}, ["train.updates = 1.5", "integer"]),
+        ({"output": 3}, ["output = 3", "string"]),
+        ({"train": "none"}, ["train = 'none'"]),
+        ({"dmd2": None}, ["dmd2 = None"]),
+        ({"roles": {"weights": "half"}}, ["roles.weights = 'half'", "'full', 'shared' or 'mixed'"]),
+        ({"optimizer": {"student": {"betas": [0.9]}}}, ["optimizer.student.betas"]),
+        ({"train": {"batch_size": 0}}, ["train.batch_size = 0", "greater than or equal to 1"]),
+        ({"optimizer": {"student": {"lr": 0}}}, ["optimizer.student.lr = 0", "greater than 0"]),
+        ({"optimizer": {"student": {"lr": float("nan")}}}, ["optimizer.student.lr = nan", "greater than 0"]),
+        ({"train": {"ema_decay": 1.0}}, ["train.ema_decay = 1.0", "less than 1"]),
+        ({"sampler": {"steps": 65}}, ["sampler.steps = 65", "less than or equal to 64"]),
+        ({"dmd2": {"guidance_scale": 0.5}}, ["dmd2.guidance_scale = 0.5", "greater than or equal to 1"]),
+        ({"dmd2": {"min_level": 500, "max_level": 100}}, ["min_level = 500 is above max_level = 100"]),
+        ({"data": {"labels": []}}, ["labels is empty"]),
+        ({"evaluation": {"extractor": "x"}}, ["extractor and reference go together"]),
+    ],
+)
+def test_wrong_types_and_ranges_say_key_value_and_what_is_allowed(changes, parts):
+    message = refused(**changes)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("key", ["method", "output", "teacher", "train"])
+def test_a_missing_key_is_named(key):
+    raw = {k: v for k, v in toy_config().items() if k != key}
+    with pytest.raises(UserError, match=f"^my.yaml: key '{key}' is missing"):
+        make_job(raw, "my.yaml")
+
+
+@pytest.mark.parametrize("name", ["dmd3", "", None, 3, ["dmd2"], {"dmd2": 1}])
+def test_an_unknown_method_lists_the_known(name):
+    raw = {**toy_config(), "method": name}
+    with pytest.raises(UserError, match=r"unknown; methods are dmd2"):
+        make_job(raw, "my.yaml")
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trackio" else real(name))
+    assert "pip install trackio" in refused(train={"trackers": ["trackio"]})
+    assert make_job(toy_config(train={"trackers": ["tensorboard"]})).config.train.trackers == ["tensorboard"]
+
+
+def test_sections_of_other_methods_are_set_aside_but_checked(monkeypatch):
+    from stepdistill.trainers import DMD2, METHODS
+
+    class Other(DMD2):
+        name = "other"
+
+    monkeypatch.setitem(METHODS, "other", Other)
+    job = make_job(toy_config(other={"guidance_scale": 2.0}, dmd2={"guidance_scale": 3.0}))
+    assert job.unused == ("other",)
+    assert job.settings.guidance_scale == 3.0
+    assert not hasattr(job.config, "other")
+    switched = make_job(toy_config(method="other", other={"guidance_scale": 2.0}, dmd2={"guidance_scale": 3.0}))
+    assert switched.unused == ("dmd2",)
+    assert switched.settings.guidance_scale == 2.0
+    assert "unknown key 'guidance'" in refused(other={"guidance": 2.0})
+
+
+def test_what_is_saved_reads_back_as_the_same_config(tmp_path):
+    job = make_job(toy_config(dmd2={"guidance_scale": 2.5}, train={"max_minutes": 3}))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(job.config))
+    assert read_job(path).config.model_dump() == job.config.model_dump()
+
+
+def test_a_checked_config_cannot_be_changed():
+    config = check(RunSettings, {k: v for k, v in toy_config().items() if k != "dmd2"}, "here")
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 4
