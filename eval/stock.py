@@ -53,7 +53,7 @@ class StockPipeline:
         """
         folder = pipeline_folder(path)
         # float32 is the default; the argument's older name works in every version that we allow, but warns in some
-        precision = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+        precision = {} if dtype == torch.float32 else {"dtype": dtype}
         try:
             with _quiet():
                 pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **precision)

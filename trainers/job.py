@@ -80,6 +80,10 @@ def _check_conditions(config: RunSettings) -> None:
     evaluation = config.evaluation
     if (evaluation.extractor is None) != (evaluation.reference is None):
         raise UserError("evaluation: extractor and reference go together; set both or neither")
+    if config.teacher.dtype != "float32" and config.train.precision == "float32":
+        raise UserError(
+            f"teacher.dtype = {config.teacher.dtype} needs train.precision=bf16: a float32 run keeps a float32 teacher"
+        )
     for tracker in config.train.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"train.trackers: the package {tracker} is not installed: pip install {tracker}")
@@ -110,6 +114,8 @@ def condition_items(config: RunSettings, family: Family) -> list:
     """
     own = config.data
     if family.condition_kind == "prompt":
+        if own.labels != "all":
+            raise UserError(f"data.labels: the teacher {config.teacher.path} takes prompts; remove the key")
         if own.prompts is not None:
             return data.read_prompts(own.prompts)
         if own.prompt_dataset is not None:

@@ -7,30 +7,30 @@ import pytest
 import torch
 from stepdistill.eval.distances import make_reference
 from stepdistill.eval.features import FeatureNetwork, as_extractor
-from tiny_pipelines import save_pixels, save_stable_diffusion
+from tiny import save_pixels, save_stable_diffusion
 
 from stepdistill.data import read_array_images
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def label_folder(tmp_path_factory) -> Path:
     """Three labels and a null label that is the last one."""
-    return save_pixels(tmp_path_factory.mktemp("pipelines") / "label", labels=3, null=True)
+    return save_pixels(tmp_path_factory.mktemp("pipelines") / "label", labels=3, null=True, size=16)
 
 
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory) -> Path:
     """Another network of the same shape, with provenance as an export has it."""
     provenance = {"method": "dmd2", "steps": 1, "call": {"num_inference_steps": 1}}
-    return save_pixels(tmp_path_factory.mktemp("pipelines") / "student", provenance, labels=3, seed=1)
+    return save_pixels(
+        tmp_path_factory.mktemp("pipelines") / "student", provenance=provenance, labels=3, seed=1, size=16
+    )
 
 
 @pytest.fixture(scope="session")
 def stable_diffusion_folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("stable_diffusion")
-    return save_stable_diffusion(root / "pipeline", root / "tokenizer")
+    return save_stable_diffusion(root / "pipeline")
 
 
 @pytest.fixture(scope="session")

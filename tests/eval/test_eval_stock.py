@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline
 from stepdistill.eval.stock import StockPipeline
-from tiny_pipelines import save_pixels, tiny_scheduler, tiny_unet
+from tiny import save_pixels, scheduler, unet
 
 from stepdistill.errors import UserError
 
@@ -56,8 +56,8 @@ def test_labels_and_noise_matter(label_folder):
 
 def test_unconditional_pipelines_of_any_class_draw_the_same(tmp_path):
     """DDIM's own pipeline takes no noise; ours does, and gives what DDIM's gives for the noise that it drew."""
-    network = tiny_unet(channels=3)
-    DDIMPipeline(network, tiny_scheduler()).save_pretrained(tmp_path / "ddim")
+    network = unet(channels=3, size=16)
+    DDIMPipeline(network, scheduler("v")).save_pretrained(tmp_path / "ddim")
     stock = StockPipeline.load(tmp_path / "ddim")
     assert (stock.condition_kind, stock.num_labels) == ("none", 0)
     plain = DDIMPipeline.from_pretrained(tmp_path / "ddim")
@@ -84,7 +84,7 @@ def test_the_scheduler_scales_the_noise(tmp_path):
     from diffusers import CMStochasticIterativeScheduler
 
     scheduler = CMStochasticIterativeScheduler(num_train_timesteps=40, sigma_max=7.0, clip_denoised=False)
-    ConsistencyModelPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path / "cm")
+    ConsistencyModelPipeline(unet(size=16), scheduler).save_pretrained(tmp_path / "cm")
     stock = StockPipeline.load(tmp_path / "cm")
     seen = []
     stock.pipeline.scheduler.scale_model_input = lambda sample, t: seen.append(sample) or sample
@@ -112,7 +112,7 @@ def test_wrong_calls_are_refused(label_folder, conditions, shape, guidance, says
 
 def test_wrong_folders_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    broken = save_pixels(tmp_path / "broken")
+    broken = save_pixels(tmp_path / "broken", size=16)
     weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     for path, says in (("nowhere", "no such folder"), ("empty", "model_index.json"), ("broken", "cannot load it")):
