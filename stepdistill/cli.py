@@ -324,7 +324,11 @@ def sample(
     conditions = _given_conditions(stock, prompt, label, count)
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(count, *stock.noise_shape, generator=generator)
-    pixels = stock.generate(conditions, noise, steps or stock.default_steps or 25, generator, guidance_scale)
+    steps = steps or stock.default_steps or 25
+    try:
+        pixels = stock.generate(conditions, noise, steps, generator, guidance_scale)
+    except ValueError as error:  # a scheduler's own word on its steps
+        raise UserError(f"--steps {steps}: {pipeline} cannot be sampled so: {error}") from None
     try:
         save_grid(pixels * 2 - 1, output)
     except (OSError, ValueError) as error:

@@ -207,10 +207,14 @@ def _dataset(name: str, split: str, revision: str | None):
         raise UserError(f"dataset {name!r} (split {split!r}) cannot be loaded: {reason}") from None
 
 
-def _column(dataset, column: str, name: str):
+def _check_column(dataset, column: str, name: str) -> None:
     if column not in dataset.column_names:
         raise UserError(f"dataset {name!r} has no column {column!r}; it has {', '.join(dataset.column_names)}")
-    return dataset[column]
+
+
+def _column(dataset, column: str, name: str) -> list:
+    _check_column(dataset, column, name)
+    return list(dataset[column])
 
 
 def read_dataset(
@@ -224,8 +228,8 @@ def read_dataset(
 ) -> ImageSet:
     """Images of a Hugging Face dataset; ``label_column`` may hold ints or captions."""
     dataset = _dataset(name, split, revision)
-    labels = None if label_column is None else list(_column(dataset, label_column, name))
-    _column(dataset, image_column, name)
+    labels = None if label_column is None else _column(dataset, label_column, name)
+    _check_column(dataset, image_column, name)  # reading the column would decode every image
 
     def read(index: int) -> np.ndarray:
         where = f"{name}[{index}]"

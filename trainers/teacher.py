@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMScheduler
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -34,8 +34,17 @@ class TeacherData(Section):
 class TeacherNetwork(Section):
     resolution: int = Field(16, ge=8)
     channels: Literal[1, 3] = 1
-    block_channels: list[int] = [16, 32, 64]
+    block_channels: list[int] = Field([16, 32, 64], min_length=1, description="multiples of 8, a resolution each")
     layers_per_block: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self):
+        odd = [c for c in self.block_channels if c < 8 or c % 8]
+        if odd:
+            raise ValueError(f"block_channels: {odd[0]} is not a multiple of 8")
+        if self.resolution % 2 ** (len(self.block_channels) - 1):
+            raise ValueError(f"resolution {self.resolution} cannot be halved {len(self.block_channels) - 1} times")
+        return self
 
 
 class TeacherConfig(Section):

@@ -127,7 +127,7 @@ def build_teacher_network(
         down_block_types=("DownBlock2D",) * down + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * down,
         norm_num_groups=8,
-        attention_head_dim=32,
+        attention_head_dim=min(32, block_channels[-1]),
         num_class_embeds=num_labels + 1,
     )
     network.register_to_config(_stepdistill={"null_label": num_labels})

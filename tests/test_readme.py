@@ -1,0 +1,85 @@
+"""What the README says can be done is done, on a small scale; every shipped config is a valid one."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stepdistill.eval.prepare import FeatureConfig
+from stepdistill.trainers.job import read_job
+from stepdistill.trainers.teacher import TeacherConfig
+
+from stepdistill.config import check, read_yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "teachers")
+
+
+def test_the_two_commands_are_there():
+    install = r"python3 -m venv \.venv && \.venv/bin/pip install -e "
+    assert re.search(install + r"\. && \.venv/bin/stepdistill distill configs/quickstart\.yaml$", README, re.M)
+    assert re.search(install + r'"\.\[test\]" && \.venv/bin/python -m pytest$', README, re.M)
+
+
+def test_quickstart_runs_whole_on_a_small_scale(tmp_path):
+    """Shipped teacher, training, export, evaluation in a fresh process, grid and report."""
+    small = ["train.updates=2", "train.batch_size=8", "evaluation.samples=80", "evaluation.batch_size=40"]
+    command = [sys.executable, "-P", "-m", "stepdistill", "distill", str(ROOT / "configs/quickstart.yaml"), *small]
+    done = subprocess.run(
+        [*command, f"output={tmp_path / 'run'}"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = tmp_path / "run"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert [(row["name"], row["steps"]) for row in evaluation["rows"]] == [
+        ("teacher", 25),
+        ("teacher", 5),
+        ("teacher", 1),
+        ("student", 1),
+    ]
+    for made in ("student/model_index.json", "student/README.md", "grid.png", "report.html", "config.yaml"):
+        assert (run / made).is_file(), made
+    for said in ("student", "report.html", "grid.png", "Next:"):
+        assert said in done.stdout
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_shipped_configs_are_valid(path):
+    job = read_job(path)
+    assert job.config.output.startswith("runs/")
+
+
+def test_shipped_teacher_configs_are_valid():
+    path = ROOT / "configs/teachers/fashion_mnist.yaml"
+    assert check(TeacherConfig, read_yaml(path), str(path)).data.num_labels == 10
+    path = ROOT / "configs/teachers/fashion_mnist_features.yaml"
+    check(FeatureConfig, read_yaml(path), str(path))
+
+
+def test_every_command_in_the_readme_exists():
+    from typer.main import get_command
+
+    from stepdistill.cli import app
+
+    known = get_command(app).commands
+    for name in re.findall(r"^stepdistill (\w+)|`stepdistill (\w+)", README, re.M):
+        assert (name[0] or name[1]) in known, name
+
+
+def test_modules_keep_to_their_rooms():
+    """The library imports no room above it but in cli.py; no trainer names a model class; objectives call nothing."""
+    rooms = r"stepdistill\.(trainers|pipelines|eval)\b"
+    for path in (ROOT / "stepdistill").rglob("*.py"):
+        if path.name != "cli.py":
+            code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.S)
+            assert not re.search(rf"^\s*(from|import) {rooms}", code, re.M), path
+    for path in (ROOT / "trainers").glob("*.py"):
+        if path.name != "teacher.py":  # which makes a teacher of one family
+            assert not re.search(r"UNet2D|StableDiffusionPipeline|AutoencoderKL", path.read_text()), path
+    for path in (ROOT / "stepdistill/objectives").glob("*.py"):
+        assert not re.search(r"no_grad|backward\(|randn|optim", path.read_text()), path

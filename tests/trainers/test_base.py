@@ -1,0 +1,153 @@
+"""The loop: what is not finite is counted and skipped, limits stop and save, optimizers do what the config says."""
+
+import json
+import math
+
+import pytest
+import torch
+from stepdistill.trainers.base import Interrupted, RunStopped
+from toys import toy_trainer
+
+from stepdistill import checkpoint
+from stepdistill.run import RunFolder
+
+
+def in_folder(tmp_path, **changes):
+    run = RunFolder(tmp_path / "run")
+    trainer = toy_trainer(run=run, **changes)
+    run.create(trainer.config, 0)
+    trainer.save_samples = lambda: None  # toys are no pictures
+    return trainer, run
+
+
+def poison(trainer, role, times):
+    """Make the next ``times`` gradients of ``role`` NaN."""
+    left = {"count": times}
+    update = trainer.update
+
+    def poisoned(which):
+        if which == role and left["count"] > 0:
+            left["count"] -= 1
+            next(iter(trainer.trained[role].values())).grad.view(-1)[0] = math.nan
+        return update(which)
+
+    trainer.update = poisoned
+
+
+@pytest.mark.parametrize("role", ["student", "fake_score"])
+def test_a_non_finite_gradient_is_counted_and_its_step_skipped(role, tmp_path):
+    trainer, run = in_folder(tmp_path, train={"updates": 4, "log_every": 1})
+    poison(trainer, role, 1)
+    before = {k: p.detach().clone() for k, p in trainer.trained[role].items()}
+    other = "fake_score" if role == "student" else "student"
+    trainer.iteration()
+    assert trainer.skipped == {role: 1, other: 0}
+    assert trainer.counters[role] == 0
+    assert trainer.counters[other] == 1
+    for key, parameter in trainer.trained[role].items():
+        assert torch.equal(parameter, before[key])
+        assert parameter.grad is None
+    trainer.counters["iteration"] += 1
+    trainer.fit()
+    assert trainer.counters["student"] == 4
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert rows[-1][f"skipped/{role}"] == 1
+    assert all(p.isfinite().all() for p in trainer.trained[role].values())
+
+
+@pytest.mark.parametrize("role", ["student", "fake_score"])
+def test_too_many_in_a_row_stop_the_run_naming_step_and_role(role, tmp_path):
+    trainer, run = in_folder(
+        tmp_path,
+        train={"updates": 9, "checkpoint_every": 1, "non_finite_limit": 3},
+        dmd2={"fake_score_updates": 1},
+    )
+    trainer.config.train.__dict__["updates"] = 2
+    trainer.fit()
+    trainer.config.train.__dict__["updates"] = 9
+    poison(trainer, role, 5)
+    with pytest.raises(RunStopped, match=rf"stopped at iteration 4: 3 non-finite gradients of the {role} in a row"):
+        trainer.fit()
+    tensors, _ = checkpoint.load(checkpoint.latest(run.checkpoints))
+    assert all(torch.isfinite(v).all() for v in tensors[role].values())
+
+
+def test_a_finite_step_between_resets_the_count():
+    trainer = toy_trainer(train={"updates": 9, "non_finite_limit": 2}, dmd2={"fake_score_updates": 1})
+    for _ in range(3):
+        poison(trainer, "student", 1)
+        trainer.iteration()
+        trainer.iteration()
+    assert trainer.skipped["student"] == 3
+
+
+def test_wall_time_saves_and_stops_and_resuming_is_the_uninterrupted_run(tmp_path):
+    trainer, run = in_folder(tmp_path, train={"updates": 6, "max_minutes": 1e-9})
+    with pytest.raises(Interrupted, match="max_minutes") as stop:
+        trainer.fit()
+    assert stop.value.exit_code == 0
+    assert trainer.counters["student"] == 1
+    again = toy_trainer(train={"updates": 6})
+    again.restore(*checkpoint.load(checkpoint.latest(run.checkpoints)), "here")
+    again.fit()
+    whole = toy_trainer(train={"updates": 6})
+    whole.fit()
+    for key, parameter in whole.trained["student"].items():
+        assert torch.equal(parameter, again.trained["student"][key]), key
+
+
+def test_clipping_and_warm_up_are_per_role():
+    trainer = toy_trainer(
+        optimizer={"student": {"clip": 1e-3, "warmup": 4, "lr": 1e-2}, "fake_score": {"clip": 1e3}},
+        dmd2={"fake_score_updates": 1},
+    )
+    norms, rates = {"student": [], "fake_score": []}, []
+
+    def watch(role):
+        optimizer = trainer.optimizers[role]
+        step = optimizer.step
+
+        def watched():
+            gradients = [p.grad for p in trainer.trained[role].values() if p.grad is not None]
+            norms[role].append(torch.nn.utils.get_total_norm(gradients).item())
+            if role == "student":
+                rates.append(optimizer.param_groups[0]["lr"])
+            return step()
+
+        optimizer.step = watched
+
+    watch("student")
+    watch("fake_score")
+    for _ in range(6):
+        trainer.iteration()
+        trainer.counters["iteration"] += 1
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+    assert max(norms["student"]) <= 1.001e-3
+    assert max(norms["fake_score"]) > 1e-3
+
+
+def test_every_row_says_how_far_and_at_what_cost(tmp_path):
+    trainer, run = in_folder(tmp_path, train={"updates": 4, "log_every": 2, "batch_size": 8})
+    trainer.fit()
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [row["updates/student"] for row in rows] == [2, 4]
+    # an iteration: sample 8, fake score 8 + 16 backward; a student's turn: 16 backward, fake score 8 (the teacher is a
+    # closed form and no network)
+    assert rows[1]["passes"] - rows[0]["passes"] == 2 * (5 * 32 + 16 + 8)
+    for name in ("loss/student", "loss/fake_score", "grad_norm/student", "sample_grad/distribution_matching"):
+        assert math.isfinite(rows[1][name])
+
+
+def test_the_average_follows_its_formula():
+    trainer = toy_trainer(train={"ema_decay": 0.5, "updates": 3}, dmd2={"fake_score_updates": 1})
+    name = next(iter(trainer.trained["student"]))
+    shadow = trainer.ema.shadow[name].clone()
+    for n in (1, 2, 3):
+        trainer.iteration()
+        decay = min(0.5, (1 + n) / (10 + n))
+        shadow = decay * shadow + (1 - decay) * trainer.trained["student"][name].detach()
+        torch.testing.assert_close(trainer.ema.shadow[name], shadow)
+    raw = trainer.trained["student"][name].detach().clone()
+    with trainer.averaged():
+        torch.testing.assert_close(trainer.trained["student"][name].detach(), shadow)
+    assert torch.equal(trainer.trained["student"][name].detach(), raw)
