@@ -1,0 +1,171 @@
+"""Two processes with half the batch each are one process with all of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+UPDATES = 2
+ROWS = {
+    "unet2d-full-gan": {"teacher": "pixels", "roles": {"weights": "full"}, "gan": True},
+    "unet2d-shared-4-steps": {
+        "teacher": "pixels",
+        "roles": {"weights": "shared", "lora": {"rank": 2}},
+        "sampler": {"steps": 4},
+        "guidance": 2.0,
+        "accumulation": 2,
+    },
+}
+"""What is run; a method or family joins by adding a row."""
+
+
+def raw_config(row: dict, root: Path, batch: int) -> dict:
+    own = {"fake_score_updates": 1, "guidance_scale": row.get("guidance", 1.0)}
+    raw = {
+        "method": row.get("method", "dmd2"),
+        "output": str(root / "unused"),
+        "seed": 5,
+        "teacher": {"path": str(root / row["teacher"])},
+        "roles": row["roles"],
+        "sampler": row.get("sampler", {}),
+        # a large eps: AdamW would else turn the rounding of gradients that are zero (a key's bias) into whole steps
+        "optimizer": {"student": {"lr": 1e-3, "eps": 1e-2}, "fake_score": {"lr": 1e-3, "eps": 1e-2}},
+        "train": {
+            "updates": UPDATES,
+            "batch_size": batch,
+            "gradient_accumulation": row.get("accumulation", 1),
+            "ema_decay": 0.9,
+            "trackers": [],
+        },
+        "evaluation": {"enabled": False},
+        row.get("method", "dmd2"): own,
+    }
+    if row.get("gan"):
+        own["gan"] = {"student_weight": 0.01}
+        raw["data"] = {"images": {"npz": str(root / "images.npz")}}
+    return raw
+
+
+def train(row: dict, root: Path, batch: int) -> tuple[dict, dict]:
+    """Averaged gradients of every update by name, and all state after ``UPDATES`` student updates."""
+    from accelerate import Accelerator
+    from stepdistill.trainers.job import build_trainer, make_job
+
+    trainer = build_trainer(make_job(raw_config(row, root, batch)), None, Accelerator(cpu=True))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # apart from the teacher, where the first gradient would be zero
+        for role in trainer.roles.trained():
+            for parameter in role.parameters().values():
+                parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    gradients = {}
+    for role, optimizer in trainer.optimizers.items():
+
+        def keep(own, _arguments, _keywords, role=role):
+            parameters = [p for group in own.param_groups for p in group["params"] if p.grad is not None]
+            count = trainer.counters[role]
+            gradients[f"{role}/{count}"] = torch.cat([p.grad.flatten().clone() for p in parameters])
+
+        optimizer.register_step_pre_hook(keep)
+    trainer.fit()
+    tensors, meta = trainer.state()
+    flat = {f"{group}/{key}": value.clone() for group, own in tensors.items() for key, value in own.items()}
+    return gradients, {"tensors": flat, "counters": dict(meta["counters"]), "world": trainer.world}
+
+
+def child(root: Path) -> None:
+    """One of the two processes: every row, the state of each rank written beside."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    rank = os.environ["RANK"]
+    for name, row in ROWS.items():
+        gradients, state = train(row, root, batch=2)
+        torch.save({"gradients": gradients, **state}, root / f"{name}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """By row: what the two ranks got, and what one process with the whole batch gets."""
+    root = tmp_path_factory.mktemp("processes")
+    tiny.save_pixels(root / "pixels", "v", labels=3, null=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (7, 8, 8), dtype=np.uint8)
+    np.savez(root / "images.npz", images=pixels, labels=np.arange(7) % 3)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(root)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    single = {name: train(row, root, batch=4) for name, row in ROWS.items()}
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)[-3000:]
+    ranks = {name: [torch.load(root / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in ROWS}
+    return ranks, single
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_gradients_are_the_single_process_ones(results, name):
+    ranks, single = results[0][name], results[1][name]
+    assert [r["world"] for r in ranks] == [2, 2]
+    assert single[1]["world"] == 1
+    gradients = single[0]
+    assert len(gradients) == 2 * UPDATES
+    for rank in ranks:
+        assert rank["gradients"].keys() == gradients.keys()
+        for key, expected in gradients.items():
+            assert expected.abs().max() > 1e-4, key
+            torch.testing.assert_close(rank["gradients"][key], expected, rtol=0, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_ranks_agree_bit_for_bit(results, name):
+    first, second = results[0][name]
+    assert first["counters"] == second["counters"]
+    for key, value in first["tensors"].items():
+        assert torch.equal(value, second["tensors"][key]), key
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_draws_and_data_positions_are_the_single_process_ones(results, name):
+    rank, (_, single) = results[0][name][0], results[1][name]
+    assert rank["counters"] == single["counters"]
+    key = "noise/generator"
+    assert torch.equal(rank["tensors"][key], single["tensors"][key])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_weights_are_the_single_process_ones(results, name):
+    rank, (_, single) = results[0][name][0], results[1][name]
+    for key, expected in single["tensors"].items():
+        if key.split("/")[0] in ("student", "fake_score", "discriminator", "ema"):
+            torch.testing.assert_close(rank["tensors"][key], expected, rtol=0, atol=1e-6, msg=key)
+
+
+if __name__ == "__main__":
+    child(Path(sys.argv[1]))
