@@ -18,7 +18,7 @@ from stepdistill.errors import UserError
 class Section(BaseModel):
     """A part of a config: unknown keys are refused, values do not change after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 SectionType = TypeVar("SectionType", bound=Section)

@@ -7,6 +7,7 @@ processes see the same global batches.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import zipfile
 import zlib
@@ -44,11 +45,13 @@ class ImageSet:
     """Real images with what was known of them.
 
     ``size`` images, each (C, H, W); :meth:`batch` gives float32 pixels in [-1, 1].  ``labels`` is a list of ints
-    or captions (or None where the source has none), aligned with the images.
+    or captions (or None where the source has none), aligned with the images.  ``fingerprint`` changes when an image
+    does: the pixels' digest of an array, the names, sizes and times of files, a dataset's own.
     """
 
-    def __init__(self, source: str, read, size: int, labels: list[int] | list[str] | None):
+    def __init__(self, source: str, read, size: int, labels: list[int] | list[str] | None, fingerprint: str):
         self.source, self._read, self.size, self.labels = source, read, size, labels
+        self.fingerprint = fingerprint
 
     def batch(self, indices: list[int]) -> Tensor:
         """Pixels (len(indices), C, H, W) in [-1, 1]."""
@@ -107,7 +110,8 @@ def read_array_images(pixels: np.ndarray, labels, shape: tuple[int, int, int], r
         return _fit(Image.fromarray(pixels[index]), shape, resize, f"{source}[{index}]")
 
     read(0)  # a wrong size is answered at once
-    return ImageSet(source, read, len(pixels), None if labels is None else [int(x) for x in labels])
+    fingerprint = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+    return ImageSet(source, read, len(pixels), None if labels is None else [int(x) for x in labels], fingerprint)
 
 
 def read_npz(path: str | Path, shape: tuple[int, int, int], resize: bool = False) -> ImageSet:
@@ -172,7 +176,8 @@ def read_folder(path: str | Path, shape: tuple[int, int, int], resize: bool = Fa
         with _quick_open(files[index]) as image:
             if image.size != (shape[2], shape[1]) and not resize:
                 read(index)
-    return ImageSet(str(path), read, len(files), labels)
+    stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return ImageSet(str(path), read, len(files), labels, hashlib.sha256(repr(stats).encode()).hexdigest())
 
 
 def _caption(path: Path) -> str:
@@ -247,7 +252,7 @@ def read_dataset(
     if len(dataset) == 0:
         raise UserError(f"dataset {name!r} (split {split!r}) is empty")
     read(0)
-    return ImageSet(name, read, len(dataset), labels)
+    return ImageSet(name, read, len(dataset), labels, str(dataset._fingerprint))
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -319,7 +319,7 @@ def test_an_empty_dataset_is_refused(monkeypatch):
 
 def test_looking_for_the_image_column_decodes_none_of_it(monkeypatch):
     class Lazy:
-        column_names = ["image"]
+        column_names, _fingerprint = ["image"], "made up"
 
         def __len__(self):
             return 10**6
@@ -355,3 +355,18 @@ def test_prompt_files_that_cannot_serve(tmp_path):
     refused(lambda: read_prompts(tmp_path / "latin.txt"), "latin.txt: not a readable text file", "UTF-8")
     refused(lambda: read_prompts(tmp_path / "gone.txt"), "gone.txt: no such file", "data.prompts")
     refused(lambda: read_prompts(tmp_path), "not a readable text file")
+
+
+def test_fingerprint_changes_with_any_image(tmp_path):
+    """A cache of latents is keyed by it: a picture changed in the middle must not be served from the old one."""
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 8, 8), dtype=np.uint8)
+    changed = pixels.copy()
+    changed[2, 3, 3] ^= 1
+    prints = [data.read_array_images(p, None, (1, 8, 8), False, "made up").fingerprint for p in (pixels, pixels, changed)]
+    assert prints[0] == prints[1] != prints[2]
+    for index in range(3):
+        Image.fromarray(pixels[index]).save(tmp_path / f"{index}.png")
+    before = read_folder(tmp_path, (1, 8, 8)).fingerprint
+    assert read_folder(tmp_path, (1, 8, 8)).fingerprint == before
+    Image.fromarray(changed[2]).save(tmp_path / "1.png")
+    assert read_folder(tmp_path, (1, 8, 8)).fingerprint != before

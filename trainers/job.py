@@ -166,16 +166,15 @@ def check_fit(job: Job, family: Family) -> tuple[list, data.ImageSet | None]:
 def cached_latents(family: Family, images: data.ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
     """All images as latents (N, C, H, W), from ``folder`` if they lie there; None for a family without a VAE.
 
-    The file is keyed by a fingerprint of the images' source, the VAE's weights and the size, so that a stale one is
+    The file is keyed by a fingerprint of the images, the VAE's weights and the size, so that a stale one is
     never used.
     """
     vae = getattr(family, "vae", None)
     if vae is None:
         return None
-    digest = hashlib.sha256(repr((images.source, len(images), family.image_shape)).encode())
+    digest = hashlib.sha256(repr((images.fingerprint, len(images), family.image_shape)).encode())
     for value in vae.state_dict().values():
         digest.update(value.detach().float().cpu().numpy().tobytes())
-    digest.update(images.batch([0, len(images) - 1]).numpy().tobytes())
     key = digest.hexdigest()
     file = folder / f"latents-{key[:16]}.safetensors"
     if file.exists():
