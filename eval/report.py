@@ -21,14 +21,14 @@ MOST_SAMPLES = 12
 """Sample grids that a page shows, spread evenly over the run."""
 MOST_POINTS = 1000
 """Points of a curve; longer ones are averaged in equal spans."""
-NOT_CURVES = {"iteration", "seconds", "passes"}
+NOT_CURVES = {"iteration", "seconds", "passes", "updates/student", "updates/fake_score"}
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:62rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem;margin:.4rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:1px solid #dde1e6}
 table{border-collapse:collapse;font-size:.9rem}td,th{
 padding:.25rem .7rem;text-align:right;border-bottom:1px solid #e8ebef}
-td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}img{max-width:100%;height:auto}
+td:first-child,th:first-child,.facts td{text-align:left}.wide{overflow-x:auto}img{max-width:100%;height:auto}
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:.5rem}
 figure{margin:.5rem 0}figcaption,.note{color:#5a6470;font-size:.85rem}pre{
 background:#f5f7f9;padding:.8rem;overflow-x:auto}
@@ -87,12 +87,12 @@ def _image(data: bytes, text: str) -> str:
     return f'<img alt="{_escape(text)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
-def _table(rows: list[list[Any]], header: bool = True) -> str:
+def _table(rows: list[list[Any]], header: bool = True, kind: str = "wide") -> str:
     lines = []
     for i, row in enumerate(rows):
         tag = "th" if header and i == 0 else "td"
         lines.append("<tr>" + "".join(f"<{tag}>{_escape(cell)}</{tag}>" for cell in row) + "</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f'<div class="{kind}"><table>{"".join(lines)}</table></div>'
 
 
 def _read_text(path: Path) -> str | None:
@@ -141,7 +141,7 @@ def _facts(run: Path, config: str | None) -> str:
     rows += [[key, environment[key]] for key in ("command", "started", "platform") if environment.get(key)]
     if isinstance(versions, dict):
         rows.append(["versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)])
-    parts = [_table(rows, header=False)] if rows else []
+    parts = [_table(rows, header=False, kind="facts")] if rows else []
     parts += [_missing("environment.json (versions, git state, seed)")] if not environment else []
     return "\n".join(parts)
 
@@ -193,7 +193,7 @@ def _samples(run: Path) -> str:
         files = [files[round(i * last / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
     figures = []
     for file in files:
-        caption = f"iteration {int(file.stem)}" if file.stem.isdecimal() else file.stem
+        caption = f"{int(file.stem)} student updates" if file.stem.isdecimal() else file.stem
         figures.append(
             f"<figure>{_image(file.read_bytes(), caption)}<figcaption>{_escape(caption)}</figcaption></figure>"
         )

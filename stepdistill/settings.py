@@ -80,6 +80,7 @@ class OptimizerSettings(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: int = Field(0, ge=0, description="linear warm-up, in this role's own updates")
+    decay: int = Field(0, ge=0, description="then linearly towards 0 at this many of its own updates; 0 is constant")
     clip: float = Field(10.0, gt=0, description="the gradient norm is clipped to this")
 
 

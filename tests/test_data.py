@@ -362,7 +362,9 @@ def test_fingerprint_changes_with_any_image(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (5, 8, 8), dtype=np.uint8)
     changed = pixels.copy()
     changed[2, 3, 3] ^= 1
-    prints = [data.read_array_images(p, None, (1, 8, 8), False, "made up").fingerprint for p in (pixels, pixels, changed)]
+    prints = [
+        data.read_array_images(p, None, (1, 8, 8), False, "made up").fingerprint for p in (pixels, pixels, changed)
+    ]
     assert prints[0] == prints[1] != prints[2]
     for index in range(3):
         Image.fromarray(pixels[index]).save(tmp_path / f"{index}.png")

@@ -32,7 +32,7 @@ from stepdistill.noise import Noise
 from stepdistill.roles import EMA, Roles
 from stepdistill.run import RunFolder
 from stepdistill.sampler import FewStepSampler
-from stepdistill.settings import RunSettings
+from stepdistill.settings import OptimizerSettings, RunSettings
 
 
 class RunStopped(UserError):
@@ -222,9 +222,8 @@ class Trainer(abc.ABC):
         finite = math.isfinite(norm.item())
         if finite:
             nn.utils.clip_grads_with_norm_(parameters, own.clip, norm)
-            warm = min(1.0, (self.counters[role] + 1) / own.warmup) if own.warmup else 1.0
             for group in optimizer.param_groups:
-                group["lr"] = own.lr * warm
+                group["lr"] = learning_rate(own, self.counters[role])
             optimizer.step()
             self.counters[role] += 1
             self.skipped_in_a_row[role] = 0
@@ -424,6 +423,19 @@ class Trainer(abc.ABC):
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"checkpoint {where}: does not fit this run ({reason}); was the teacher changed?") from None
+
+
+def learning_rate(settings: OptimizerSettings, done: int) -> float:
+    """The rate of the next update after ``done`` of the same role: warm-up, then constant or linear decay.
+
+    It never falls below 1 % of ``lr``, so a run that is resumed past ``decay`` still moves.
+    """
+    rate = settings.lr
+    if settings.warmup:
+        rate *= min(1.0, (done + 1) / settings.warmup)
+    if settings.decay:
+        rate *= max(0.01, 1 - done / settings.decay)
+    return rate
 
 
 def _average(gradients: list[Tensor], world: int) -> None:

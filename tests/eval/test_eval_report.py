@@ -86,8 +86,8 @@ def test_the_page_holds_everything_and_fetches_nothing(run):
         "2.500",
         "abc123, with changes",
         "torch 2.13",
-        "iteration 0",
-        "iteration 190",
+        "0 student updates",
+        "190 student updates",
     ):
         assert words in said
     assert "1 values that are not finite are left out" in said

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from stepdistill.trainers.base import Interrupted, RunStopped
+from stepdistill.trainers.base import Interrupted, RunStopped, learning_rate
 from toys import toy_trainer
 
 from stepdistill import checkpoint
 from stepdistill.run import RunFolder
+from stepdistill.settings import OptimizerSettings
 
 
 def in_folder(tmp_path, **changes):
@@ -124,6 +125,13 @@ def test_clipping_and_warm_up_are_per_role():
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
     assert max(norms["student"]) <= 1.001e-3
     assert max(norms["fake_score"]) > 1e-3
+
+
+def test_learning_rate_warms_up_then_decays_in_the_roles_own_updates():
+    own = OptimizerSettings(lr=1.0, warmup=4, decay=10)
+    rates = [learning_rate(own, done) for done in range(12)]
+    assert rates == pytest.approx([0.25, 0.45, 0.6, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.01, 0.01])
+    assert learning_rate(OptimizerSettings(lr=0.5), 1000) == 0.5
 
 
 def test_every_row_says_how_far_and_at_what_cost(tmp_path):
