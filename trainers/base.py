@@ -204,7 +204,9 @@ class Trainer(abc.ABC):
 
     def _optimizer(self, role: str, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
         own = getattr(self.config.optimizer, role)
-        return torch.optim.AdamW(parameters, lr=own.lr, betas=own.betas, eps=own.eps, weight_decay=own.weight_decay)
+        return torch.optim.AdamW(
+            parameters, lr=own.lr, betas=own.betas, eps=own.eps, weight_decay=own.weight_decay, fused=True
+        )
 
     def update(self, role: str) -> bool:
         """One optimizer step of ``role`` from the gradients that have gathered; whether it was taken.
