@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from stepdistill.data import ImageSet
 from stepdistill.errors import UserError
 
-from .features import Extractor, write_tensors
+from .features import Extractor, read_tensors, write_tensors
 
 
 class _AsGiven(nn.Module):
@@ -145,16 +144,8 @@ class ReferenceStatistics:
         Raises:
             UserError: no such file, not safetensors, or not one of ours.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such reference statistics; make them with make_reference") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error}); make it again") from None
-        if metadata.get("kind") != "stepdistill.ReferenceStatistics":
-            raise UserError(f"{path}: a safetensors file, but not reference statistics; name another file")
+        kind, what = "stepdistill.ReferenceStatistics", "file of reference statistics"
+        tensors, metadata = read_tensors(path, kind, what, "make them with make_reference")
         facts = json.loads(metadata["facts"])
         facts["shape"] = tuple(facts["shape"])
         return cls(**tensors, **facts)

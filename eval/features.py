@@ -55,6 +55,25 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     return path
 
 
+def read_tensors(path: str | Path, kind: str, what: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that :func:`write_tensors` wrote with metadata ``kind``.
+
+    Raises:
+        UserError: no such file, not safetensors, or of another kind.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {what}; {remedy}") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); replace it") from None
+    if metadata.get("kind") != kind:
+        raise UserError(f"{path}: a safetensors file, but not a {what} of ours; name another file")
+    return tensors, metadata
+
+
 def _convolution(inside: int, outside: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inside, outside, 3, stride=stride, padding=1, bias=False),
@@ -157,19 +176,8 @@ class FeatureNetwork(nn.Module):
         Raises:
             UserError: no such file, not safetensors, or not one of ours.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: no such feature network; make one with a config like "
-                "configs/teachers/fashion_mnist_features.yaml"
-            ) from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error}); replace it") from None
-        if metadata.get("kind") != "stepdistill.FeatureNetwork":
-            raise UserError(f"{path}: a safetensors file, but not a feature network of ours; name another file")
+        remedy = "make one with a config like configs/teachers/fashion_mnist_features.yaml"
+        tensors, metadata = read_tensors(path, "stepdistill.FeatureNetwork", "feature network", remedy)
         network = cls(**json.loads(metadata["architecture"]), name=metadata["name"])
         network.load_state_dict(tensors)
         network.notes = json.loads(metadata["notes"])

@@ -9,7 +9,7 @@ import functools
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import nn
 
 from stepdistill.errors import UserError
@@ -26,17 +26,7 @@ def unet2d() -> UNet2DFamily:
 
 def stable_diffusion() -> StableDiffusionFamily:
     """The denoising network alone; VAE and text encoder are stand-ins that are not called."""
-    torch.manual_seed(0)
-    network = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
+    network = tiny.condition_unet()
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     return StableDiffusionFamily(network, tiny.scheduler("sd_ddim_eps"), vae, nn.Identity(), None)
 

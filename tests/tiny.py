@@ -94,21 +94,27 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
 
 
+def condition_unet() -> UNet2DConditionModel:
+    """A UNet2DConditionModel on 8x8 latents with text of width 8."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
 def save_stable_diffusion(path: Path, kind: str = "sd_ddim_eps") -> Path:
     """A complete StableDiffusionPipeline folder: 8x8 latents, 16x16 pictures."""
     words = tokenizer(path.with_name(f"{path.name}-tokenizer"))
     torch.manual_seed(0)
     StableDiffusionPipeline(
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=8,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        ),
+        unet=condition_unet(),
         vae=AutoencoderKL(
             block_out_channels=(8, 8),
             down_block_types=("DownEncoderBlock2D",) * 2,

@@ -124,7 +124,7 @@ def test_pictures_of_another_size_are_refused(reference_file, network_file):
 def test_references_that_are_none_are_refused(tmp_path, network_file):
     (tmp_path / "rubbish").write_bytes(b"rubbish")
     for path, says in (
-        (tmp_path / "none", "no such reference"),
+        (tmp_path / "none", "no such file of reference"),
         (tmp_path / "rubbish", "not a readable"),
         (network_file, "not reference statistics"),
     ):
