@@ -126,7 +126,7 @@ def test_references_that_are_none_are_refused(tmp_path, network_file):
     for path, says in (
         (tmp_path / "none", "no such file of reference"),
         (tmp_path / "rubbish", "not a readable"),
-        (network_file, "not reference statistics"),
+        (network_file, "not a file of reference statistics"),
     ):
         with pytest.raises(UserError, match=says):
             ReferenceStatistics.load(path)
