@@ -145,7 +145,7 @@ def test_an_unknown_key_is_named_beside_the_known_ones():
     assert "known keys here: data, dmd2, evaluation" in top
     deep = refused(optimizer={"student": {"learning_rate": 1}})
     assert "unknown key 'optimizer.student.learning_rate'" in deep
-    assert "betas, clip, eps, lr, warmup, weight_decay" in deep
+    assert "betas, clip, decay, eps, lr, warmup, weight_decay" in deep
     method = refused(dmd2={"gan": {"weight": 1}})
     assert "unknown key 'dmd2.gan.weight'" in method
     assert "discriminator_weight" in method
