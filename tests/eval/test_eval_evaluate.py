@@ -226,7 +226,7 @@ def test_wrong_evaluations_are_refused(tmp_path, label_folder, settings, network
         ([Target("teacher", label_folder)], {}, "says nothing of its steps"),
         ([target, Target("student", tmp_path / "none", 1)], {}, "no such folder"),
         ([target], {"extractor": str(alone)}, "reference is not set"),
-        ([target], {"extractor": "fashion_mnist", "reference": settings.extractor}, "not a file of reference statistics"),
+        ([target], {"extractor": "fashion_mnist", "reference": settings.extractor}, "not a file of reference"),
         ([target], {"prompts": str(tmp_path / "none.txt")}, "no such file"),
     ):
         with pytest.raises(UserError, match=says):
