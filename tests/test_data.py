@@ -37,7 +37,7 @@ def as_batch(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def refused(call, *parts: str) -> None:
+def assert_refused(call, *parts: str) -> None:
     with pytest.raises(UserError) as caught:
         call()
     message = str(caught.value)
@@ -117,7 +117,7 @@ def test_npz_without_labels_and_with_gray_for_a_colour_teacher(tmp_path):
 def test_npz_that_does_not_fit(tmp_path, arrays, parts):
     path = tmp_path / "a.npz"
     np.savez(path, **arrays)
-    refused(lambda: read_npz(path, GRAY), str(path), *parts)
+    assert_refused(lambda: read_npz(path, GRAY), str(path), *parts)
 
 
 def test_npz_files_that_are_none(tmp_path):
@@ -136,8 +136,8 @@ def test_npz_files_that_are_none(tmp_path):
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        refused(lambda name=name: read_npz(tmp_path / name, GRAY), name, "not a readable .npz")
-    refused(lambda: read_npz(tmp_path / "gone.npz", GRAY), "gone.npz: no such file", "data.images.npz")
+        assert_refused(lambda name=name: read_npz(tmp_path / name, GRAY), name, "not a readable .npz")
+    assert_refused(lambda: read_npz(tmp_path / "gone.npz", GRAY), "gone.npz: no such file", "data.images.npz")
 
 
 # -- idx ---------------------------------------------------------------------------------------------------
@@ -171,8 +171,8 @@ def test_idx_that_cannot_be_read(tmp_path):
     }
     for name, (content, says) in contents.items():
         (tmp_path / name).write_bytes(content)
-        refused(lambda name=name: read_idx(tmp_path / name, None, GRAY), name, says)
-    refused(lambda: read_idx(tmp_path / "gone", None, GRAY), "gone: no such file")
+        assert_refused(lambda name=name: read_idx(tmp_path / name, None, GRAY), name, says)
+    assert_refused(lambda: read_idx(tmp_path / "gone", None, GRAY), "gone: no such file")
 
 
 # -- folders -----------------------------------------------------------------------------------------------
@@ -207,13 +207,13 @@ def test_text_files_beside_the_pictures_are_captions(tmp_path):
         (tmp_path / f"{index}.txt").write_text(f" a picture of {index}\n", encoding="utf-8-sig")
     assert read_folder(tmp_path, GRAY).labels == ["a picture of 0", "a picture of 1"]
     (tmp_path / "1.txt").write_bytes(b"\xff\xfe\x00")
-    refused(lambda: read_folder(tmp_path, GRAY), "1.txt", "UTF-8")
+    assert_refused(lambda: read_folder(tmp_path, GRAY), "1.txt", "UTF-8")
 
 
 def test_a_wrong_size_names_file_sizes_and_remedy(tmp_path):
     save(tmp_path / "a.png", pixels(1, (4, 6))[0])
     save(tmp_path / "b.png", pixels(1, (5, 6))[0])  # not the first: all are looked at
-    refused(
+    assert_refused(
         lambda: read_folder(tmp_path, GRAY),
         str(tmp_path / "b.png"),
         "6x5",
@@ -249,7 +249,7 @@ def test_the_centre_is_what_stays():
 def test_pictures_that_cannot_be_read(tmp_path):
     save(tmp_path / "a.png", pixels(1, (4, 6))[0])
     (tmp_path / "b.png").write_bytes(b"not a picture")
-    refused(lambda: read_folder(tmp_path, GRAY), "b.png: not a readable image", "remove or replace")
+    assert_refused(lambda: read_folder(tmp_path, GRAY), "b.png: not a readable image", "remove or replace")
 
 
 def test_a_picture_cut_short_is_named_when_it_is_read(tmp_path):
@@ -257,18 +257,18 @@ def test_a_picture_cut_short_is_named_when_it_is_read(tmp_path):
     content = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
     images = read_folder(tmp_path, (3, 64, 64))
-    refused(lambda: images.batch([0]), "a.png: not a readable image")
+    assert_refused(lambda: images.batch([0]), "a.png: not a readable image")
 
 
 def test_sixteen_bits_are_refused_rather_than_clipped(tmp_path):
     Image.fromarray(np.full((4, 6), 40000, dtype=np.uint16)).save(tmp_path / "a.png")
     images = read_folder(tmp_path, GRAY)
-    refused(lambda: images.batch([0]), "a.png", "8 bits a channel")
+    assert_refused(lambda: images.batch([0]), "a.png", "8 bits a channel")
 
 
 def test_folders_without_pictures(tmp_path):
-    refused(lambda: read_folder(tmp_path, GRAY), "no images in it", ".png")
-    refused(lambda: read_folder(tmp_path / "gone", GRAY), "gone: no such folder", "data.images.folder")
+    assert_refused(lambda: read_folder(tmp_path, GRAY), "no images in it", ".png")
+    assert_refused(lambda: read_folder(tmp_path / "gone", GRAY), "gone: no such folder", "data.images.folder")
 
 
 # -- Hugging Face datasets ---------------------------------------------------------------------------------
@@ -303,18 +303,20 @@ def test_dataset_pictures_labels_and_captions(dataset):
 def test_dataset_that_does_not_fit(dataset, tmp_path):
     root, _ = dataset
     name = str(root / "set")
-    refused(lambda: read_dataset(name, COLOUR, image_column="img"), "no column 'img'", "image, label, text")
-    refused(lambda: read_dataset(name, COLOUR, label_column="class"), "no column 'class'")
-    refused(lambda: read_dataset(name, COLOUR, split="test"), "split 'test'", "cannot be loaded")
-    refused(lambda: read_dataset(name, (3, 8, 8)), f"{name}[0]: the image is 6x4", "data.images.resize=true")
-    refused(lambda: read_dataset(name, COLOUR, image_column="text"), f"{name}[0]", "'text' holds no readable image")
-    refused(lambda: read_dataset(str(tmp_path / "gone"), COLOUR), "gone", "cannot be loaded")
+    assert_refused(lambda: read_dataset(name, COLOUR, image_column="img"), "no column 'img'", "image, label, text")
+    assert_refused(lambda: read_dataset(name, COLOUR, label_column="class"), "no column 'class'")
+    assert_refused(lambda: read_dataset(name, COLOUR, split="test"), "split 'test'", "cannot be loaded")
+    assert_refused(lambda: read_dataset(name, (3, 8, 8)), f"{name}[0]: the image is 6x4", "data.images.resize=true")
+    assert_refused(
+        lambda: read_dataset(name, COLOUR, image_column="text"), f"{name}[0]", "'text' holds no readable image"
+    )
+    assert_refused(lambda: read_dataset(str(tmp_path / "gone"), COLOUR), "gone", "cannot be loaded")
     assert read_dataset(name, (3, 8, 8), resize=True).batch([0]).shape == (1, 3, 8, 8)
 
 
 def test_an_empty_dataset_is_refused(monkeypatch):
     monkeypatch.setattr(data, "_dataset", lambda *_: Dataset.from_dict({"image": []}))
-    refused(lambda: read_dataset("owner/name", COLOUR), "dataset 'owner/name' (split 'train') is empty")
+    assert_refused(lambda: read_dataset("owner/name", COLOUR), "dataset 'owner/name' (split 'train') is empty")
 
 
 def test_looking_for_the_image_column_decodes_none_of_it(monkeypatch):
@@ -335,9 +337,9 @@ def test_looking_for_the_image_column_decodes_none_of_it(monkeypatch):
 def test_prompt_column_skips_what_is_no_text(dataset):
     root, _ = dataset
     assert read_prompt_column(str(root / "set"), "text") == ["a cat"]
-    refused(lambda: read_prompt_column(str(root / "set"), "caption"), "no column 'caption'")
+    assert_refused(lambda: read_prompt_column(str(root / "set"), "caption"), "no column 'caption'")
     Dataset.from_dict({"text": ["", None]}).save_to_disk(root / "blank")
-    refused(lambda: read_prompt_column(str(root / "blank"), "text"), "has no text")
+    assert_refused(lambda: read_prompt_column(str(root / "blank"), "text"), "has no text")
 
 
 # -- prompts -----------------------------------------------------------------------------------------------
@@ -351,10 +353,10 @@ def test_prompts_are_lines_without_blanks(tmp_path):
 def test_prompt_files_that_cannot_serve(tmp_path):
     (tmp_path / "blank.txt").write_text("\n  \n")
     (tmp_path / "latin.txt").write_bytes("ein Bär".encode("latin-1"))
-    refused(lambda: read_prompts(tmp_path / "blank.txt"), "blank.txt: no prompts in it; write one a line")
-    refused(lambda: read_prompts(tmp_path / "latin.txt"), "latin.txt: not a readable text file", "UTF-8")
-    refused(lambda: read_prompts(tmp_path / "gone.txt"), "gone.txt: no such file", "data.prompts")
-    refused(lambda: read_prompts(tmp_path), "not a readable text file")
+    assert_refused(lambda: read_prompts(tmp_path / "blank.txt"), "blank.txt: no prompts in it; write one a line")
+    assert_refused(lambda: read_prompts(tmp_path / "latin.txt"), "latin.txt: not a readable text file", "UTF-8")
+    assert_refused(lambda: read_prompts(tmp_path / "gone.txt"), "gone.txt: no such file", "data.prompts")
+    assert_refused(lambda: read_prompts(tmp_path), "not a readable text file")
 
 
 def test_fingerprint_changes_with_any_image(tmp_path):
