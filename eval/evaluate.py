@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill import assets
+from stepdistill.clip import ClipScorer, ClipSettings, load_clip
 from stepdistill.config import Section
 from stepdistill.data import read_prompts
 from stepdistill.errors import UserError
 
-from .clip import ClipScorer, ClipSettings, load_clip
 from .distances import ReferenceStatistics, unit_uint8
 from .features import Extractor, load_extractor, reference_beside
 from .latency import device_name, measure_latency
@@ -316,7 +316,7 @@ def _draw(
                 tools.reference.check(tools.extractor, tuple(pixels.shape[1:]))
                 features.append(tools.extractor(unit_uint8(pixels).to(tools.device)))
                 if tools.scorer is not None:
-                    scores.append(tools.scorer(pixels, conditions))
+                    scores.append(tools.scorer(unit_uint8(pixels), conditions))
                 bar.update(len(pixels))
                 started = time.perf_counter()
     finally:

@@ -7,7 +7,6 @@ extractor (:attr:`Extractor.metric`); only clean-fid's Inception, known by the h
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill import assets
 from stepdistill.errors import UserError
+from stepdistill.plugins import import_attribute
 
 SMALLEST, LARGEST = 16, 64
 """The picture sides, in pixels, that :class:`FeatureNetwork` is made for."""
@@ -317,13 +317,7 @@ def _load_torchscript(path: Path) -> nn.Module:
 
 
 def _import_module(spec: str) -> nn.Module:
-    where, _, attribute = spec.partition(":")
-    try:
-        found = getattr(importlib.import_module(where), attribute)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"extractor {spec!r}: module {where!r} cannot be imported ({error})") from None
-    except AttributeError:
-        raise UserError(f"extractor {spec!r}: module {where!r} has no {attribute!r}") from None
+    found = import_attribute(spec, "extractor")
     if not isinstance(found, nn.Module) and callable(found):
         found = found()
     if not isinstance(found, nn.Module):

@@ -34,8 +34,16 @@ def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
 
 
 def own_scale(config: dict[str, Any]) -> float:
-    """The guidance scale in the method's section; 1 where it has none."""
-    return float((config.get(config["method"]) or {}).get("guidance_scale") or 1.0)
+    """The guidance scale that the student was distilled with; 1 where there is none.
+
+    A method on another (``base``) is asked for that one's.  Where teacher and fake score share a scale the student's
+    fixed point is the unguided teacher, whatever the scale.
+    """
+    section = config.get(config["method"]) or {}
+    section = config.get(section.get("base")) or section
+    if section.get("fake_score_guidance") == "shared":
+        return 1.0
+    return float(section.get("guidance_scale") or 1.0)
 
 
 def evaluate_run(run: Path, device: torch.device | str, samples: int | None = None) -> str:

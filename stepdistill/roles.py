@@ -234,6 +234,18 @@ class Role:
                 raise UserError(f"{self.name}: saved {key} is {tuple(state[key].shape)}, not {tuple(value.shape)}")
             value.copy_(state[key])
 
+    def _portable(self, key: str) -> str:
+        return key if self.adapter is None else key.replace(f".{self.adapter}.", ".")
+
+    def portable_state_dict(self) -> dict[str, Tensor]:
+        """:meth:`state_dict` without the adapter's name, so that another role of the same kind can take it."""
+        return {self._portable(key): value for key, value in self.state_dict().items()}
+
+    def load_portable_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Strict, as :meth:`load_state_dict`."""
+        names = {self._portable(key): key for key in self.state_dict()}
+        self.load_state_dict({names.get(key, key): value for key, value in state.items()})
+
     def plain_state_dict(self) -> dict[str, Tensor]:
         """Weights under the stock network's names, adapters merged: what an export writes."""
         if self.switch is not None:
@@ -257,13 +269,12 @@ class Roles:
         gradient_checkpointing: bool = False,
     ):
         self.family, self.settings, self.meter = family, settings, PassMeter()
+        self.autocast_dtype, self.gradient_checkpointing = autocast_dtype, gradient_checkpointing
         weights = settings.weights
         base = family.network
         base.requires_grad_(False).eval()
-        switch = AdapterSwitch(base) if weights != "full" else None
-
-        def role(name: str, network: nn.Module, own_switch, adapter: str | None, trains: bool) -> Role:
-            return Role(name, family, network, own_switch, adapter, trains, self.meter, autocast_dtype)
+        self.switch = switch = AdapterSwitch(base) if weights != "full" else None
+        role = self._role
 
         def full(name: str) -> Role:
             return role(name, copy.deepcopy(base).float().requires_grad_(True), None, None, True)
@@ -294,6 +305,22 @@ class Roles:
             network.to(device)
         self.family.to(device)
         return self
+
+    def _role(self, name: str, network: nn.Module, switch, adapter: str | None, trains: bool) -> Role:
+        return Role(name, self.family, network, switch, adapter, trains, self.meter, self.autocast_dtype)
+
+    def frozen_like_fake_score(self, name: str) -> Role:
+        """One more frozen role that holds what a fake score's ``state_dict`` holds: a network of the teacher's
+        architecture, or an adapter on the shared base.  The teacher's weights until :meth:`Role.load_state_dict`."""
+        if self.fake_score.adapter is None:
+            network = copy.deepcopy(self.family.network).requires_grad_(False)
+            if self.gradient_checkpointing:
+                enable_checkpointing(network, None)
+            return self._role(name, network, None, None, False)
+        self.switch.add(name, self.settings.lora, self.family.lora_targets)
+        for parameter in self.switch.parameters(name).values():
+            parameter.requires_grad_(False)
+        return self._role(name, self.family.network, self.switch, name, False)
 
     def trained(self) -> list[Role]:
         return [self.student, self.fake_score]

@@ -6,6 +6,7 @@ metrics.jsonl     one row every train.log_every student updates
 samples/          grids over time on fixed noise
 cache/            latents of real images
 checkpoints/      whole checkpoints (stepdistill.checkpoint)
+nodes/            recorded weights, for methods that walk a path (stepdistill.nodes)
 student/          the exported stock pipeline
 evaluation.json, grid.png, report.html
 """
@@ -105,6 +106,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
+        self.nodes = self.path / "nodes"
         self.student = self.path / "student"
 
     def check(self, config: BaseModel, resume: bool) -> bool:

@@ -61,6 +61,10 @@ class Schedule(abc.ABC):
     def level(self, index: Tensor) -> Tensor:
         """The time t of noise level ``index`` in 0..num_levels-1 (ascending noise), same shape."""
 
+    @abc.abstractmethod
+    def at_noise_ratio(self, ratio: Tensor) -> Tensor:
+        """The time t where ``sigma/alpha`` is ``ratio`` (EDM's sigma), same shape; the nearest timestep on VP."""
+
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """What the network sees in place of x_t: c_in x_t for EDM, x_t itself otherwise."""
         return x_t
@@ -180,6 +184,13 @@ class VPSchedule(Schedule):
     def level(self, index: Tensor) -> Tensor:
         return index
 
+    def at_noise_ratio(self, ratio: Tensor) -> Tensor:
+        """Nearest in ln(sigma/alpha)."""
+        logs = (self._sigma / self._alpha.clamp(min=ALPHA_MIN)).log().to(ratio.device)
+        wanted = ratio.double().log()
+        above = torch.searchsorted(logs, wanted).clamp(1, self.num_levels - 1)
+        return torch.where(wanted - logs[above - 1] < logs[above] - wanted, above - 1, above)
+
 
 class FlowSchedule(Schedule):
     """Straight paths: ``alpha = 1 - t``, ``sigma = t``, t in [0, 1]; the network's label is ``1000 t``.
@@ -199,6 +210,9 @@ class FlowSchedule(Schedule):
 
     def level(self, index: Tensor) -> Tensor:
         return self.shifted((index.double() + 1) / self.num_levels)
+
+    def at_noise_ratio(self, ratio: Tensor) -> Tensor:
+        return ratio.double() / (1 + ratio.double())
 
     def shifted(self, u):
         """The flow time that the unshifted time ``u`` in [0, 1] becomes."""
@@ -237,6 +251,9 @@ class EDMSchedule(Schedule):
     def level(self, index: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + index.double() / (self.num_levels - 1) * (high - low)) ** self.rho
+
+    def at_noise_ratio(self, ratio: Tensor) -> Tensor:
+        return ratio.double()
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         return (x_t / expand((t.double() ** 2 + self.sigma_data**2).sqrt(), x_t)).to(x_t.dtype)

@@ -69,7 +69,16 @@ class SamplerSettings(Section):
 
     steps: int = Field(1, ge=1, le=64, description="the student's steps")
     start: float | None = Field(None, description="the first step's time; the schedule's last by default (SDXL: 399)")
+    init_sigma: float | None = Field(
+        None, gt=0, description="the first step's time named by its sigma/alpha in place of start (SIM: 2.5)"
+    )
     transition: Transition = Field("renoise", description="between steps: fresh noise, or the student's own ODE")
+
+    @model_validator(mode="after")
+    def _one_start(self):
+        if self.start is not None and self.init_sigma is not None:
+            raise ValueError("set start or init_sigma, not both: they name the same time")
+        return self
 
 
 class OptimizerSettings(Section):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from stepdistill.trainers.base import ConditionSource
-from stepdistill.trainers.job import make_job
+from stepdistill.trainers.job import make_job, make_sampler
 from torch import nn
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.families.analytic import AnalyticFamily
 from stepdistill.roles import Roles
-from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.schedule import VPSchedule
 
 
@@ -84,8 +83,7 @@ def toy_trainer(family: AnalyticFamily | None = None, real=None, run=None, **cha
     job = make_job(toy_config(**changes))
     config = job.config
     roles = Roles(family, config.roles)
-    times = few_step_times(family.schedule, config.sampler.steps, config.sampler.start)
-    sampler = FewStepSampler(family.schedule, times, config.sampler.transition)
+    sampler = make_sampler(config, family)
     items = list(range(family.num_labels))
     conditions = ConditionSource(family, items, config.seed)
     return job.method(config, job.settings, family, roles, sampler, conditions, real, run)

@@ -11,7 +11,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,10 +49,12 @@ class Interrupted(Exception):
 
 @dataclass
 class Batch:
-    """What one micro-batch of a student is made from: conditions and unit noise (B, C, H, W)."""
+    """What one micro-batch of a student is made from: conditions, unit noise (B, C, H, W), and the labels or prompts
+    that the conditions are of ([] for none)."""
 
     condition: Condition
     noise: Tensor
+    items: list
 
     def __len__(self) -> int:
         return len(self.noise)
@@ -70,14 +72,15 @@ class ConditionSource:
             parts = [family.encode_conditions(items[i : i + 64]) for i in range(0, len(items), 64)]
             self._encoded = {k: torch.cat([p[k].cpu() for p in parts]) for k in parts[0]}
 
-    def batch(self, position: int, count: int) -> Condition:
-        """Conditions ``position .. position + count - 1`` of the order."""
+    def batch(self, position: int, count: int) -> tuple[Condition, list]:
+        """Conditions ``position .. position + count - 1`` of the order, and the items that they are of."""
         if self.family.condition_kind == "none":
-            return {}
+            return {}, []
         index = self.order.indices(position, count)
+        items = [self.items[i] for i in index]
         if self._encoded is not None:
-            return {k: v.to(self.family.device) for k, v in take(self._encoded, torch.tensor(index)).items()}
-        return self.family.encode_conditions([self.items[i] for i in index])
+            return {k: v.to(self.family.device) for k, v in take(self._encoded, torch.tensor(index)).items()}, items
+        return self.family.encode_conditions(items), items
 
 
 class RealSource:
@@ -113,6 +116,8 @@ class Trainer(abc.ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     Settings: ClassVar[type[Section]]
+    defaults: ClassVar[dict[str, Any]] = {}
+    """Raw config of other sections that the method starts from, e.g. its way to hold the roles; the file's own wins."""
 
     def __init__(
         self,
@@ -156,6 +161,21 @@ class Trainer(abc.ABC):
     def iteration(self) -> None:
         """One iteration: draw batches, backward, :meth:`update` roles."""
 
+    @classmethod
+    def resolve(cls, raw: dict[str, Any]) -> type[Trainer]:
+        """The trainer that a raw config with this method means: itself, but for methods that build on another."""
+        return cls
+
+    @classmethod
+    def sections(cls) -> dict[str, type[Section]]:
+        """The config's sections that this method reads, by name."""
+        return {cls.name: cls.Settings}
+
+    @classmethod
+    def settings_of(cls, config: RunSettings) -> Section:
+        """The section that :attr:`settings` is."""
+        return getattr(config, cls.name)
+
     @classmethod  # noqa: B027
     def check(cls, config: RunSettings, settings: Section) -> None:
         """Refuse contradictions before any weight is loaded.
@@ -184,7 +204,8 @@ class Trainer(abc.ABC):
         count = self.config.train.batch_size
         start = self.counters["conditions"] + self.rank * count
         self.counters["conditions"] += count * self.world
-        return Batch(self.conditions.batch(start, count), self.noise.randn(count, *self.family.sample_shape))
+        condition, items = self.conditions.batch(start, count)
+        return Batch(condition, self.noise.randn(count, *self.family.sample_shape), items)
 
     def next_real(self, count: int) -> tuple[Tensor, Condition]:
         """This process's next real samples."""
@@ -259,35 +280,48 @@ class Trainer(abc.ABC):
             Interrupted: SIGTERM, Ctrl-C or ``train.max_minutes``; saved before.
             RunStopped: non-finite gradients in a row.
         """
-        total, started = self.config.train.updates, time.monotonic()
-        before, main = self.seconds, self.accelerator.is_main_process
-        with (
-            self._signals(),
-            tqdm(total=total, initial=self.counters["student"], desc=self.name, unit="update", disable=not main) as bar,
-        ):
+        self._seconds_before, self._started = self.seconds, time.monotonic() - self.seconds
+        with self._signals():
             if self.run and self.counters["iteration"] == 0:
                 self.save_samples()
-            while self.counters["student"] < total:
-                done = self.counters["student"]
-                self.iteration()
-                self.counters["iteration"] += 1
-                self.seconds = before + time.monotonic() - started
-                if self.counters["student"] > done:
-                    bar.update(1)
-                    self._after_update(bar)
-                self._maybe_stop(time.monotonic() - started)
+            self.prepare()
+            self.repeat(self.name, "student", self.config.train.updates, self.iteration, self._after_update)
             self.save()
+
+    def prepare(self) -> None:  # noqa: B027
+        """What comes before the first student update; :meth:`repeat` it.  Called again when a run is resumed."""
+
+    def repeat(
+        self, title: str, counter: str, total: int, step: Callable[[], None], after: Callable[[tqdm], None]
+    ) -> None:
+        """Run ``step`` until ``counters[counter]`` is ``total``: bar, iteration count, stopping.
+
+        ``after``: called with the bar when a step has moved the counter.
+        """
+        main = self.accelerator.is_main_process
+        done = self.counters[counter]
+        with tqdm(total=total, initial=done, desc=title, unit="update", disable=not main) as bar:
+            while self.counters[counter] < total:
+                step()
+                self.counters["iteration"] += 1
+                self.seconds = time.monotonic() - self._started
+                if self.counters[counter] > done:
+                    done = self.counters[counter]
+                    bar.update(1)
+                    after(bar)
+                self._maybe_stop()
 
     def _after_update(self, bar: tqdm) -> None:
         train, student = self.config.train, self.counters["student"]
         if student % train.log_every == 0:
-            self._write_row(bar)
+            self.write_row(bar)
         if self.run and (student % train.sample_every == 0 or student == train.updates):
             self.save_samples()
         if student % train.checkpoint_every == 0 and student < train.updates:
             self.save()
 
-    def _write_row(self, bar: tqdm) -> None:
+    def write_row(self, bar: tqdm) -> None:
+        """What was logged since the last row, as one row of means."""
         row: dict[str, Any] = {
             "iteration": self.counters["iteration"],
             "updates/student": self.counters["student"],
@@ -349,9 +383,9 @@ class Trainer(abc.ABC):
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _maybe_stop(self, elapsed: float) -> None:
+    def _maybe_stop(self) -> None:
         limit = self.config.train.max_minutes
-        if self._stop is None and limit is not None and elapsed > 60 * limit:
+        if self._stop is None and limit is not None and self.seconds - self._seconds_before > 60 * limit:
             self._stop = (f"train.max_minutes = {limit} reached", 0)
         asked = self._stop is not None
         if self.world > 1:

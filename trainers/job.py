@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill import assets, checkpoint, data
-from stepdistill.config import Section, apply_overrides, check, read_yaml
+from stepdistill.config import Section, apply_overrides, check, merge, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
@@ -43,7 +42,7 @@ class Job:
 
     @property
     def settings(self) -> Section:
-        return getattr(self.config, self.method.name)
+        return self.method.settings_of(self.config)
 
 
 def read_job(path: str | Path, overrides: list[str] | None = None) -> Job:
@@ -62,14 +61,18 @@ def make_job(raw: dict[str, Any], where: str = "config") -> Job:
     name = raw["method"]
     if not isinstance(name, str) or name not in METHODS:
         raise UserError(f"{where}: method = {name!r}: unknown; methods are {', '.join(METHODS)}")
-    method = METHODS[name]
-    unused = tuple(other for other in METHODS if other != name and other in raw)
+    method = METHODS[name].resolve(raw)
+    sections = method.sections()
+    unused = tuple(other for other in METHODS if other not in sections and other in raw)
     for other in unused:
         check(METHODS[other].Settings, raw[other] or {}, f"{where}: {other}")
     model = create_model(
-        f"{method.__name__}Config", __base__=RunSettings, **{name: (method.Settings, method.Settings())}
+        f"{method.__name__}Config",
+        __base__=RunSettings,
+        **{section: (settings, settings()) for section, settings in sections.items()},
     )
-    config = check(model, {k: v for k, v in raw.items() if k not in unused}, where)
+    given = {k: v for k, v in raw.items() if k not in unused}
+    config = check(model, merge(method.defaults, given), where)
     job = Job(config, method, unused)
     _check_conditions(config)
     method.check(config, job.settings)
@@ -208,8 +211,11 @@ def make_accelerator(**arguments: Any) -> Accelerator:
 
 def make_sampler(config: RunSettings, family: Family) -> FewStepSampler:
     """The student's sampler on the teacher's schedule."""
-    times = few_step_times(family.schedule, config.sampler.steps, config.sampler.start)
-    return FewStepSampler(family.schedule, times, config.sampler.transition)
+    own, start = config.sampler, config.sampler.start
+    if own.init_sigma is not None:
+        start = family.schedule.at_noise_ratio(torch.tensor([own.init_sigma])).item()
+    times = few_step_times(family.schedule, own.steps, start)
+    return FewStepSampler(family.schedule, times, own.transition)
 
 
 def load_teacher(config: RunSettings) -> Family:
@@ -280,5 +286,5 @@ def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:
         "network_passes": trainer.roles.meter.total * trainer.world,
         "weights": config.roles.weights,
         "seed": config.seed,
-        "settings": json.loads(job.settings.model_dump_json()),
+        "settings": {section: getattr(config, section).model_dump(mode="json") for section in job.method.sections()},
     }

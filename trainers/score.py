@@ -1,42 +1,104 @@
 """The two-time-scale loop that all score-distillation methods share (DMD2, 2405.14867 section 4.2).
 
 Every iteration updates the fake score; the student is updated too when ``iteration % fake_score_updates == 0``, and
-then first: the fake score trains on the samples that were made before that update.  Methods differ in
-:meth:`ScoreTrainer.student_losses`, in how a sample is made, and in which teacher is asked.
+then first: the fake score trains on the samples that were made before that update.  A method says
+:meth:`ScoreTrainer.student_losses`, of what teacher and fake score say about a noised sample
+(:meth:`ScoreTrainer.compare`), and may change how a sample is made, how either is guided and at which times, and which
+teacher is asked.
 """
 
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
 from stepdistill.trainers.base import Batch, Trainer
 from torch import Tensor
+
+from stepdistill.config import Section
+from stepdistill.denoiser import Condition, Prediction, guided
+from stepdistill.families.base import Family
+from stepdistill.objectives.denoising import denoising_loss
+
+Losses = dict[str, tuple[float, Tensor]]
+"""Weight and scalar loss by name."""
+Scale = float | Tensor
+"""A guidance scale: one number, or one a sample, (B,)."""
+
+
+class ScoreSettings(Section):
+    """What every score method can be told; each gives the defaults of its own paper."""
+
+    guidance_scale: float = Field(1.0, ge=1, description="of the teacher; 1 is none; baked into the student")
+    fake_score_updates: int = Field(1, ge=1, description="for each student update")
+    min_level: int = Field(
+        20, ge=0, le=999, description="lowest level (of 1000) where student and teacher are compared"
+    )
+    max_level: int = Field(980, ge=0, le=999, description="highest level, included")
+    fake_score_max_level: int = Field(999, ge=0, le=999, description="the fake score is trained at levels 0..this")
+    fake_score_target: Literal["native", "eps", "v", "x0", "flow"] = Field(
+        "native", description="what its squared error is taken of; native: the network's own prediction (DMD2: eps)"
+    )
+    null_probability: float = Field(
+        0.0, ge=0, lt=1, description="of training the fake score on the null condition, one draw a micro-batch"
+    )
+
+    @model_validator(mode="after")
+    def _levels(self):
+        if self.min_level > self.max_level:
+            raise ValueError(f"min_level = {self.min_level} is above max_level = {self.max_level}")
+        return self
+
+    @property
+    def asks_null(self) -> bool:
+        """Whether these settings need the teacher to have a null condition."""
+        return self.guidance_scale != 1 or self.null_probability > 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What teacher (guided) and fake score say of the same x_t (B, ...) at t (B,)."""
+
+    t: Tensor
+    teacher: Prediction
+    fake_score: Prediction
 
 
 class ScoreTrainer(Trainer):
     """Fake score and student on two time scales."""
 
+    Settings = ScoreSettings
+    settings: ScoreSettings
+
+    @abc.abstractmethod
+    def student_losses(self, x0: Tensor, batch: Batch) -> Losses:
+        """The student's losses as functions of the sample ``x0`` (B, C, H, W), a leaf that wants a gradient."""
+
+    def fake_score_losses(self, x0: Tensor, batch: Batch) -> Losses:
+        """Losses of the fake score, and of what trains with it, on detached samples (B, C, H, W)."""
+        return {"denoising": (1.0, self.denoising(x0, batch.condition))}
+
+    @classmethod
+    def check_family(cls, settings: ScoreSettings, family: Family) -> None:
+        if settings.asks_null:
+            family.null_condition(1)
+
     @property
-    @abc.abstractmethod
     def fake_score_updates(self) -> int:
-        """Fake-score updates for each student update."""
+        return self.settings.fake_score_updates
 
-    @abc.abstractmethod
-    def make_sample(self, batch: Batch) -> Tensor:
-        """x0 (B, C, H, W) from the student, with a graph to it where gradients are on."""
+    # -- the loop ------------------------------------------------------------------------------------------
 
-    @abc.abstractmethod
-    def student_losses(self, x0: Tensor, batch: Batch) -> dict[str, tuple[float, Tensor]]:
-        """Weight and scalar loss by name, as functions of the sample ``x0``, a leaf that wants a gradient."""
-
-    @abc.abstractmethod
-    def fake_score_losses(self, x0: Tensor, batch: Batch) -> dict[str, tuple[float, Tensor]]:
-        """Weight and scalar loss by name of the fake score (and what trains with it) on detached samples."""
+    def student_turn(self) -> bool:
+        """Whether this iteration updates the student too."""
+        return self.counters["iteration"] % self.fake_score_updates == 0
 
     def iteration(self) -> None:
         accumulation = self.config.train.gradient_accumulation
-        student_turn = self.counters["iteration"] % self.fake_score_updates == 0
+        student_turn = self.student_turn()
         kept: list[tuple[Batch, Tensor]] = []
         for _ in range(accumulation):
             batch = self.next_batch()
@@ -69,10 +131,93 @@ class ScoreTrainer(Trainer):
         self._total("student", losses)
         return total
 
-    def _total(self, role: str, losses: dict[str, tuple[float, Tensor]]) -> Tensor:
+    def _total(self, role: str, losses: Losses) -> Tensor:
         total = sum(weight * loss for weight, loss in losses.values())
         self.log(f"loss/{role}", total)
         if len(losses) > 1:
             for name, (_, loss) in losses.items():
                 self.log(f"loss/{name}", loss)
         return total
+
+    # -- samples -------------------------------------------------------------------------------------------
+
+    def make_sample(self, batch: Batch) -> Tensor:
+        """x0 (B, C, H, W) from the student, with a graph to it where gradients are on."""
+        x_t, t = self.student_input(batch)
+        return self.roles.student(x_t, t, batch.condition).x0
+
+    @torch.no_grad()
+    def student_input(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the student is trained on: pure noise, or the input of a random step of its own rollout.
+
+        Backward simulation (2405.14867 section 4.5): the exit step is shared by all; the rollout starts from new noise,
+        and the batch's own noise is the last that is added.
+        """
+        sampler, student = self.sampler, self.roles.student
+        exit_index = self.noise.shared_randint(0, sampler.steps - 1)
+        if exit_index == 0 or sampler.transition == "ode":
+            return sampler.rollout(student, batch.noise, batch.condition, exit_index, self.noise.randn_like)
+        moves_left = iter(range(exit_index - 1, -1, -1))
+
+        def draw(like: Tensor) -> Tensor:
+            return batch.noise if next(moves_left) == 0 else self.noise.randn_like(like)
+
+        fresh = self.noise.randn_like(batch.noise)
+        return sampler.rollout(student, fresh, batch.condition, exit_index, draw)
+
+    # -- what teacher and fake score say -------------------------------------------------------------------
+
+    def teacher_scale(self, count: int) -> Scale:
+        """The teacher's guidance scale for ``count`` samples."""
+        return self.settings.guidance_scale
+
+    def fake_score_scale(self, teacher_scale: Scale) -> Scale:
+        """The fake score's, given the teacher's: none, unless a method shares it."""
+        return 1.0
+
+    @property
+    def asks_null(self) -> bool:
+        """Whether the null condition is ever asked for."""
+        return self.settings.asks_null
+
+    def compare(self, x0: Tensor, condition: Condition) -> Comparison:
+        """Teacher and fake score at one draw of level and noise of ``x0`` (B, ...), the same for both."""
+        own = self.settings
+        t = self.draw_time(own.min_level, own.max_level, len(x0))
+        x_t = self.roles.student.schedule.add_noise(x0, self.noise.randn_like(x0), t)
+        scale = self.teacher_scale(len(x0))
+        null = self.family.null_condition(len(x0)) if self.asks_null else None
+        teacher = guided(self.roles.teacher, x_t, t, condition, null, scale)
+        fake_score = guided(self.roles.fake_score, x_t, t, condition, null, self.fake_score_scale(scale))
+        self.log("mismatch", (fake_score.x0 - teacher.x0).detach().abs().mean())
+        return Comparison(t, teacher, fake_score)
+
+    # -- the fake score ------------------------------------------------------------------------------------
+
+    def fake_score_draw(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """The time (B,) and noise (B, ...) of one denoising loss on ``x0``."""
+        return self.draw_time(0, self.settings.fake_score_max_level, len(x0)), self.noise.randn_like(x0)
+
+    def denoising(self, x0: Tensor, condition: Condition) -> Tensor:
+        """Denoising score matching of the fake score on samples x0 (B, ...), a scalar."""
+        t, eps = self.fake_score_draw(x0)
+        if self.null_probability and self.noise.shared_uniform() < self.null_probability:
+            condition = self.family.null_condition(len(x0))
+        return self.denoising_at(x0, condition, t, eps)
+
+    @property
+    def null_probability(self) -> float:
+        return self.settings.null_probability
+
+    def denoising_at(self, x0: Tensor, condition: Condition, t: Tensor, eps: Tensor) -> Tensor:
+        """The same at a given time and noise."""
+        x_t = self.roles.student.schedule.add_noise(x0, eps, t)
+        prediction = self.roles.fake_score(x_t, t, condition)
+        target = self.settings.fake_score_target
+        return denoising_loss(
+            prediction, x0, eps, prediction.kind if target == "native" else target, self.fake_score_weight(t)
+        )
+
+    def fake_score_weight(self, t: Tensor) -> Tensor | None:
+        """The loss's weight at t (B,), (B,); None is 1."""
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -104,9 +105,20 @@ class Family(abc.ABC):
         """Pixels (B, C, H, W) in [-1, 1] to what is denoised; the identity without a VAE."""
         return pixels
 
+    @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
         """The inverse: samples to pixels (B, C, H, W) in [-1, 1], clamped."""
-        return samples.clamp(-1, 1)
+        return self.decoder()(samples).clamp(-1, 1)
+
+    def decoder(self, path: str | None = None) -> Callable[[Tensor], Tensor]:
+        """Samples to pixels, unclamped and differentiable; ``path``: a smaller decoder for the same latents.
+
+        Raises:
+            UserError: a path for a family without a VAE, or one that holds no such decoder.
+        """
+        if path is not None:
+            raise UserError(f"decoder = {path}: this teacher's samples are pixels already; remove it")
+        return lambda samples: samples
 
     # -- export --------------------------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
@@ -117,10 +119,17 @@ class StableDiffusionFamily(Family):
         latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mean
         return (latents * self.vae.config.scaling_factor).float().to(self.device)
 
-    @torch.no_grad()
-    def decode(self, samples: Tensor) -> Tensor:
-        latents = samples.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(latents).sample.float().clamp(-1, 1)
+    def decoder(self, path: str | None = None) -> Callable[[Tensor], Tensor]:
+        """The VAE's decoder, or an AutoencoderTiny (TAESD) at ``path``, which takes the scaled latents as they are."""
+        vae = self.vae
+        if path is not None:
+            try:
+                vae = AutoencoderTiny.from_pretrained(path).requires_grad_(False).eval().to(self.device)
+            except Exception as error:  # diffusers raises many kinds
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"decoder = {path}: no AutoencoderTiny can be loaded from it: {reason}") from None
+        factor = vae.config.scaling_factor
+        return lambda samples: vae.decode(samples.to(vae.device, vae.dtype) / factor).sample.float()
 
     def pipeline(self, network: nn.Module, scheduler) -> StableDiffusionPipeline:
         """A stock StableDiffusionPipeline, without safety checker and feature extractor."""

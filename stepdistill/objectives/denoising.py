@@ -6,10 +6,12 @@ from stepdistill.denoiser import Prediction
 from stepdistill.schedule import EDMSchedule, PredictionType, expand
 
 
-def denoising_loss(prediction: Prediction, x0: Tensor, eps: Tensor, target: PredictionType) -> Tensor:
+def denoising_loss(
+    prediction: Prediction, x0: Tensor, eps: Tensor, target: PredictionType, weight: Tensor | None = None
+) -> Tensor:
     """Mean squared error of ``prediction`` against what made its x_t, measured as ``target``.  A scalar.
 
-    x0, eps: (B, ...), the sample and the noise in ``x_t = alpha x0 + sigma eps``.
+    x0, eps: (B, ...), the sample and the noise in ``x_t = alpha x0 + sigma eps``; weight: (B,), 1 by default.
 
     - eps: ``mean |eps_hat - eps|^2`` (2006.11239 eq. 14), DMD2's fake-score loss for Stable Diffusion and SDXL; equal
       to the SNR-weighted x0 error.
@@ -23,5 +25,6 @@ def denoising_loss(prediction: Prediction, x0: Tensor, eps: Tensor, target: Pred
         error = (prediction.x0 - x0).square()
         if isinstance(schedule, EDMSchedule):
             error = error * expand(t.double() ** -2 + schedule.sigma_data**-2, error)
-        return error.mean()
-    return (prediction.of(target) - schedule.target(x0, eps, target, x_t, t)).square().mean()
+    else:
+        error = (prediction.of(target) - schedule.target(x0, eps, target, x_t, t)).square()
+    return (error if weight is None else error * expand(weight, error)).mean()

@@ -14,12 +14,3 @@ def distribution_matching_gradient(x0: Tensor, teacher_x0: Tensor, fake_score_x0
     distance = (x0 - teacher_x0).abs().flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))
     difference = fake_score_x0 - teacher_x0
     return (difference / distance.where(distance > 0, distance.new_ones(()))).where(distance > 0, 0.0)
-
-
-def distribution_matching_loss(x0: Tensor, gradient: Tensor) -> Tensor:
-    """``1/2 mean (x0 - stopgrad(x0 - g))^2``: a scalar whose gradient in x0 is exactly ``g / (B D)``.
-
-    Mean over batch and elements.  Its value, ``1/2 mean g^2``, is a diagnostic and not an objective: it starts near
-    zero (the fake score is the teacher) and rises first.
-    """
-    return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()

@@ -1,30 +1,33 @@
-"""CLIP score: how well pictures fit their prompts (Hessel et al., 2104.08718), as a plain mean cosine.
+"""How well pictures fit their prompts by a CLIP-like model: a score (Hessel et al., 2104.08718), and a loss's cosine.
 
-Not times 100, not clamped at 0.  Scores of different CLIP models live on different scales: the tag says which.
+Plain cosines, not times 100, not clamped at 0.  Scores of different CLIP models live on different scales: the tag says
+which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.config import Section
 from stepdistill.errors import UserError
-
-from .distances import unit_uint8
+from stepdistill.plugins import import_attribute
 
 
 class ClipSettings(Section):
     """Which CLIP scores, and from where its weights come."""
 
-    model: str = Field("ViT-g-14", description="open_clip's model name, or local-dir:FOLDER")
+    model: str = Field(
+        "ViT-g-14",
+        description="open_clip's model name, local-dir:FOLDER, or module:attribute: a ClipScorer or what gives one",
+    )
     pretrained: str | None = Field(
         None, description="a weight file; with hub=true one of open_clip's tags, such as laion2b_s12b_b42k"
     )
@@ -33,7 +36,7 @@ class ClipSettings(Section):
 
     @model_validator(mode="after")
     def _weights_named(self) -> ClipSettings:
-        if self.pretrained is None and not self.model.startswith("local-dir:"):
+        if self.pretrained is None and ":" not in self.model:
             raise ValueError(
                 f"pretrained is missing: name a weight file of {self.model}, or hub=true and a tag, or "
                 "model=local-dir:FOLDER"
@@ -68,7 +71,11 @@ def cosine_scores(model: TextImageModel, images: Tensor, tokens: Tensor) -> Tens
 
 @dataclass
 class ClipScorer:
-    """A model with its picture transform (PIL image to tensor) and tokenizer (list of str to tensor)."""
+    """A model with its picture transform (PIL image to tensor) and tokenizer (list of str to tensor).
+
+    ``size``, ``mean`` and ``std``: the side and the three channels' normalisation of the pictures that the model takes,
+    which :meth:`cosine` needs; the transform does the same to single pictures.
+    """
 
     model: TextImageModel
     transform: Callable[[Image.Image], Tensor]
@@ -76,21 +83,45 @@ class ClipScorer:
     tag: str
     prefix: str = ""
     device: str | torch.device = "cpu"
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def _tokens(self, prompts: list[str]) -> Tensor:
+        return self.tokenizer([self.prefix + prompt for prompt in prompts]).to(self.device)
 
     def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """Scores (B,) of pictures (B, 1 or 3, H, W) in [0, 1] against their prompts."""
-        arrays = unit_uint8(pixels).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+        """Scores (B,) of pictures (B, 1 or 3, H, W) uint8 against their prompts."""
+        arrays = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
         images = torch.stack([self.transform(Image.fromarray(array)) for array in arrays]).to(self.device)
-        tokens = self.tokenizer([self.prefix + prompt for prompt in prompts]).to(self.device)
-        return cosine_scores(self.model, images, tokens)
+        return cosine_scores(self.model, images, self._tokens(prompts))
+
+    def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """The same as a differentiable function of pixels (B, 1 or 3, H, W) in [-1, 1], (B,).
+
+        Bicubic to the model's size with antialiasing, in place of the transform's resize and crop; values outside
+        [-1, 1] are not cut, so they keep their gradient.  The text side has none.
+        """
+        images = nn.functional.interpolate(
+            pixels.expand(-1, 3, -1, -1), size=self.size, mode="bicubic", antialias=True, align_corners=False
+        )
+        mean, std = (torch.tensor(v, device=pixels.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
+        pictures = self.model.encode_image(((images + 1) / 2 - mean) / std)
+        with torch.no_grad():
+            texts = self.model.encode_text(self._tokens(prompts))
+        return nn.functional.cosine_similarity(pictures.float(), texts.float(), dim=-1)
 
 
 def load_clip(settings: ClipSettings, device: str | torch.device = "cpu") -> ClipScorer:
-    """open_clip's model from a local file or folder, or from the hub where ``hub`` allows it; prints its tag.
+    """A frozen model: open_clip's from a local file or folder, or from the hub where ``hub`` allows it, or your own.
+
+    Prints its tag.
 
     Raises:
         UserError: the package or the weights are missing, or open_clip cannot load them.
     """
+    if ":" in settings.model and not settings.model.startswith("local-dir:"):
+        return _own_scorer(settings, device)
     _check_weights(settings)
     open_clip: Any = _open_clip()
     try:
@@ -101,8 +132,24 @@ def load_clip(settings: ClipSettings, device: str | torch.device = "cpu") -> Cli
     except Exception as error:  # open_clip raises many kinds; the user needs the model and the reason
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"clip {settings.tag}: open_clip cannot load it ({reason})") from None
-    print(f"CLIP score by {settings.tag}")
-    return ClipScorer(model.eval(), transform, tokenizer, settings.tag, settings.prefix, device)
+    print(f"CLIP: {settings.tag}")
+    scorer = ClipScorer(_frozen(model), transform, tokenizer, settings.tag, settings.prefix, device)
+    wanted = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
+    return replace(scorer, **{k: wanted[k] for k in ("size", "mean", "std")}) if wanted else scorer
+
+
+def _frozen(model):
+    return model.eval().requires_grad_(False) if isinstance(model, nn.Module) else model
+
+
+def _own_scorer(settings: ClipSettings, device: str | torch.device) -> ClipScorer:
+    found = import_attribute(settings.model, "clip")
+    found = found if isinstance(found, ClipScorer) or not callable(found) else found()
+    if not isinstance(found, ClipScorer):
+        raise UserError(f"clip {settings.model!r}: not a stepdistill.clip.ClipScorer, nor a function that gives one")
+    print(f"CLIP: {found.tag}")
+    model = found.model.to(device) if isinstance(found.model, nn.Module) else found.model
+    return replace(found, model=_frozen(model), device=device)
 
 
 def _check_weights(settings: ClipSettings) -> None:

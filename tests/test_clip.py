@@ -3,8 +3,8 @@ import builtins
 import numpy as np
 import pytest
 import torch
-from stepdistill.eval.clip import ClipScorer, ClipSettings, cosine_scores, load_clip
 
+from stepdistill.clip import ClipScorer, ClipSettings, cosine_scores, load_clip
 from stepdistill.config import check
 from stepdistill.errors import UserError
 
@@ -36,7 +36,7 @@ def test_scores_are_plain_cosines():
     pixels = torch.zeros(4, 3, 5, 7)
     pixels[0, 0] = pixels[1, 1] = pixels[2, 0] = 1.0
     pixels[3, 0], pixels[3, 1] = 1.0, 1.0
-    scores = scorer()(pixels, ["red", "green", "blue", "red"])
+    scores = scorer()((255 * pixels).byte(), ["red", "green", "blue", "red"])
     torch.testing.assert_close(scores, torch.tensor([1.0, 1.0, 0.0, 0.5**0.5]))
 
 

@@ -1,0 +1,107 @@
+"""Recorded weights of one network along a training: written whole, read back only if they are what was written.
+
+A node is one safetensors file, ``node-NNNNNNNN.safetensors`` by the update that it was taken at; ``path.json`` says
+what the chosen ones are.  Without a folder (tests, benchmarks) they are kept in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from stepdistill.errors import UserError
+from stepdistill.run import write_atomically
+
+PATH = "path.json"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One recorded set of weights: after how many updates, its loss then, its file's SHA-256."""
+
+    update: int
+    loss: float
+    sha256: str
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of named tensors, bit for bit."""
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+class NodeStore:
+    """Nodes in ``folder``, made on the first write; in memory where it is None."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._memory: dict[int, bytes] = {}
+
+    def file(self, update: int) -> Path:
+        return self.folder / f"node-{update:08d}.safetensors"
+
+    def write(self, update: int, loss: float, tensors: dict[str, Tensor], own: bool = True) -> Node:
+        """Keep the tensors as they are now.  ``own`` False (other processes): only say which node it would be.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
+        if own and self.folder is None:
+            self._memory[update] = data
+        elif own:
+            file = self.file(update)
+            temporary = file.with_suffix(".tmp")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(data)
+                temporary.replace(file)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                reason = error.strerror or error
+                raise UserError(f"{self.folder}: a node cannot be written ({reason}); free space") from None
+        return Node(update, loss, hashlib.sha256(data).hexdigest())
+
+    def read(self, node: Node) -> dict[str, Tensor]:
+        """The tensors of a node.
+
+        Raises:
+            UserError: its file is missing, or is not the one that was written.
+        """
+        if self.folder is None:
+            return load(self._memory[node.update])
+        file = self.file(node.update)
+        remedy = "the path cannot be walked without it: start the run again in another output folder"
+        try:
+            data = file.read_bytes()
+        except OSError:
+            raise UserError(f"{file}: this node is missing; {remedy}") from None
+        if hashlib.sha256(data).hexdigest() != node.sha256:
+            raise UserError(f"{file}: this node is damaged (its checksum differs); {remedy}")
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise UserError(f"{file}: this node is damaged ({error}); {remedy}") from None
+
+    def keep(self, nodes: list[Node], facts: dict[str, Any]) -> None:
+        """Delete all but ``nodes`` and say in ``path.json`` what they are."""
+        kept = {node.update for node in nodes}
+        if self.folder is None:
+            self._memory = {k: v for k, v in self._memory.items() if k in kept}
+            return
+        content = {**facts, "nodes": [{"file": self.file(n.update).name, **asdict(n)} for n in nodes]}
+        write_atomically(self.folder / PATH, json.dumps(content, indent=1))
+        for file in self.folder.glob("node-*.safetensors"):
+            if file not in {self.file(update) for update in kept}:
+                file.unlink()
