@@ -3,25 +3,9 @@
 import pytest
 import torch
 from stepdistill.trainers.base import RealSource
-from toys import MLP, fit_to_teacher, linear_betas, toy_family, toy_trainer, zero_snr
+from toys import MLP, ByLabel, assert_reaches_the_mixture, linear_betas, toy_family, toy_trainer
 
-from stepdistill.analytic import GaussianMixture
-from stepdistill.denoiser import Prediction
 from stepdistill.families.analytic import AnalyticFamily
-
-
-class ByLabel:
-    """Conditional N(mean[label], variance): a class of its own mean, a null label of its own too."""
-
-    def __init__(self, means, variance, schedule):
-        self.means, self.schedule = torch.tensor(means, dtype=torch.float64), schedule
-        self.unit = GaussianMixture([[0.0]], variance).denoiser(schedule)
-
-    def __call__(self, x_t, t, condition):
-        mean = self.means[condition["label"]].reshape(-1, 1, 1, 1)
-        alpha = self.schedule.alpha_sigma(t)[0].reshape(-1, 1, 1, 1)
-        x0 = self.unit(x_t - alpha * mean, t, {}).x0 + mean
-        return Prediction(self.schedule, x_t, t, x0, "x0")
 
 
 def guided_trainer(student_mean: float, scale: float):
@@ -264,32 +248,5 @@ def test_one_step_input_is_the_noise_at_the_chosen_time():
 # -- end to end ----------------------------------------------------------------------------------------------
 
 
-def energy_distance(a, b):
-    """2 E|a-b| - E|a-a'| - E|b-b'| (Szekely & Rizzo), 0 iff the distributions are the same."""
-    mean = lambda x, y: torch.cdist(x, y).mean().item()  # noqa: E731
-    return 2 * mean(a, b) - mean(a, a) - mean(b, b)
-
-
-def students_samples(trainer, count=4000):
-    noise = torch.randn(count, *trainer.family.sample_shape, generator=torch.Generator().manual_seed(5))
-    with torch.no_grad(), trainer.averaged():
-        x0 = trainer.sampler.sample(trainer.roles.student, noise, {}, trainer.noise.randn_like)
-    return x0.flatten(1).double()
-
-
 def test_reaches_a_mixture_through_the_real_loop():
-    """Learned teacher copy, student and fake score on a 2-D mixture of three: energy distance to its samples."""
-    mixture = GaussianMixture([[-1.0, 0.3], [0.9, 0.6], [0.1, -1.0]], 0.03, weights=[0.4, 0.3, 0.3])
-    family = toy_family(mixture, zero_snr(), hidden=128)
-    fit_to_teacher(family, mixture, 1500)
-    trainer = toy_trainer(
-        family,
-        train={"updates": 400, "batch_size": 256, "ema_decay": 0.98},
-        optimizer={"student": {"lr": 5e-4, "warmup": 50}, "fake_score": {"lr": 1e-3, "warmup": 50}},
-    )
-    truth = mixture.sample(4000, torch.Generator().manual_seed(1))
-    before = energy_distance(students_samples(trainer), truth)
-    trainer.fit()
-    after = energy_distance(students_samples(trainer), truth)
-    assert before > 0.5
-    assert after < 0.03, f"energy distance {before:.3f} -> {after:.4f}"
+    assert_reaches_the_mixture()
