@@ -6,6 +6,7 @@ what the chosen ones are.  Without a folder (tests, benchmarks) they are kept in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -68,7 +69,8 @@ class NodeStore:
                 temporary.write_bytes(data)
                 temporary.replace(file)
             except OSError as error:
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
                 reason = error.strerror or error
                 raise UserError(f"{self.folder}: a node cannot be written ({reason}); free space") from None
         return Node(update, loss, hashlib.sha256(data).hexdigest())

@@ -141,6 +141,7 @@ class Trainer(abc.ABC):
         self.skipped = {"student": 0, "fake_score": 0}
         self.skipped_in_a_row = {"student": 0, "fake_score": 0}
         self.seconds = 0.0
+        self._seconds_before, self._started = 0.0, time.monotonic()
         self.build()
         self.trained = {
             "student": roles.student.parameters(),
