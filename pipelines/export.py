@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +46,46 @@ def export_student(
     Raises:
         UserError: the sampler cannot be expressed, or the folder cannot be written.
     """
-    path = Path(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").is_file():
-        raise UserError(f"{path}: the folder is not empty and holds no pipeline; choose another for the student")
     call = {"num_inference_steps": sampler.steps, **family.guidance_off}
     facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times), "call": call, **provenance}
     network = family.fresh_network()
     network.load_state_dict(role.plain_state_dict())
     if dtype not in (None, torch.float32):
         network.to(dtype)
-    network.eval()
-    own = {k: v for k, v in (network.config.get("_stepdistill") or {}).items() if k in ("null_label", "label_names")}
-    network.register_to_config(_stepdistill={**own, **facts})
     scheduler = student_scheduler(family.scheduler, family.kind, sampler)
-    scheduler.register_to_config(_stepdistill=facts)
-    pipeline = family.pipeline(network, scheduler)
+    pipeline = family.pipeline(stamped(network.eval(), facts), stamped(scheduler, facts))
+    return write_pipeline(pipeline, path, facts, None if role.adapter is None else partial(save_lora, role))
 
+
+def stamped(part, facts: dict[str, Any]):
+    """A network or scheduler with ``facts`` under ``_stepdistill`` in its config; a network keeps its labels' names."""
+    own = {k: v for k, v in (part.config.get("_stepdistill") or {}).items() if k in ("null_label", "label_names")}
+    part.register_to_config(_stepdistill={**own, **facts})
+    return part
+
+
+def write_pipeline(
+    pipeline, path: str | Path, facts: dict[str, Any], lora: Callable[[Path], object] | None = None
+) -> Path:
+    """Save a stock pipeline with its model card at ``path``, replacing what is there only when whole.
+
+    Args:
+        facts: what the model card says; must hold ``call``, ``steps`` and ``version``.
+        lora: writes a LoRA file into the folder that it is given.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").is_file():
+        raise UserError(f"{path}: the folder is not empty and holds no pipeline; choose another for the student")
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         pipeline.save_pretrained(temporary, safe_serialization=True)
         (temporary / "README.md").write_text(model_card(path.name, pipeline, facts), encoding="utf-8")
-        if role.adapter is not None:
-            save_lora(role, temporary / "lora")
+        if lora is not None:
+            lora(temporary / "lora")
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
     except (OSError, SafetensorError) as error:

@@ -293,6 +293,21 @@ def export(
     print(f"student {path}")
 
 
+@app.command(epilog="Example: stepdistill merge runs/full/student runs/lora/student --output students/merged")
+def merge(
+    first: Annotated[str, typer.Argument(help="an exported student, A")],
+    second: Annotated[str, typer.Argument(help="another of the same architecture and steps, B")],
+    output: Annotated[Path, typer.Option(help="where to write the merged student")],
+    weight: Annotated[float, typer.Option(min=0, max=1, help="of A; B has the rest")] = 0.5,
+) -> None:
+    """Interpolate two students' weights: weight A + (1 - weight) B (SwiftBrush version 2)."""
+    from stepdistill import assets
+    from stepdistill.pipelines import merge_students
+
+    _quiet_libraries()
+    print(f"student {merge_students(assets.resolve(first), assets.resolve(second), weight, output)}")
+
+
 def _run_folder(path: Path) -> Path:
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path}: not a run folder (no config.yaml in it)")
@@ -354,6 +369,29 @@ def _given_conditions(stock, prompts: list[str] | None, labels: list[int] | None
             raise UserError(f"--label {value}: outside 0..{stock.num_labels - 1}")
     chosen = labels or list(range(stock.num_labels))
     return [chosen[i % len(chosen)] for i in range(count)]
+
+
+@app.command(epilog="Example: stepdistill compare configs/compare/score_methods.yaml")
+def compare(
+    config: Annotated[Path, typer.Argument(help="a YAML config that names several runs")],
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="make one run alone, e.g. in a process of its own")] = None,
+) -> None:
+    """Several methods at equal network passes: distances over training as a picture.  Goes on where it stopped."""
+    import torch
+
+    from stepdistill.config import apply_overrides, check, read_yaml
+    from stepdistill.trainers.base import Interrupted
+    from stepdistill.trainers.compare import CompareSettings
+    from stepdistill.trainers.compare import compare as run_all
+
+    settings = check(CompareSettings, apply_overrides(read_yaml(config), overrides or []), str(config))
+    _quiet_libraries()
+    try:
+        print(run_all(settings, config.parent, only, "cuda" if torch.cuda.is_available() else "cpu"))
+    except Interrupted as stop:
+        print(f"{stop}: saved; go on with the same command")
+        raise typer.Exit(stop.exit_code) from None
 
 
 @app.command(epilog="Example: stepdistill report runs/quickstart")

@@ -46,16 +46,20 @@ class LoRASettings(Section):
 
 class RolesSettings(Section):
     """``full``: student and fake score are copies of the teacher.  ``shared``: both are LoRAs on the one frozen
-    teacher.  ``mixed``: a full student, and a fake score that is a LoRA on the teacher."""
+    teacher.  ``mixed``: a full student, and a fake score that is a LoRA on the teacher.
+
+    With ``student_from`` a ``shared`` student is a LoRA on that model, a second frozen base.
+    """
 
     weights: Weights = "full"
     lora: LoRASettings = LoRASettings()
-    student_from: str | None = Field(None, description="start a full student from this folder (an earlier student)")
+    student_lora: LoRASettings | None = Field(None, description="the student's own; lora by default")
+    student_from: str | None = Field(None, description="start the student from this folder (an earlier student)")
 
     @model_validator(mode="after")
-    def _full_student(self):
-        if self.student_from is not None and self.weights == "shared":
-            raise ValueError("student_from needs a full student; set weights to full or mixed")
+    def _student_lora(self):
+        if self.student_lora is not None and self.weights != "shared":
+            raise ValueError("student_lora needs a LoRA student; set weights to shared or remove it")
         return self
 
 
@@ -279,24 +283,30 @@ class Roles:
         def full(name: str) -> Role:
             return role(name, copy.deepcopy(base).float().requires_grad_(True), None, None, True)
 
-        def adapted(name: str) -> Role:
-            return role(name, base, switch, name, True)
+        def adapted(name: str, network: nn.Module, switch: AdapterSwitch, lora: LoRASettings) -> Role:
+            switch.add(name, lora, family.lora_targets)
+            return role(name, network, switch, name, True)
 
-        self.student = full("student") if weights != "shared" else None
-        if settings.student_from is not None:
-            self.student.network.load_state_dict(family.read_weights(settings.student_from))
+        start = None if settings.student_from is None else family.read_weights(settings.student_from)
+        if weights != "shared":
+            self.student = full("student")
+            if start is not None:
+                self.student.network.load_state_dict(start)
         self.fake_score = full("fake_score") if weights == "full" else None
         if weights == "shared":
-            switch.add("student", settings.lora, family.lora_targets)
-            self.student = adapted("student")
+            student_base, student_switch = base, switch
+            if start is not None:
+                student_base = copy.deepcopy(base)
+                student_base.load_state_dict(start)
+                student_switch = AdapterSwitch(student_base)
+            self.student = adapted("student", student_base, student_switch, settings.student_lora or settings.lora)
         if weights != "full":
-            switch.add("fake_score", settings.lora, family.lora_targets)
-            self.fake_score = adapted("fake_score")
+            self.fake_score = adapted("fake_score", base, switch, settings.lora)
         own_teacher = family.teacher_denoiser()
         self.teacher: Denoiser = role("teacher", base, switch, None, False) if own_teacher is None else own_teacher
         if gradient_checkpointing:
-            for network in {id(r.network): r.network for r in (self.student, self.fake_score)}.values():
-                enable_checkpointing(network, switch if network is base else None)
+            for network, own in {id(r.network): (r.network, r.switch) for r in self.trained()}.values():
+                enable_checkpointing(network, own)
             if weights == "full":
                 enable_checkpointing(base, None)  # SIM differentiates through the teacher
 

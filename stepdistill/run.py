@@ -36,6 +36,7 @@ FREE_KEYS = {"output", "evaluation"}
 FREE_TRAIN_KEYS = {
     "updates",
     "max_minutes",
+    "max_passes",
     "log_every",
     "sample_every",
     "checkpoint_every",

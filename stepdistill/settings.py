@@ -106,6 +106,9 @@ class TrainSettings(Section):
     gradient_checkpointing: bool = False
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of the student's weights, per update; 0 is none")
     max_minutes: float | None = Field(None, gt=0, description="save and stop after this time")
+    max_passes: int | None = Field(
+        None, ge=1, description="end the training, short of updates, after so many network passes (one picture each)"
+    )
     non_finite_limit: int = Field(10, ge=1, description="stop after this many skipped updates of a role in a row")
     log_every: int = Field(10, ge=1, description="student updates between rows of metrics")
     sample_every: int = Field(100, ge=1, description="student updates between sample grids")

@@ -25,7 +25,9 @@ from stepdistill import checkpoint
 COMMANDS = [
     ["distill"],
     ["evaluate"],
+    ["compare"],
     ["export"],
+    ["merge"],
     ["sample"],
     ["report"],
     ["methods"],

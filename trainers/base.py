@@ -150,6 +150,7 @@ class Trainer(abc.ABC):
         }
         self.optimizers = {name: self._optimizer(name, list(p.values())) for name, p in self.trained.items()}
         self.ema = EMA(roles.student, config.train.ema_decay) if config.train.ema_decay else None
+        self.watchers: list[Callable[[Trainer], None]] = []  # called after each student update
         self._logged: dict[str, list[Tensor | float]] = {}
         self._stop: tuple[str, int] | None = None
 
@@ -275,7 +276,7 @@ class Trainer(abc.ABC):
     # -- the loop ------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train until ``train.updates`` student updates are done; saves at the end.
+        """Train until ``train.updates`` student updates or ``train.max_passes`` are done; saves at the end.
 
         Raises:
             Interrupted: SIGTERM, Ctrl-C or ``train.max_minutes``; saved before.
@@ -288,6 +289,16 @@ class Trainer(abc.ABC):
             self.prepare()
             self.repeat(self.name, "student", self.config.train.updates, self.iteration, self._after_update)
             self.save()
+
+    @property
+    def passes(self) -> int:
+        """Network passes so far, of all processes: one picture each, backward counted in forwards."""
+        return self.roles.meter.total * self.world
+
+    def spent(self) -> bool:
+        """Whether ``train.max_passes`` is reached."""
+        limit = self.config.train.max_passes
+        return limit is not None and self.passes >= limit
 
     def prepare(self) -> None:  # noqa: B027
         """What comes before the first student update; :meth:`repeat` it.  Called again when a run is resumed."""
@@ -302,7 +313,7 @@ class Trainer(abc.ABC):
         main = self.accelerator.is_main_process
         done = self.counters[counter]
         with tqdm(total=total, initial=done, desc=title, unit="update", disable=not main) as bar:
-            while self.counters[counter] < total:
+            while self.counters[counter] < total and not self.spent():
                 step()
                 self.counters["iteration"] += 1
                 self.seconds = time.monotonic() - self._started
@@ -314,9 +325,11 @@ class Trainer(abc.ABC):
 
     def _after_update(self, bar: tqdm) -> None:
         train, student = self.config.train, self.counters["student"]
+        for watch in self.watchers:
+            watch(self)
         if student % train.log_every == 0:
             self.write_row(bar)
-        if self.run and (student % train.sample_every == 0 or student == train.updates):
+        if self.run and (student % train.sample_every == 0 or student == train.updates or self.spent()):
             self.save_samples()
         if student % train.checkpoint_every == 0 and student < train.updates:
             self.save()
@@ -328,7 +341,7 @@ class Trainer(abc.ABC):
             "updates/student": self.counters["student"],
             "updates/fake_score": self.counters["fake_score"],
             "seconds": round(self.seconds, 3),
-            "passes": self.roles.meter.total * self.world,
+            "passes": self.passes,
         }
         for name, values in self._logged.items():
             row[name] = float(torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values]).mean())
@@ -393,7 +406,7 @@ class Trainer(abc.ABC):
             flag = torch.tensor(float(asked), device=self.family.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             asked = bool(flag)
-        if asked and self.counters["student"] < self.config.train.updates:
+        if asked and self.counters["student"] < self.config.train.updates and not self.spent():
             self.save()
             raise Interrupted(*(self._stop or ("another process was stopped", 1)))
 

@@ -1,0 +1,60 @@
+"""Distances of several students over their training, as one picture: curves above, a table below."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+Curve = list[tuple[float, float]]
+"""(network passes, distance), passes ascending."""
+
+
+def at(curve: Curve, passes: float) -> float | None:
+    """The distance of the last measurement at or before ``passes`` (with 2 percent of tolerance); None before any."""
+    seen = [distance for done, distance in curve if done <= 1.02 * passes]
+    return seen[-1] if seen else None
+
+
+def curves_table(curves: dict[str, Curve], columns: list[float], teacher: float) -> list[list[str]]:
+    """Header and one row a student: its distance at each of ``columns`` passes, and the last over the teacher's."""
+    header = ["", *(f"{column / 1000:.0f}k" for column in columns), "last / teacher"]
+    rows = []
+    for name, curve in curves.items():
+        found = [at(curve, column) for column in columns]
+        cells = ["-" if distance is None else f"{distance:.3f}" for distance in found]
+        rows.append([name, *cells, f"{curve[-1][1] / teacher:.2f}" if curve else "-"])
+    return [header, *rows]
+
+
+def draw_curves(
+    curves: dict[str, Curve], teacher: float, teacher_name: str, metric: str, columns: list[float], path: Path
+) -> Path:
+    """Write the picture; ``teacher`` is the distance that a dashed line stands at."""
+    from matplotlib.figure import Figure
+
+    cells = curves_table(curves, columns, teacher)
+    figure = Figure(figsize=(8.4, 5.2 + 0.28 * len(cells)), layout="constrained", dpi=110)
+    axes, below = figure.subplots(2, 1, height_ratios=[5, 0.42 * len(cells) + 0.3])
+    lines = {}
+    for name, curve in curves.items():
+        (lines[name],) = axes.plot(*zip(*curve, strict=True), marker=".", linewidth=1.4, label=name)
+    axes.axhline(teacher, color="black", linestyle="--", linewidth=1, label=teacher_name)
+    axes.set_yscale("log")
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(lambda value, _: f"{value:g}" if f"{value:g}".lstrip("0.")[:1] in "1235" else "")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+    axes.set_xlabel("network passes in training (one picture each; a backward pass counts as two, or one to the input)")
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    below.axis("off")
+    table = below.table(cells[1:], colLabels=cells[0], loc="center", cellLoc="right", edges="horizontal")
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    for row, name in enumerate(curves, 1):
+        table[row, 0].set_text_props(color=lines[name].get_color(), ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+    return path

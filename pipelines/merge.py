@@ -1,0 +1,90 @@
+"""Two students of one architecture as one: linear interpolation of their weights (SwiftBrush v2, 2408.14176 eq. 6).
+
+There A is trained in full by score distillation and B as a LoRA with the CLIP loss, both from the same start, and
+lambda = 0.5.  An exported LoRA student has its adapter merged into the weights already, as it must be: interpolating
+the factors is not the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from stepdistill.pipelines.export import stamped, write_pipeline
+from torch import Tensor, nn
+
+from stepdistill import __version__
+from stepdistill.errors import UserError
+
+DENOISERS = ("unet", "transformer")
+
+
+def interpolate(a: dict[str, Tensor], b: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """``weight a + (1 - weight) b``, tensor by tensor, in float32 or better and the dtype of ``a``.
+
+    At weights 1 and 0 exactly ``a`` and ``b``.  Integer tensors are taken from ``a``.
+
+    Raises:
+        ValueError: other names or shapes.
+    """
+    odd = [k for k in a.keys() | b.keys() if k not in a or k not in b or a[k].shape != b[k].shape]
+    if odd:
+        raise ValueError(min(odd))
+    mixed = {}
+    for key, value in a.items():
+        if not value.is_floating_point():
+            mixed[key] = value.clone()
+            continue
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        mixed[key] = torch.lerp(b[key].to(dtype), value.to(dtype), weight).to(value.dtype)
+    return mixed
+
+
+def _load(path: str) -> tuple[Any, nn.Module]:
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path)
+    except Exception as error:  # diffusers and transformers raise many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be loaded as a pipeline: {reason}") from None
+    for name in DENOISERS:
+        if (network := getattr(pipeline, name, None)) is not None:
+            return pipeline, network
+    raise UserError(f"{path}: a {type(pipeline).__name__} has no {' or '.join(DENOISERS)} to merge")
+
+
+def _plain(config) -> dict[str, Any]:
+    return {k: v for k, v in dict(config).items() if not k.startswith("_")}
+
+
+def merge_students(a: str, b: str, weight: float, output: str | Path) -> Path:
+    """Write the student ``weight A + (1 - weight) B`` at ``output``; everything else is A's.
+
+    Raises:
+        UserError: not two pipelines of one class, architecture and scheduler, or ``output`` cannot be written.
+    """
+    (pipeline, network), (other, other_network) = _load(a), _load(b)
+    if type(pipeline) is not type(other):
+        raise UserError(f"{a} is a {type(pipeline).__name__} and {b} a {type(other).__name__}; they cannot be merged")
+    own, theirs = _plain(pipeline.scheduler.config), _plain(other.scheduler.config)
+    odd = sorted(k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k))
+    if type(pipeline.scheduler) is not type(other.scheduler) or odd:
+        raise UserError(f"{a} and {b} are sampled differently (scheduler: {odd[0] if odd else 'class'}); merge equals")
+    try:
+        network.load_state_dict(interpolate(network.state_dict(), other_network.state_dict(), weight))
+    except ValueError as error:
+        raise UserError(f"{a} and {b} have networks of other shapes ({error}); they cannot be merged") from None
+    made = (network.config.get("_stepdistill") or {}, other_network.config.get("_stepdistill") or {})
+    shared = {"steps": 1, "times": None, "call": {"num_inference_steps": 1}, **made[0]}
+    facts = {
+        **{key: shared[key] for key in ("steps", "times", "call")},
+        "version": __version__,
+        "method": "interpolation",
+        "teacher": made[0].get("teacher"),
+        "weight": weight,
+        "of": [{"path": path, "method": facts.get("method")} for path, facts in zip((a, b), made, strict=True)],
+    }
+    stamped(network, facts)
+    stamped(pipeline.scheduler, facts)
+    return write_pipeline(pipeline, output, facts)

@@ -1,0 +1,152 @@
+"""Comparing methods at equal passes: the budget, the measured curve, going on, and what cannot be compared."""
+
+import json
+
+import pytest
+import yaml
+from console import stepdistill
+from stepdistill.eval.curves import at, curves_table
+from stepdistill.trainers.compare import CURVE
+from toys import toy_family, toy_trainer
+
+from stepdistill.analytic import GaussianMixture
+
+SMALL = {
+    "teacher": {"path": "asset:fashion_mnist/teacher", "steps": 2},
+    "optimizer": {"student": {"lr": 1e-3}, "fake_score": {"lr": 1e-3}},
+    "train": {"updates": 50, "batch_size": 4, "sample_count": 10, "trackers": [], "checkpoint_every": 1},
+    "evaluation": {
+        "extractor": "asset:fashion_mnist/features.safetensors",
+        "reference": "asset:fashion_mnist/reference.safetensors",
+        "batch_size": 20,
+        "teacher_steps": [],
+    },
+}
+
+
+def write(folder, **changes):
+    for name, own in {
+        "dmd2": {"method": "dmd2", "dmd2": {"fake_score_updates": 2}},
+        "sim": {"method": "sim"},
+    }.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **own, "output": "unused"}))
+    raw = {
+        "output": str(folder / "out"),
+        "runs": {"DMD2": "dmd2.yaml", "SIM": "sim.yaml"},
+        "passes": 200,
+        "points": 4,
+        "samples": 40,
+        "final_samples": 60,
+        **changes,
+    }
+    (folder / "compare.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "compare.yaml"
+
+
+def test_one_command_makes_runs_curves_table_and_pictures(tmp_path):
+    config = write(tmp_path)
+    result = stepdistill("compare", config)
+    assert result.code == 0, result.err[-2000:]
+    out = tmp_path / "out"
+    for made in ("compare.png", "grid.png", "compare.json", "SIM/student/model_index.json"):
+        assert (out / made).is_file(), made
+    content = json.loads((out / "compare.json").read_text())
+    for name, curve in content["curves"].items():
+        passes = [done for done, _ in curve]
+        assert passes == sorted(passes)
+        assert passes[0] == 0
+        assert 200 <= passes[-1] <= 260, name  # the budget, to one update
+        assert len(passes) == 5
+    assert [row["name"] for row in content["final"]] == ["teacher", "DMD2", "SIM"]
+    assert "last / teacher" in result.out
+
+    # a second time nothing is trained again
+    before = (out / "SIM" / "metrics.jsonl").read_text()
+    again = stepdistill("compare", config)
+    assert "SIM: finished before" in again.out
+    assert (out / "SIM" / "metrics.jsonl").read_text() == before
+
+
+def test_the_curves_last_point_is_what_evaluate_measures(tmp_path):
+    config = write(tmp_path, samples=60, runs={"DMD2": "dmd2.yaml"})
+    assert stepdistill("compare", config).code == 0
+    content = json.loads((tmp_path / "out/compare.json").read_text())
+    assert content["curves"]["DMD2"][-1][1] == pytest.approx(content["final"][1]["frechet"], rel=1e-4)
+
+
+def test_one_run_alone_and_the_rest_later(tmp_path):
+    config = write(tmp_path)
+    assert stepdistill("compare", config, "--only", "SIM").out.strip().endswith("SIM: done")
+    assert not (tmp_path / "out" / "DMD2").exists()
+    (tmp_path / "out" / "SIM" / CURVE).rename(tmp_path / "kept")
+    (tmp_path / "kept").rename(tmp_path / "out" / "SIM" / CURVE)
+    assert stepdistill("compare", config).code == 0
+    assert (tmp_path / "out" / "compare.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--only", "BOOT"], "--only BOOT: the runs are DMD2, SIM"),
+        (["passes=0"], "passes = 0"),
+        (["runs={A: nowhere.yaml}"], "no such config file"),
+        (["passes=100000", "points=1", "--only", "DMD2"], "end after"),
+    ],
+)
+def test_bad_comparisons_are_one_line(tmp_path, arguments, says):
+    result = stepdistill("compare", write(tmp_path, overrides=["train.updates=2"]), *arguments)
+    assert result.code == 2
+    assert says in result.error
+
+
+def test_runs_that_are_not_comparable_are_refused(tmp_path):
+    config = write(tmp_path)
+    raw = yaml.safe_load((tmp_path / "sim.yaml").read_text())
+    (tmp_path / "sim.yaml").write_text(yaml.safe_dump({**raw, "seed": 7}))
+    result = stepdistill("compare", config)
+    assert result.code == 2
+    assert "runs.SIM: its seed is not that of DMD2" in result.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_budget_ends_a_run_at_the_first_update_past_it():
+    trainer = toy_trainer(train={"updates": 1000, "max_passes": 500}, dmd2={"fake_score_updates": 1})
+    trainer.fit()
+    per_update = 8 * 7  # 4k + 3 passes of a batch of eight: a teacher in closed form makes none
+    assert trainer.counters["student"] == -(-500 // per_update)
+    assert trainer.passes == trainer.counters["student"] * per_update
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "k", "expected"),
+    [
+        ("dmd2", {}, 1, 4 * 1 + 4),
+        ("dmd2", {}, 3, 4 * 3 + 4),
+        ("dmd2", {"guidance_scale": 2.0}, 3, 4 * 3 + 5),
+        ("sim", {}, 1, 4 * 1 + 6),
+        ("sim", {}, 2, 4 * 2 + 6),
+        ("sim", {"guidance_scale": 2.0}, 2, 4 * 2 + 8),
+        ("swiftbrush", {"guidance_scale": 1.0}, 1, 4 * 1 + 4),
+        ("swiftbrush", {}, 1, 4 * 1 + 6),
+        ("swiftbrush", {"fake_score_guidance": "none"}, 1, 4 * 1 + 5),
+        ("swiftbrush", {"guidance_range": [0.5, 4.0]}, 1, 4 * 1 + 6),
+    ],
+)
+def test_passes_of_an_update_are_what_the_readme_says(method, settings, k, expected):
+    family = toy_family(GaussianMixture([[-1.0], [1.0]], 0.05, labels=[0, 1]))
+    family.teacher_denoiser = lambda: None  # the network is the teacher, so its passes count
+    own = {method: {"fake_score_updates": k, **settings}}
+    trainer = toy_trainer(family, method=method, train={"updates": 3}, **own)
+    trainer.repeat("test", "student", 1, trainer.iteration, lambda bar: None)
+    for _ in range(k - 1):  # the fake score's other updates, until the student's next turn
+        trainer.iteration()
+        trainer.counters["iteration"] += 1
+    assert trainer.passes == 8 * expected
+
+
+def test_curve_values_are_the_last_at_or_before():
+    curve = [(0, 9.0), (100, 5.0), (205, 3.0)]
+    assert [at(curve, passes) for passes in (0, 99, 200, 201, 1000)] == [9.0, 5.0, 5.0, 3.0, 3.0]
+    assert at(curve[1:], 50) is None
+    cells = curves_table({"a": curve}, [100.0, 205.0], 2.0)
+    assert cells == [["", "0k", "0k", "last / teacher"], ["a", "5.000", "3.000", "1.50"]]
