@@ -176,7 +176,7 @@ teacher   {config.teacher.path}: family {family.name}, {parameters / 1e6:.2f}M p
 student   {sampler.steps} step{"s" * (sampler.steps > 1)} at t = {", ".join(f"{t:g}" for t in sampler.times)}
 method    {job.method.name}: {job.method.title}
 training  {train.updates} student updates of {train.batch_size * train.gradient_accumulation} samples a process
-writes    {config.output}""")
+{"".join(f"          {line}{chr(10)}" for line in job.method.plan(config))}writes    {config.output}""")
 
 
 # -- after training ----------------------------------------------------------------------------------------

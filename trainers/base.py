@@ -195,6 +195,11 @@ class Trainer(abc.ABC):
         """
 
     @classmethod
+    def plan(cls, config: RunSettings) -> list[str]:
+        """What a run does besides the student updates, a line each, for ``--dry-run``."""
+        return []
+
+    @classmethod
     def wants_images(cls, settings: Section) -> bool:
         """Whether these settings train with real images."""
         return False

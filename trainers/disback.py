@@ -134,6 +134,13 @@ class DisBack(ScoreTrainer):
                 f"{(own.nodes - 1) * own.hold}, but train.updates = {config.train.updates}; lower disback.hold"
             )
 
+    @classmethod
+    def plan(cls, config: RunSettings) -> list[str]:
+        own = config.disback
+        first = f"degradation: {own.updates} fake-score updates on the untouched student, {own.nodes} nodes kept"
+        then = f"backtracking by {own.base}: each target for {own.hold} student updates, the teacher from update "
+        return [first, then + str((own.nodes - 1) * own.hold)] if own.nodes else [f"no nodes: {own.base} as it is"]
+
     def build(self) -> None:
         super().build()
         self.disback: DisBackSettings = self.config.disback

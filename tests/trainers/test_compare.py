@@ -14,7 +14,14 @@ from stepdistill.analytic import GaussianMixture
 SMALL = {
     "teacher": {"path": "asset:fashion_mnist/teacher", "steps": 2},
     "optimizer": {"student": {"lr": 1e-3}, "fake_score": {"lr": 1e-3}},
-    "train": {"updates": 50, "batch_size": 4, "sample_count": 10, "trackers": [], "checkpoint_every": 1},
+    "train": {
+        "updates": 50,
+        "batch_size": 4,
+        "sample_count": 10,
+        "log_every": 1,
+        "trackers": [],
+        "checkpoint_every": 1,
+    },
     "evaluation": {
         "extractor": "asset:fashion_mnist/features.safetensors",
         "reference": "asset:fashion_mnist/reference.safetensors",
