@@ -10,8 +10,9 @@ from torch import nn
 from stepdistill.analytic import GaussianMixture
 from stepdistill.denoiser import Prediction
 from stepdistill.families.analytic import AnalyticFamily
+from stepdistill.objectives.score_divergence import score_terms
 from stepdistill.roles import Roles
-from stepdistill.schedule import VPSchedule
+from stepdistill.schedule import EDMSchedule, VPSchedule
 
 
 def linear_betas(count: int = 1000, low: float = 0.00085, high: float = 0.012) -> VPSchedule:
@@ -88,6 +89,37 @@ def toy_trainer(family: AnalyticFamily | None = None, real=None, run=None, **cha
     items = list(range(family.num_labels))
     conditions = ConditionSource(family, items, config.seed)
     return job.method(config, job.settings, family, roles, sampler, conditions, real, run)
+
+
+class Gaussians:
+    """One noise level with exact scores; expectations over points (z, n) with weights."""
+
+    def __init__(self, schedule, t, m, S, a, B, points, weights=None):
+        dim = len(m)
+        self.schedule, self.m, self.S = schedule, m, S
+        self.a, self.B = a.clone().requires_grad_(), B.clone().requires_grad_()
+        self.z, self.n = points[:, :dim], points[:, dim:]
+        self.weights = torch.full((len(points),), 1 / len(points), dtype=torch.float64) if weights is None else weights
+        self.t = torch.full((len(points),), t, dtype=torch.float64 if isinstance(schedule, EDMSchedule) else torch.long)
+        self.alpha, self.sigma = (c[0] for c in schedule.alpha_sigma(self.t))
+        eye = torch.eye(dim, dtype=torch.float64)
+        self.P_inverse = torch.linalg.inv(self.alpha**2 * B @ B.T + self.sigma**2 * eye)
+        self.Q_inverse = torch.linalg.inv(self.alpha**2 * S + self.sigma**2 * eye)
+        self.teacher = GaussianMixture(m[None], S).denoiser(schedule)
+        self.fake_score = GaussianMixture(a.detach()[None], (B @ B.T).detach()).denoiser(schedule)
+        self.delta = self.alpha * (a - m)
+
+    def terms(self, space="score", detach=False):
+        x0 = self.z @ self.B.T + self.a
+        x_t = self.schedule.add_noise(x0, self.n, self.t)
+        if detach:
+            x_t = x_t.detach()
+        said = [denoiser(x_t, self.t, {}) for denoiser in (self.teacher, self.fake_score)]
+        return (*score_terms(*said, x0, space), x0, said[0].x0)
+
+    def gradient(self, loss):
+        """d/da and d/dB of the weighted mean of ``loss`` (N,)."""
+        return torch.autograd.grad((self.weights * loss).sum(), (self.a, self.B))
 
 
 def sigma_points(dim: int) -> torch.Tensor:

@@ -126,11 +126,17 @@ def test_gradient_checkpointing_changes_no_gradient(row, teacher, weights, teach
             for role in trainer.roles.trained():
                 for parameter in role.parameters().values():
                     parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+        if row.startswith("disback"):  # a target to ask, as after the recording
+            state = trainer.roles.fake_score.portable_state_dict()
+            state = {k: v + 0.03 * torch.randn(v.shape, generator=generator) for k, v in state.items()}
+            trainer.path = [trainer.store.write(1, 0.0, state)] * trainer.disback.nodes
         kept = {}
         trainer.update = lambda role, kept=kept, trainer=trainer: kept.update(
             {f"{role}/{k}": p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}
         )
         trainer.iteration()
+        if row.startswith("disback"):
+            assert trainer.roles.teacher is trainer.node_teacher
         gradients.append(kept)
     plain, recomputed = gradients
     assert plain.keys() == recomputed.keys()

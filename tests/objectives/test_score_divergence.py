@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import linear_betas, sigma_points
+from toys import Gaussians
 
-from stepdistill.analytic import GaussianMixture
 from stepdistill.denoiser import Prediction
 from stepdistill.objectives.distribution_matching import distribution_matching_gradient
 from stepdistill.objectives.score_divergence import (
@@ -33,49 +32,6 @@ class DetachedHuber(PseudoHuber):
 
     def gradient(self, y):
         return y / self._root(y).detach()[:, None]
-
-
-class Gaussians:
-    """One noise level with exact scores; expectations over points (z, n) with weights."""
-
-    def __init__(self, schedule, t, m, S, a, B, points, weights=None):
-        dim = len(m)
-        self.schedule, self.m, self.S = schedule, m, S
-        self.a, self.B = a.clone().requires_grad_(), B.clone().requires_grad_()
-        self.z, self.n = points[:, :dim], points[:, dim:]
-        self.weights = torch.full((len(points),), 1 / len(points), dtype=F64) if weights is None else weights
-        self.t = torch.full((len(points),), t, dtype=F64 if isinstance(schedule, EDMSchedule) else torch.long)
-        self.alpha, self.sigma = (c[0] for c in schedule.alpha_sigma(self.t))
-        eye = torch.eye(dim, dtype=F64)
-        self.P_inverse = torch.linalg.inv(self.alpha**2 * B @ B.T + self.sigma**2 * eye)
-        self.Q_inverse = torch.linalg.inv(self.alpha**2 * S + self.sigma**2 * eye)
-        self.teacher = GaussianMixture(m[None], S).denoiser(schedule)
-        self.fake_score = GaussianMixture(a.detach()[None], (B @ B.T).detach()).denoiser(schedule)
-        self.delta = self.alpha * (a - m)
-
-    def terms(self, space="score", detach=False):
-        x0 = self.z @ self.B.T + self.a
-        x_t = self.schedule.add_noise(x0, self.n, self.t)
-        if detach:
-            x_t = x_t.detach()
-        said = [denoiser(x_t, self.t, {}) for denoiser in (self.teacher, self.fake_score)]
-        return (*score_terms(*said, x0, space), x0, said[0].x0)
-
-    def gradient(self, loss):
-        """d/da and d/dB of the weighted mean of ``loss`` (N,)."""
-        return torch.autograd.grad((self.weights * loss).sum(), (self.a, self.B))
-
-
-@pytest.fixture(params=[20, 249, 749, 980])
-def gaussians(request):
-    generator = torch.Generator().manual_seed(request.param)
-
-    def draw(*shape):
-        return torch.randn(*shape, dtype=F64, generator=generator)
-
-    root = draw(3, 3)
-    S = root @ root.T + 0.1 * torch.eye(3)
-    return Gaussians(linear_betas(), request.param, draw(3), S, draw(3), draw(3, 3), sigma_points(6))
 
 
 def assert_gradient(got, expected, rtol=1e-7):

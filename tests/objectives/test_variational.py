@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from test_score_divergence import Gaussians
-from toys import linear_betas, sigma_points
 
 from stepdistill.objectives.alignment import clamped_cosine_loss
 from stepdistill.objectives.denoising import denoising_loss
@@ -11,18 +9,6 @@ from stepdistill.objectives.surrogate import surrogate_loss
 from stepdistill.objectives.variational import variational_score_gradient
 
 F64 = torch.float64
-
-
-@pytest.fixture(params=[20, 249, 749, 980])
-def gaussians(request):
-    generator = torch.Generator().manual_seed(request.param)
-
-    def draw(*shape):
-        return torch.randn(*shape, dtype=F64, generator=generator)
-
-    root = draw(3, 3)
-    S = root @ root.T + 0.1 * torch.eye(3)
-    return Gaussians(linear_betas(), request.param, draw(3), S, draw(3), draw(3, 3), sigma_points(6))
 
 
 def said(g):
