@@ -53,13 +53,13 @@ class NodeStore:
         return self.folder / f"node-{update:08d}.safetensors"
 
     def write(self, update: int, loss: float, tensors: dict[str, Tensor], own: bool = True) -> Node:
-        """Keep the tensors as they are now.  ``own`` False (other processes): only say which node it would be.
+        """Keep the tensors as they are now.  ``own`` False (other processes): leave the file to the main one.
 
         Raises:
             UserError: the folder cannot be written.
         """
         data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
-        if own and self.folder is None:
+        if self.folder is None:
             self._memory[update] = data
         elif own:
             file = self.file(update)

@@ -23,12 +23,32 @@ ROWS = {
         "guidance": 2.0,
         "accumulation": 2,
     },
+    "sim-mixed": {
+        "method": "sim",
+        "teacher": "pixels",
+        "roles": {"weights": "mixed", "lora": {"rank": 2}},
+        "settings": {"sim": {"objective": "full", "weight": "sid", "c": 0.1}},
+    },
+    "swiftbrush-random-guidance": {
+        "method": "swiftbrush",
+        "teacher": "pixels",
+        "roles": {"weights": "mixed", "lora": {"rank": 2}},
+        "settings": {"swiftbrush": {"guidance_range": [0.5, 4.0], "guidance_draw": "sample", "null_probability": 0.5}},
+    },
+    "disback": {
+        "method": "disback",
+        "teacher": "pixels",
+        "roles": {"weights": "full"},
+        "settings": {"disback": {"nodes": 2, "updates": 3, "hold": 1, "probe": 5}, "dmd2": {"fake_score_updates": 1}},
+        "recorded": 3,
+    },
 }
 """What is run; a method or family joins by adding a row."""
 
 
 def raw_config(row: dict, root: Path, batch: int) -> dict:
     own = {"fake_score_updates": 1, "guidance_scale": row.get("guidance", 1.0)}
+    sections = row.get("settings") or {"dmd2": own}
     raw = {
         "method": row.get("method", "dmd2"),
         "output": str(root / "unused"),
@@ -46,7 +66,7 @@ def raw_config(row: dict, root: Path, batch: int) -> dict:
             "trackers": [],
         },
         "evaluation": {"enabled": False},
-        row.get("method", "dmd2"): own,
+        **sections,
     }
     if row.get("gan"):
         own["gan"] = {"student_weight": 0.01}
@@ -135,7 +155,7 @@ def test_gradients_are_the_single_process_ones(results, name):
     assert [r["world"] for r in ranks] == [2, 2]
     assert single[1]["world"] == 1
     gradients = single[0]
-    assert len(gradients) == 2 * UPDATES
+    assert len(gradients) == 2 * UPDATES + ROWS[name].get("recorded", 0)
     for rank in ranks:
         assert rank["gradients"].keys() == gradients.keys()
         for key, expected in gradients.items():

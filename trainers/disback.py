@@ -38,6 +38,8 @@ from stepdistill.nodes import Node, NodeStore, digest
 from stepdistill.noise import Noise
 from stepdistill.settings import RunSettings
 
+PROBE_CHUNK = 8
+"""Samples at a time, whatever the batch is, so that the probe does not depend on the number of processes."""
 BASES: dict[str, type[ScoreTrainer]] = {method.name: method for method in (DMD2, SIM, SwiftBrush)}
 
 
@@ -195,9 +197,8 @@ class DisBack(ScoreTrainer):
         """Samples of the untouched student with conditions, times and noise that stay the same over the recording."""
         own, self.noise = self.noise, Noise(self.config.seed + 3, self.family.device)
         counters, parts = dict(self.counters), []
-        size = self.config.train.batch_size
-        for start in range(0, self.disback.probe, size):
-            count = min(size, self.disback.probe - start)
+        for start in range(0, self.disback.probe, PROBE_CHUNK):
+            count = min(PROBE_CHUNK, self.disback.probe - start)
             condition, items = self.conditions.batch(start, count)
             x0 = self.make_sample(Batch(condition, self.noise.randn(count, *self.family.sample_shape), items))
             parts.append((x0, condition, *self.fake_score_draw(x0)))
