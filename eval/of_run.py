@@ -46,6 +46,21 @@ def own_scale(config: dict[str, Any]) -> float:
     return float(section.get("guidance_scale") or 1.0)
 
 
+def protocol(config: dict[str, Any], samples: int, latency: bool = False) -> EvaluationSettings:
+    """How a run's config wants pipelines measured, with ``samples`` of each."""
+    own, labels = config["evaluation"], config["data"]["labels"]
+    return EvaluationSettings(
+        samples=samples,
+        batch_size=own["batch_size"],
+        seed=own["seed"],
+        extractor=own["extractor"],
+        reference=own["reference"],
+        labels="uniform" if labels == "all" else labels,
+        prompts=config["data"].get("prompts"),
+        latency=latency,
+    )
+
+
 def evaluate_run(run: Path, device: torch.device | str, samples: int | None = None) -> str:
     """Measure a run's teacher and student, write ``evaluation.json`` and ``grid.png``; returns the table as text.
 
@@ -65,19 +80,10 @@ def evaluate_run(run: Path, device: torch.device | str, samples: int | None = No
     prompts = config["data"].get("prompts")
     lines = []
     if own["extractor"] is not None:
-        settings = EvaluationSettings(
-            samples=samples or own["samples"],
-            batch_size=own["batch_size"],
-            seed=own["seed"],
-            extractor=own["extractor"],
-            reference=own["reference"],
-            labels="uniform" if config["data"]["labels"] == "all" else config["data"]["labels"],
-            prompts=prompts,
-            latency=own["latency"],
-        )
+        settings = protocol(config, samples or own["samples"], own["latency"])
         rows = evaluate(targets, settings, run, device)
-        protocol = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["protocol"]
-        lines = [f"{protocol['metric']}, {settings.samples} samples each", table(rows, protocol["metric"])]
+        metric = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["protocol"]["metric"]
+        lines = [f"{metric}, {settings.samples} samples each", table(rows, metric)]
     else:
         lines = ["no distance was measured: evaluation.extractor and evaluation.reference are not set"]
     shown = [t for t in targets if t.name == "student" or t.steps in (config["teacher"]["steps"], 1)]

@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from stepdistill.eval.curves import Curve, curves_table, draw_curves
 from stepdistill.eval.distances import ReferenceStatistics, unit_uint8
-from stepdistill.eval.evaluate import EvaluationSettings, Target, evaluate, step_generator, unit_noise
+from stepdistill.eval.evaluate import Target, evaluate, step_generator, unit_noise
 from stepdistill.eval.features import load_extractor
-from stepdistill.eval.of_run import label_names
+from stepdistill.eval.of_run import label_names, protocol
 from stepdistill.eval.pictures import grid, table
 from stepdistill.pipelines import export_student
 from stepdistill.trainers.base import Trainer
@@ -176,14 +176,7 @@ def report(settings: CompareSettings, jobs: dict[str, Job], device: str) -> str:
     students = [Target(name, RunFolder(job.config.output).student) for name, job in jobs.items()]
 
     def measured(targets: list[Target], samples: int, file: str) -> list[dict]:
-        protocol = EvaluationSettings(
-            samples=samples,
-            batch_size=own.batch_size,
-            seed=own.seed,
-            extractor=own.extractor,
-            reference=own.reference,
-        )
-        return evaluate(targets, protocol, output / file, device)
+        return evaluate(targets, protocol(config.model_dump(mode="json"), samples), output / file, device)
 
     (level,) = measured([teacher], settings.samples, "teacher.json")
     metric = json.loads((output / "teacher.json").read_text(encoding="utf-8"))["protocol"]["metric"]

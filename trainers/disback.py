@@ -166,6 +166,8 @@ class DisBack(ScoreTrainer):
             self.start_loss = self.probe_loss()
         self.keep_after = set(candidate_updates(self.disback))
         self.repeat("degradation", "recorded", self.disback.updates, self.record, self._after_record)
+        if self.counters["recorded"] < self.disback.updates:  # train.max_passes are spent
+            return
         self.path = choose(self.candidates, self.start_loss, self.disback.nodes)
         if self.accelerator.is_main_process:
             self.store.keep(self.path, self._facts())
