@@ -99,3 +99,73 @@ def test_the_hub_must_be_asked_for(monkeypatch, capsys):
 def test_weights_must_be_named():
     with pytest.raises(UserError, match="pretrained is missing"):
         check(ClipSettings, {"model": "ViT-g-14"}, "evaluation.clip")
+
+
+# -- the differentiable cosine ---------------------------------------------------------------------------------
+
+
+def small_open_clip(folder):
+    """A tiny CLIP with random weights as open_clip's own local folder."""
+    import json
+
+    import open_clip
+    from safetensors.torch import save_file
+
+    config = {
+        "model_cfg": {
+            "embed_dim": 8,
+            "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+        },
+        "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]},
+    }
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config["model_cfg"])
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_cosine_is_the_score_with_a_gradient(tmp_path, capsys):
+    """open_clip itself: on pictures of the model's size the loss's cosine is the evaluation's score."""
+    folder = small_open_clip(tmp_path / "clip")
+    scorer = load_clip(ClipSettings(model=f"local-dir:{folder}", prefix="a "))
+    assert scorer.size == (32, 32)
+    assert tuple(scorer.mean) == (0.4, 0.5, 0.6)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prompts = ["cat", "red bus", "dog"]
+    leaf = (pixels.float() / 127.5 - 1).requires_grad_()
+    cosine = scorer.cosine(leaf, prompts)
+    torch.testing.assert_close(cosine.detach(), scorer(pixels, prompts), rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(cosine.sum(), leaf)
+    assert gradient.abs().sum((1, 2, 3)).min() > 0
+    assert not any(p.requires_grad for p in scorer.model.parameters())
+    larger = scorer.cosine(torch.nn.functional.interpolate(leaf, scale_factor=2, mode="nearest"), prompts)
+    torch.testing.assert_close(larger, cosine, rtol=0, atol=0.2)
+
+
+def test_gray_pictures_and_values_outside_the_range_keep_their_gradient(tmp_path):
+    scorer = load_clip(ClipSettings(model=f"local-dir:{small_open_clip(tmp_path / 'clip')}"))
+    leaf = torch.full((2, 1, 16, 16), 1.3).requires_grad_()
+    (gradient,) = torch.autograd.grad(scorer.cosine(leaf, ["cat", "dog"]).sum(), leaf)
+    assert (gradient != 0).any()
+
+
+def own_scorer():
+    return ClipScorer(Colours(), None, None, "own")
+
+
+def test_a_model_of_ones_own(capsys):
+    import sys
+
+    sys.modules["own_clip"] = type(sys)("own_clip")
+    sys.modules["own_clip"].make, sys.modules["own_clip"].wrong = own_scorer, 3
+    found = load_clip(ClipSettings(model="own_clip:make"))
+    assert found.tag == "own"
+    assert "CLIP: own" in capsys.readouterr().out
+    for spec, says in (("own_clip:wrong", "not a stepdistill.clip.ClipScorer"), ("own_clip:gone", "has no 'gone'")):
+        with pytest.raises(UserError, match=says):
+            load_clip(ClipSettings(model=spec))
+    with pytest.raises(UserError, match="cannot be imported"):
+        load_clip(ClipSettings(model="no_such_module_here:make"))
