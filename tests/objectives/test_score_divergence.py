@@ -246,3 +246,16 @@ def test_score_space_scales_by_alpha_over_sigma_squared():
     y, residual = score_terms(teacher, fake, m, "score")
     torch.testing.assert_close(y, torch.ones_like(y) / t[:, None, None, None] ** 2)
     torch.testing.assert_close(residual, y)
+
+
+@pytest.mark.parametrize("alpha", [1.2, 1.0, 0.5])
+def test_sid_is_the_form_that_its_authors_compute(alpha):
+    """(m_T - m_F) ((m_T - x0) - alpha (m_T - m_F)) over the mean |x0 - m_T|, summed over a sample."""
+    x0, teacher = pair()
+    fake, _ = pair(seed=1)
+    t = torch.ones(len(x0), dtype=F64)
+    said = [Prediction(EDMSchedule(), x0, t, m, "x0") for m in (teacher, fake)]
+    ours = sid_loss(*score_terms(*said, x0, "x0"), alpha) * sid_weight(x0, teacher)
+    theirs = (teacher - fake) * ((teacher - x0) - alpha * (teacher - fake))
+    theirs = theirs / (x0 - teacher).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(ours, theirs.sum((1, 2, 3)))
