@@ -316,13 +316,13 @@ class Trainer(abc.ABC):
         ``after``: called with the bar when a step has moved the counter.
         """
         main = self.accelerator.is_main_process
-        done = self.counters[counter]
+        done, moved = self.counters[counter], True  # a spent budget ends the loop where the counter has just moved
         with tqdm(total=total, initial=done, desc=title, unit="update", disable=not main) as bar:
-            while self.counters[counter] < total and not self.spent():
+            while self.counters[counter] < total and not (self.spent() and moved):
                 step()
                 self.counters["iteration"] += 1
                 self.seconds = time.monotonic() - self._started
-                if self.counters[counter] > done:
+                if moved := self.counters[counter] > done:
                     done = self.counters[counter]
                     bar.update(1)
                     after(bar)

@@ -82,7 +82,7 @@ class DistanceCurve:
 
     def __call__(self, trainer: Trainer) -> None:
         last = self.points[-1][0] if self.points else -1
-        if trainer.passes // self.every > last // self.every or trainer.spent():
+        if trainer.passes // self.every > last // self.every or (trainer.spent() and trainer.passes > last):
             self.points.append((trainer.passes, self.measure(trainer)))
             write_atomically(self.file, json.dumps(self.points))
 
@@ -141,6 +141,7 @@ def train_one(name: str, job: Job, settings: CompareSettings) -> None:
     if not curve.points:
         curve(trainer)
     trainer.fit()
+    curve(trainer)
     if not trainer.spent():
         raise UserError(
             f"runs.{name}: its train.updates = {job.config.train.updates} end after {trainer.passes} network passes, "

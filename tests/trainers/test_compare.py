@@ -124,6 +124,21 @@ def test_the_budget_ends_a_run_at_the_first_update_past_it():
     assert trainer.passes == trainer.counters["student"] * per_update
 
 
+@pytest.mark.parametrize("limit", [1, 60, 100, 130, 161])
+def test_the_budget_ends_with_a_student_update_that_is_watched(limit):
+    """Also where it runs out between the student's turns."""
+    trainer = toy_trainer(train={"updates": 1000, "max_passes": limit}, dmd2={"fake_score_updates": 3})
+    watched = []
+    trainer.watchers.append(lambda trainer: watched.append(trainer.passes))
+    trainer.fit()
+    assert len(watched) == trainer.counters["student"]
+    assert watched[-1] == trainer.passes >= limit
+    assert all(passes < limit for passes in watched[:-1])
+    again = trainer.counters["student"]
+    trainer.fit()  # spent: nothing more
+    assert trainer.counters["student"] == again
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "k", "expected"),
     [
