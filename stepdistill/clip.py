@@ -26,7 +26,8 @@ class ClipSettings(Section):
 
     model: str = Field(
         "ViT-g-14",
-        description="open_clip's model name, local-dir:FOLDER, or module:attribute: a ClipScorer or what gives one",
+        description="open_clip's model name, local-dir:FOLDER, hf-hub:NAME with hub=true, or module:attribute: a "
+        "ClipScorer or what gives one",
     )
     pretrained: str | None = Field(
         None, description="a weight file; with hub=true one of open_clip's tags, such as laion2b_s12b_b42k"
@@ -36,6 +37,8 @@ class ClipSettings(Section):
 
     @model_validator(mode="after")
     def _weights_named(self) -> ClipSettings:
+        if self.model.startswith("hf-hub:") and not self.hub:
+            raise ValueError(f"model = {self.model} downloads its weights; allow it with hub=true")
         if self.pretrained is None and ":" not in self.model:
             raise ValueError(
                 f"pretrained is missing: name a weight file of {self.model}, or hub=true and a tag, or "
@@ -120,7 +123,7 @@ def load_clip(settings: ClipSettings, device: str | torch.device = "cpu") -> Cli
     Raises:
         UserError: the package or the weights are missing, or open_clip cannot load them.
     """
-    if ":" in settings.model and not settings.model.startswith("local-dir:"):
+    if ":" in settings.model and not settings.model.startswith(("local-dir:", "hf-hub:")):
         return _own_scorer(settings, device)
     _check_weights(settings)
     open_clip: Any = _open_clip()
@@ -157,7 +160,7 @@ def _check_weights(settings: ClipSettings) -> None:
     if folder != settings.model:
         if not Path(folder).is_dir():
             raise UserError(f"clip: folder {folder} is missing; put open_clip's config and weights of a model there")
-    elif not settings.hub and not Path(settings.pretrained).is_file():
+    elif not settings.hub and not Path(settings.pretrained).is_file():  # hf-hub: has hub, by the settings' check
         raise UserError(
             f"clip: weight file {settings.pretrained} of {settings.model} is missing; download it from the model's "
             "page on the Hugging Face hub to that path, or set hub=true and a tag of open_clip's"

@@ -99,6 +99,9 @@ def test_the_hub_must_be_asked_for(monkeypatch, capsys):
 def test_weights_must_be_named():
     with pytest.raises(UserError, match="pretrained is missing"):
         check(ClipSettings, {"model": "ViT-g-14"}, "evaluation.clip")
+    with pytest.raises(UserError, match="allow it with hub=true"):
+        check(ClipSettings, {"model": "hf-hub:owner/name"}, "evaluation.clip")
+    assert check(ClipSettings, {"model": "hf-hub:owner/name", "hub": True}, "evaluation.clip").pretrained is None
 
 
 # -- the differentiable cosine ---------------------------------------------------------------------------------
