@@ -283,7 +283,7 @@ def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:
         "method": job.method.name,
         "teacher": config.teacher.path,
         "student_updates": trainer.counters["student"],
-        "network_passes": trainer.roles.meter.total * trainer.world,
+        "network_passes": trainer.passes,
         "weights": config.roles.weights,
         "seed": config.seed,
         "settings": {section: getattr(config, section).model_dump(mode="json") for section in job.method.sections()},
