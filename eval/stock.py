@@ -147,6 +147,7 @@ class StockPipeline:
             "num_inference_steps": steps,
             "generator": generator,
             "guidance_scale": guidance_scale,
+            "eta": (self.provenance.get("call") or {}).get("eta"),
             "prompt": conditions if self.condition_kind == "prompt" else None,
             "class_labels": conditions if self.condition_kind == "label" else None,
             "output_type": "pt",

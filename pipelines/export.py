@@ -15,17 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from stepdistill.pipelines.schedulers import student_scheduler
-from torch import Tensor
 
 from stepdistill import __version__
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.roles import Role
 from stepdistill.sampler import FewStepSampler
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def export_student(
@@ -47,14 +43,16 @@ def export_student(
         UserError: the sampler cannot be expressed, or the folder cannot be written.
     """
     call = {"num_inference_steps": sampler.steps, **family.guidance_off}
+    if sampler.transition == "tcd" and family.passes_eta:
+        call["eta"] = sampler.eta
     facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times), "call": call, **provenance}
     network = family.fresh_network()
     network.load_state_dict(role.plain_state_dict())
     if dtype not in (None, torch.float32):
         network.to(dtype)
-    scheduler = student_scheduler(family.scheduler, family.kind, sampler)
+    scheduler = student_scheduler(family, sampler)
     pipeline = family.pipeline(stamped(network.eval(), facts), stamped(scheduler, facts))
-    return write_pipeline(pipeline, path, facts, None if role.adapter is None else partial(save_lora, role))
+    return write_pipeline(pipeline, path, facts, None if role.adapter is None else partial(save_lora, role, pipeline))
 
 
 def stamped(part, facts: dict[str, Any]):
@@ -95,29 +93,16 @@ def write_pipeline(
     return path
 
 
-def save_lora(role: Role, folder: Path) -> Path:
-    """The student's adapter in diffusers' keys, alpha in the metadata; what ``load_lora_weights`` takes.
+def save_lora(role: Role, pipeline, folder: Path) -> None:
+    """The student's adapter, and what is below it, in diffusers' keys, alpha in the metadata.
 
-    Networks whose pipelines have no ``load_lora_weights`` (UNet2DModel) get the same file for peft's own loader.
+    Where the pipeline has ``load_lora_weights`` kohya's keys are written too; a network whose pipeline has none
+    (UNet2DModel) gets the first file alone, for peft's own loader.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    layers: dict[str, Tensor] = {}
-    config = None
-    for key, value in role.switch.parameters(role.adapter).items():
-        layers[f"unet.{key.replace(f'.{role.adapter}.', '.')}"] = value.detach().cpu().float().contiguous()
-    for module in role.switch.layers:
-        config = {"r": module.r[role.adapter], "lora_alpha": module.lora_alpha[role.adapter]}
-        break
-    targets = sorted({key.removeprefix("unet.").split(".lora_")[0] for key in layers})
-    adapter = {
-        **{f"unet.{k}": v for k, v in config.items()},
-        "unet.target_modules": targets,
-        "unet.lora_dropout": 0.0,
-        "unet.bias": "none",
-    }
-    file = folder / LORA_FILE
-    save_file(layers, file, {"format": "pt", "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)})
-    return file
+    lora = role.switch.lora(role.adapter)
+    lora.save(folder)
+    if hasattr(pipeline, "load_lora_weights"):
+        lora.save_kohya(folder)
 
 
 def model_card(name: str, pipeline, facts: dict[str, Any]) -> str:

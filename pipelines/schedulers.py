@@ -5,39 +5,51 @@ from __future__ import annotations
 import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
 
 from stepdistill.errors import UserError
-from stepdistill.sampler import EDM_STUDENT_RHO, FewStepSampler
+from stepdistill.families.base import Family
+from stepdistill.sampler import EDM_STUDENT_RHO, FewStepSampler, SignalSampler
 from stepdistill.schedule import DIFFUSERS_PREDICTION_TYPES, EDMSchedule, FlowSchedule, PredictionType, VPSchedule
 
+TCD_ETA = 0.3
+"""TCDScheduler's own eta, where a pipeline passes none."""
 TIMESTEP_SCALING = 1e6
 """Makes LCM's c_skip 0 and c_out 1 to float32 at every timestep: the step is then exactly x0."""
 
 
-def student_scheduler(scheduler, kind: PredictionType, sampler: FewStepSampler):
-    """A stock scheduler for the student of a teacher with ``scheduler``.
+FLOW_ONE = 1e9
+"""A shift that makes the first sigma of any flow grid 1."""
 
-    - VP: LCMScheduler with ``original_inference_steps`` = N: N steps give the sampler's times, more steps raise.  A
-      start below the last timestep cuts the betas there.
+
+def student_scheduler(family: Family, sampler: FewStepSampler):
+    """A stock scheduler for the student of a teacher of ``family``.
+
+    - VP: LCMScheduler with ``original_inference_steps`` = N: N steps give the sampler's times, more steps raise; for
+      ``ode`` DDIM with trailing timesteps, for ``tcd`` TCDScheduler.  A start below the last timestep cuts the betas
+      there.
     - flow: first-order DPM-Solver on flow sigmas: the deterministic Euler grid 0.999 k/N.
     - EDM: the consistency scheduler with sigma_min = 0.
+    - BOOT's students see pure noise under another time's label: one timestep, with the coefficients of the last.
 
     Raises:
         UserError: no stock scheduler expresses this sampler; see :func:`check_expressible`.
     """
-    check_expressible(scheduler, sampler)
-    schedule = sampler.schedule
+    check_expressible(family, sampler)
+    schedule, signal = sampler.schedule, isinstance(sampler, SignalSampler)
     if isinstance(schedule, VPSchedule):
-        return _lcm(scheduler, kind, sampler)
+        return _signal_lcm(family.kind, sampler) if signal else _vp(family.scheduler, family.kind, sampler)
     if isinstance(schedule, FlowSchedule):
+        label = int(schedule.network_time(torch.tensor([sampler.times[0]])))
         return DPMSolverMultistepScheduler(
-            num_train_timesteps=schedule.num_levels,
+            num_train_timesteps=label + 1 if signal else schedule.num_levels,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
-            flow_shift=schedule.shift,
+            flow_shift=FLOW_ONE if signal else schedule.shift,
             solver_order=1,
             algorithm_type="dpmsolver++",
             final_sigmas_type="zero",
@@ -52,12 +64,12 @@ def student_scheduler(scheduler, kind: PredictionType, sampler: FewStepSampler):
     )
 
 
-def check_expressible(scheduler, sampler: FewStepSampler) -> None:
+def check_expressible(family: Family, sampler: FewStepSampler) -> None:
     """Refuse a sampler that no stock scheduler can be configured to be; asked before training starts.
 
     Raises:
-        UserError: an N-step flow student with fresh noise, an N-step VP or EDM student without it, an EDM teacher whose
-            time label is not the consistency scheduler's.
+        UserError: an N-step flow student with fresh noise, an N-step EDM student without it, tcd in a pipeline that
+            passes no eta, an EDM teacher whose time label is not the consistency scheduler's, BOOT on an EDM teacher.
     """
     schedule, several = sampler.schedule, sampler.steps > 1
     if isinstance(schedule, FlowSchedule) and several and sampler.transition != "ode":
@@ -65,36 +77,66 @@ def check_expressible(scheduler, sampler: FewStepSampler) -> None:
             "sampler.transition = renoise: no stock scheduler re-noises a flow model in this family's pipeline; set "
             "sampler.transition=ode"
         )
-    if not isinstance(schedule, FlowSchedule) and several and sampler.transition != "renoise":
+    if isinstance(schedule, EDMSchedule) and several and sampler.transition != "renoise":
         raise UserError(
             f"sampler.transition = ode: the exported {sampler.steps}-step student of this teacher re-noises; set "
             "sampler.transition=renoise"
         )
-    if isinstance(schedule, EDMSchedule) and not isinstance(scheduler, CMStochasticIterativeScheduler):
+    if sampler.transition == "tcd" and sampler.eta != TCD_ETA and not family.passes_eta:
+        raise UserError(
+            f"sampler.eta = {sampler.eta}: this family's pipeline passes no eta, so the stock scheduler uses "
+            f"{TCD_ETA}; set that, or transition renoise (eta 1) or ode (0)"
+        )
+    if isinstance(sampler, SignalSampler) and isinstance(schedule, EDMSchedule):
+        raise UserError(
+            "method = boot: no stock scheduler gives an EDM network one time's label with another's noise, so its "
+            "student cannot be exported; use a VP or flow teacher"
+        )
+    if isinstance(schedule, EDMSchedule) and not isinstance(family.scheduler, CMStochasticIterativeScheduler):
         raise UserError(
             f"teacher: an EDM student can be exported only from a teacher saved with CMStochasticIterativeScheduler "
-            f"(time label 250 ln sigma), not {type(scheduler).__name__}"
+            f"(time label 250 ln sigma), not {type(family.scheduler).__name__}"
         )
 
 
-def _lcm(scheduler, kind: PredictionType, sampler: FewStepSampler) -> LCMScheduler:
+def _vp(scheduler, kind: PredictionType, sampler: FewStepSampler):
+    """LCM, DDIM or TCD on the schedule's own table, or on its beginning."""
     config, steps = scheduler.config, sampler.steps
-    names = {ours: theirs for theirs, ours in DIFFUSERS_PREDICTION_TYPES.items()}
-    common = {
-        "original_inference_steps": steps,
-        "steps_offset": 1,  # Stable Diffusion's pipelines rewrite any other value; LCM does not use it
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "prediction_type": names[kind],
-        "timestep_scaling": TIMESTEP_SCALING,
-    }
+    common = _common(kind)
+    match sampler.transition:
+        case "renoise":
+            made, own = LCMScheduler, {"original_inference_steps": steps, "timestep_scaling": TIMESTEP_SCALING}
+        case "ode":
+            made, own = DDIMScheduler, {"timestep_spacing": "trailing"}
+        case "tcd":
+            made, own = TCDScheduler, {"original_inference_steps": steps}
     table = sampler.schedule.alphas_cumprod
     length = int(sampler.times[0]) + 1 if steps == 1 else (int(sampler.times[0]) + 1) // steps * steps
     if length == len(table):
         same = {k: config[k] for k in ("beta_start", "beta_end", "beta_schedule", "trained_betas") if k in config}
         same["rescale_betas_zero_snr"] = bool(config.get("rescale_betas_zero_snr", False))
-        whole = LCMScheduler(num_train_timesteps=len(table), **same, **common)
+        whole = made(num_train_timesteps=len(table), **same, **common, **own)
         if torch.equal(whole.alphas_cumprod.double(), table):
             return whole
     alphas = table[:length] / torch.cat([torch.ones(1, dtype=table.dtype), table[: length - 1]])
-    return LCMScheduler(num_train_timesteps=length, trained_betas=(1 - alphas).tolist(), **common)
+    return made(num_train_timesteps=length, trained_betas=(1 - alphas).tolist(), **common, **own)
+
+
+def _common(kind: PredictionType) -> dict:
+    names = {ours: theirs for theirs, ours in DIFFUSERS_PREDICTION_TYPES.items()}
+    return {
+        "steps_offset": 1,  # Stable Diffusion's pipelines rewrite any other value; none of ours uses it
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "prediction_type": names[kind],
+    }
+
+
+def _signal_lcm(kind: PredictionType, sampler: SignalSampler) -> LCMScheduler:
+    """One step at label ``times[0]`` where alpha is that of the schedule's last timestep: its betas are spread evenly
+    over the timesteps up to the label, so that float32 keeps their product."""
+    last = sampler.schedule.alphas_cumprod[-1]
+    count = int(sampler.times[0]) + 1
+    betas = [0.0] * (count - 1) + [1.0] if last == 0 else [1 - float(last) ** (1 / count)] * count
+    own = {"original_inference_steps": 1, "timestep_scaling": TIMESTEP_SCALING}
+    return LCMScheduler(num_train_timesteps=count, trained_betas=betas, **own, **_common(kind))

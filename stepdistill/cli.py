@@ -105,7 +105,7 @@ def _train(job, run, resume: bool) -> None:
     accelerator.wait_for_everyone()  # no process writes before all have looked
     _quiet_libraries()
     family = load_teacher(config)
-    _check_export(config, family)
+    _check_export(job, family)
     trainer = build_trainer(job, run, accelerator, family)
     main_process = accelerator.is_main_process
     if main_process:
@@ -146,13 +146,12 @@ def _finish(accelerator) -> None:
         dist.destroy_process_group()
 
 
-def _check_export(config, family):
+def _check_export(job, family):
     """The student's sampler; one that could not be exported is refused before it is trained."""
     from stepdistill.pipelines import check_expressible
-    from stepdistill.trainers.job import make_sampler
 
-    sampler = make_sampler(config, family)
-    check_expressible(family.scheduler, sampler)
+    sampler = job.method.make_sampler(job.config, family)
+    check_expressible(family, sampler)
     return sampler
 
 
@@ -164,7 +163,7 @@ def _print_plan(job) -> None:
     config = job.config
     print(dump_yaml(config).rstrip())
     family = load_teacher(config)
-    sampler = _check_export(config, family)
+    sampler = _check_export(job, family)
     items, _ = check_fit(job, family)
     parameters = sum(p.numel() for p in family.network.parameters())
     train = config.train

@@ -28,6 +28,7 @@ from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser, Predictio
 from stepdistill.discriminator import features_at
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.lora import LoRA, read_lora, stacked
 
 Weights = Literal["full", "shared", "mixed"]
 
@@ -55,11 +56,18 @@ class RolesSettings(Section):
     lora: LoRASettings = LoRASettings()
     student_lora: LoRASettings | None = Field(None, description="the student's own; lora by default")
     student_from: str | None = Field(None, description="start the student from this folder (an earlier student)")
+    lora_from: str | None = Field(None, description="go on with this LoRA (a file, or a student exported with one)")
+    lora_under: str | None = Field(
+        None, description="a frozen LoRA that stays on below the student's new one; both are exported as one"
+    )
 
     @model_validator(mode="after")
-    def _student_lora(self):
-        if self.student_lora is not None and self.weights != "shared":
-            raise ValueError("student_lora needs a LoRA student; set weights to shared or remove it")
+    def _of_a_lora_student(self):
+        for key in ("student_lora", "lora_from", "lora_under"):
+            if getattr(self, key) is not None and self.weights != "shared":
+                raise ValueError(f"{key} needs a LoRA student; set weights to shared or remove it")
+        if self.lora_from is not None and self.student_lora is not None:
+            raise ValueError("student_lora and lora_from: a LoRA that is gone on with has its own rank; remove one")
         return self
 
 
@@ -70,6 +78,8 @@ class AdapterSwitch:
         self.network = network
         self.layers: list[BaseTunerLayer] = []
         self.active: str | None = None
+        self.stacks: dict[str, tuple[str, ...]] = {}
+        """Adapters that are on together: those below, and at last the one that names them."""
 
     def add(self, name: str, settings: LoRASettings, targets: list[str]) -> None:
         """Inject a trainable float32 adapter; the base stays frozen.
@@ -113,7 +123,11 @@ class AdapterSwitch:
         for layer in self.layers:
             layer._disable_adapters = name is None
             if name is not None:
-                layer._active_adapter = [name]
+                layer._active_adapter = list(self.stack(name))
+
+    def stack(self, name: str) -> tuple[str, ...]:
+        """``name`` with the frozen adapters below it."""
+        return self.stacks.get(name, (name,))
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -129,12 +143,42 @@ class AdapterSwitch:
                 self.active = previous
                 self._write(previous)
 
+    @contextlib.contextmanager
+    def scaled(self, name: str, ratio: float) -> Iterator[None]:
+        """Adapter ``name`` counts ``ratio`` times within the block; what is below it is left alone."""
+        layers = [layer for layer in self.layers if name in layer.scaling]
+        kept = [layer.scaling[name] for layer in layers]
+        for layer, scale in zip(layers, kept, strict=True):
+            layer.scaling[name] = ratio * scale
+        try:
+            yield
+        finally:
+            for layer, scale in zip(layers, kept, strict=True):
+                layer.scaling[name] = scale
+
+    def lora(self, name: str) -> LoRA:
+        """Adapter ``name`` as what a LoRA file holds, the ones below it included."""
+
+        def one(name: str) -> tuple[LoRA, float]:
+            factors, ratio = {}, 1.0
+            for path, module in self.network.named_modules():
+                if isinstance(module, LoraLayer) and name in module.lora_A:
+                    pair = (module.lora_A[name].weight, module.lora_B[name].weight)
+                    factors[path] = tuple(factor.detach().cpu().float() for factor in pair)
+                    rank, alpha = module.r[name], module.lora_alpha[name]
+                    ratio = module.scaling[name] * rank / alpha
+            return LoRA(rank, alpha, factors), ratio
+
+        return stacked([one(part) for part in self.stack(name)])
+
     def merged_state_dict(self, name: str | None) -> dict[str, Tensor]:
         """The base's state dict under its original names, with adapter ``name`` merged in (float32 sums)."""
         deltas = {}
         for path, module in self.network.named_modules():
-            if name is not None and isinstance(module, LoraLayer) and name in module.lora_A:
-                deltas[f"{path}.weight"] = module.get_delta_weight(name)
+            parts = () if name is None or not isinstance(module, LoraLayer) else self.stack(name)
+            parts = [module.get_delta_weight(part).float() for part in parts if part in module.lora_A]
+            if parts:
+                deltas[f"{path}.weight"] = sum(parts)
         merged = {}
         for key, value in self.network.state_dict().items():
             if "lora_" in key:
@@ -170,7 +214,8 @@ class PassMeter:
 class Role:
     """One role as a denoiser: a network, the adapter that makes it this role, and what it trains.
 
-    ``trains`` is False for the teacher; ``switch`` is None for a network without adapters.
+    ``trains`` is False for the teacher; ``switch`` is None for a network without adapters; ``lora`` is what its own
+    adapter was made by.
     """
 
     def __init__(
@@ -183,8 +228,9 @@ class Role:
         trains: bool,
         meter: PassMeter,
         autocast_dtype: torch.dtype | None = None,
+        lora: LoRASettings | None = None,
     ):
-        self.name, self.family, self.network = name, family, network
+        self.name, self.family, self.network, self.lora = name, family, network, lora
         self.switch, self.adapter, self.trains, self.meter = switch, adapter, trains, meter
         self.autocast_dtype = autocast_dtype
         self.schedule, self.kind = family.schedule, family.kind
@@ -206,6 +252,19 @@ class Role:
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Predict at x_t (B, ...), t (B,).  Float32 or better comes back, whatever the network computes in."""
         return self._denoiser(x_t, t, condition)
+
+    def signal(self, eps: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """BOOT's student (2306.05544): y(eps, t) (B, ...), the x0-like signal at label t (B,) of the path from unit
+        noise eps (B, ...).
+
+        The network always sees the starting noise; t is a label alone.  So its output is read with the coefficients
+        of the noise's own time T for every label: those of t would divide by sigma_t, which goes to zero.
+        """
+        schedule = self.schedule
+        last = schedule.level(torch.full((len(eps),), schedule.num_levels - 1, device=eps.device))
+        x = eps * schedule.start_scale(last[0].item())
+        output = self._forward(schedule.network_input(x, last), schedule.network_time(t), condition)
+        return schedule.to_x0(output.to(torch.promote_types(output.dtype, x.dtype)), self.kind, x, last)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The mid-block's output at x_t, (B, F, h, w); the decoder is not run."""
@@ -261,7 +320,8 @@ class Roles:
     """The roles of one distillation run, built from a family's teacher.
 
     Attributes:
-        teacher, student, fake_score: denoisers.  ``teacher`` is any denoiser for an analytic family.
+        teacher, student, fake_score: denoisers.  ``teacher`` is any denoiser for an analytic family; ``fake_score`` is
+            None for methods without one.
         meter: network passes so far.
     """
 
@@ -271,44 +331,72 @@ class Roles:
         settings: RolesSettings,
         autocast_dtype: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
+        fake_score: bool = True,
     ):
         self.family, self.settings, self.meter = family, settings, PassMeter()
         self.autocast_dtype, self.gradient_checkpointing = autocast_dtype, gradient_checkpointing
         weights = settings.weights
         base = family.network
         base.requires_grad_(False).eval()
-        self.switch = switch = AdapterSwitch(base) if weights != "full" else None
-        role = self._role
-
-        def full(name: str) -> Role:
-            return role(name, copy.deepcopy(base).float().requires_grad_(True), None, None, True)
-
-        def adapted(name: str, network: nn.Module, switch: AdapterSwitch, lora: LoRASettings) -> Role:
-            switch.add(name, lora, family.lora_targets)
-            return role(name, network, switch, name, True)
-
-        start = None if settings.student_from is None else family.read_weights(settings.student_from)
-        if weights != "shared":
-            self.student = full("student")
-            if start is not None:
-                self.student.network.load_state_dict(start)
-        self.fake_score = full("fake_score") if weights == "full" else None
-        if weights == "shared":
-            student_base, student_switch = base, switch
-            if start is not None:
-                student_base = copy.deepcopy(base)
-                student_base.load_state_dict(start)
-                student_switch = AdapterSwitch(student_base)
-            self.student = adapted("student", student_base, student_switch, settings.student_lora or settings.lora)
-        if weights != "full":
-            self.fake_score = adapted("fake_score", base, switch, settings.lora)
+        self.switch = AdapterSwitch(base) if weights != "full" else None
+        self.student = self._lora_student() if weights == "shared" else self._full_student()
+        self.fake_score: Role | None = None
+        if fake_score and weights == "full":
+            self.fake_score = self._full("fake_score")
+        elif fake_score:
+            self.fake_score = self._adapted("fake_score", base, self.switch, settings.lora)
         own_teacher = family.teacher_denoiser()
-        self.teacher: Denoiser = role("teacher", base, switch, None, False) if own_teacher is None else own_teacher
+        teacher = self._role("teacher", base, self.switch, None, False)
+        self.teacher: Denoiser = teacher if own_teacher is None else own_teacher
         if gradient_checkpointing:
             for network, own in {id(r.network): (r.network, r.switch) for r in self.trained()}.values():
                 enable_checkpointing(network, own)
             if weights == "full":
                 enable_checkpointing(base, None)  # SIM differentiates through the teacher
+
+    def _full(self, name: str) -> Role:
+        return self._role(name, copy.deepcopy(self.family.network).float().requires_grad_(True), None, None, True)
+
+    def _full_student(self) -> Role:
+        student, start = self._full("student"), self.settings.student_from
+        if start is not None:
+            student.network.load_state_dict(self.family.read_weights(start))
+        return student
+
+    def _lora_student(self) -> Role:
+        settings, base, switch = self.settings, self.family.network, self.switch
+        if settings.student_from is not None:
+            base = copy.deepcopy(base)
+            base.load_state_dict(self.family.read_weights(settings.student_from))
+            switch = AdapterSwitch(base)
+        if settings.lora_under is not None:
+            self._loaded("under", base, switch, settings.lora_under, "roles.lora_under", False)
+        if settings.lora_from is not None:
+            student = self._loaded("student", base, switch, settings.lora_from, "roles.lora_from", True)
+        else:
+            student = self._adapted("student", base, switch, settings.student_lora or settings.lora)
+        if settings.lora_under is not None:
+            switch.stacks["student"] = ("under", "student")
+        return student
+
+    def _adapted(
+        self, name: str, network: nn.Module, switch: AdapterSwitch, lora: LoRASettings, trains: bool = True
+    ) -> Role:
+        switch.add(name, lora, self.family.lora_targets)
+        for parameter in switch.parameters(name).values():
+            parameter.requires_grad_(trains)
+        return self._role(name, network, switch, name, trains, lora)
+
+    def _loaded(self, name: str, network: nn.Module, switch: AdapterSwitch, path: str, key: str, trains: bool) -> Role:
+        """A role whose adapter is read from a file, with that file's rank, alpha and modules."""
+        found = read_lora(path, key)
+        try:
+            settings = LoRASettings(rank=found.rank, alpha=found.alpha, targets=sorted(found.factors))
+            role = self._adapted(name, network, switch, settings, trains)
+            role.load_portable_state_dict(found.portable_state_dict())
+        except UserError as error:
+            raise UserError(f"{key} = {path}: it is not a LoRA for this teacher ({error})") from None
+        return role
 
     def to(self, device: torch.device | str) -> Roles:
         for network in {id(r.network): r.network for r in self.trained()}.values():
@@ -316,24 +404,24 @@ class Roles:
         self.family.to(device)
         return self
 
-    def _role(self, name: str, network: nn.Module, switch, adapter: str | None, trains: bool) -> Role:
-        return Role(name, self.family, network, switch, adapter, trains, self.meter, self.autocast_dtype)
+    def _role(self, name: str, network: nn.Module, switch, adapter: str | None, trains: bool, lora=None) -> Role:
+        return Role(name, self.family, network, switch, adapter, trains, self.meter, self.autocast_dtype, lora)
 
-    def frozen_like_fake_score(self, name: str) -> Role:
-        """One more frozen role that holds what a fake score's ``state_dict`` holds: a network of the teacher's
-        architecture, or an adapter on the shared base.  The teacher's weights until :meth:`Role.load_state_dict`."""
-        if self.fake_score.adapter is None:
-            network = copy.deepcopy(self.family.network).requires_grad_(False)
+    def frozen_like(self, role: Role, name: str) -> Role:
+        """One more frozen role that holds what ``role``'s ``state_dict`` holds: a network of its architecture, or an
+        adapter on the same base.  The teacher's weights until :meth:`Role.load_state_dict`."""
+        if role.adapter is None:
+            network = copy.deepcopy(self.family.network).float().requires_grad_(False)
             if self.gradient_checkpointing:
                 enable_checkpointing(network, None)
             return self._role(name, network, None, None, False)
-        self.switch.add(name, self.settings.lora, self.family.lora_targets)
-        for parameter in self.switch.parameters(name).values():
-            parameter.requires_grad_(False)
-        return self._role(name, self.family.network, self.switch, name, False)
+        frozen = self._adapted(name, role.network, role.switch, role.lora, False)
+        if role.adapter in role.switch.stacks:
+            role.switch.stacks[name] = (*role.switch.stack(role.adapter)[:-1], name)
+        return frozen
 
     def trained(self) -> list[Role]:
-        return [self.student, self.fake_score]
+        return [role for role in (self.student, self.fake_score) if role is not None]
 
 
 def enable_checkpointing(network: nn.Module, switch: AdapterSwitch | None) -> None:

@@ -4,7 +4,10 @@ A student of N steps is called at N fixed times t_1 > ... > t_N.  It starts from
 times sigma on EDM schedules), predicts x0, moves to the next time, and ends with the last x0:
 
 - ``renoise``: ``x_{k+1} = alpha x0 + sigma eps`` with fresh eps (consistency sampling, 2303.01469 alg. 1; DMD2);
-- ``ode``: the deterministic DDIM or Euler move along the student's own prediction.
+- ``ode``: the deterministic DDIM or Euler move along the student's own prediction;
+- ``tcd``: strategic stochastic sampling (2402.19159), VP only: the deterministic move to a time s below the next one,
+  then noise from s up to it, ``s = floor((1 - eta) t_(k+1))``.  eta = 0 is ``ode`` and 1 nearly ``renoise``, but for
+  the last time, which is timestep 0 and not the clean sample, as in the stock scheduler.
 
 Which times and transitions exist is decided by what a stock diffusers scheduler can be told by its config alone,
 since the exported student must sample with nothing else (:func:`few_step_times`).
@@ -13,17 +16,20 @@ since the exported student must sample with nothing else (:func:`few_step_times`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from stepdistill.denoiser import Condition, Denoiser
 from stepdistill.errors import UserError
-from stepdistill.schedule import EDMSchedule, FlowSchedule, Schedule, VPSchedule
+from stepdistill.schedule import EDMSchedule, FlowSchedule, Schedule, VPSchedule, expand
 
-Transition = Literal["renoise", "ode"]
+if TYPE_CHECKING:
+    from stepdistill.roles import Role
+
+Transition = Literal["renoise", "ode", "tcd"]
 Draw = Callable[[Tensor], Tensor]
 """Standard normal noise of the shape, dtype and device of its argument."""
 
@@ -72,6 +78,15 @@ class FewStepSampler:
     schedule: Schedule
     times: tuple[float, ...]
     transition: Transition = "renoise"
+    eta: float = 0.3
+
+    def __post_init__(self):
+        if self.transition == "tcd" and not isinstance(self.schedule, VPSchedule):
+            raise UserError("sampler.transition = tcd: only VP teachers have it; use renoise or ode")
+
+    def in_steps(self, steps: int) -> FewStepSampler:
+        """The same sampler in fewer steps, a divisor of its own: every so many of its times."""
+        return replace(self, times=self.times[:: self.steps // steps])
 
     @property
     def steps(self) -> int:
@@ -91,6 +106,8 @@ class FewStepSampler:
         following = self.time(index + 1, x0)
         if self.transition == "renoise":
             return self.schedule.add_noise(x0, draw(x0), following)
+        if self.transition == "tcd" and self.eta > 0:
+            return strategic_step(self.schedule, x0, x_t, self.time(index, x0), following, self.eta, draw)
         return self.schedule.step(x0, x_t, self.time(index, x0), following)
 
     def rollout(
@@ -108,9 +125,49 @@ class FewStepSampler:
         return x_t, self.time(exit_index, x_t)
 
     def sample(self, student: Denoiser, noise: Tensor, condition: Condition, draw: Draw) -> Tensor:
-        """x0 (B, ...) after all N steps, from unit noise (B, ...)."""
+        """x0 (B, ...) after all N steps, from unit noise (B, ...); ``tcd`` ends at timestep 0."""
         x_t, t = self.rollout(student, noise, condition, self.steps - 1, draw)
-        return student(x_t, t, condition).x0
+        x0 = student(x_t, t, condition).x0
+        return self.schedule.step(x0, x_t, t, torch.zeros_like(t)) if self.transition == "tcd" else x0
+
+
+def strategic_step(
+    schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, following: Tensor, eta: float, draw: Draw
+) -> Tensor:
+    """TCD's step (2402.19159, alg. 4) from t to ``following`` (B,) along the prediction x0 (B, ...).
+
+    ``x_s = alpha_s x0 + sigma_s eps`` at ``s = floor((1 - eta) following)``, then from s up with fresh noise z:
+    ``(alpha/alpha_s) x_s + sqrt(1 - (alpha/alpha_s)^2) z``.
+    """
+    s = torch.floor((1 - eta) * following.double()).to(following.dtype)
+    return renoised(schedule, schedule.step(x0, x_t, t, s), s, following, draw(x0))
+
+
+def renoised(schedule: Schedule, x_s: Tensor, s: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_s (B, ...) taken up to the higher noise level t (B,) by fresh noise: x_t given x_s in the forward process.
+
+    ``x_t = r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) noise`` with ``r = alpha_t / alpha_s``.
+    """
+    return noise_up(x_s, schedule.alpha_sigma(s), schedule.alpha_sigma(t), noise)
+
+
+def noise_up(x_s: Tensor, low: tuple[Tensor, Tensor], high: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
+    ratio = high[0] / low[0]
+    spread = (high[1] ** 2 - (ratio * low[1]) ** 2).clamp(min=0).sqrt()
+    return (expand(ratio, x_s) * x_s + expand(spread, x_s) * noise).to(x_s.dtype)
+
+
+@dataclass(frozen=True)
+class SignalSampler(FewStepSampler):
+    """BOOT's student: one call on pure noise under the label of the lowest time (2306.05544)."""
+
+    def rollout(
+        self, student: Denoiser, noise: Tensor, condition: Condition, exit_index: int, draw: Draw
+    ) -> tuple[Tensor, Tensor]:
+        raise ValueError("a signal student has one step; there is nothing to roll out")
+
+    def sample(self, student: Role, noise: Tensor, condition: Condition, draw: Draw) -> Tensor:
+        return student.signal(noise, self.time(0, noise), condition)
 
 
 def ddim_times(schedule: Schedule, steps: int) -> tuple[float, ...]:

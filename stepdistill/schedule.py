@@ -159,6 +159,28 @@ class Schedule(abc.ABC):
         eps = self.from_x0(x0, "eps", x_t, t)
         return self.add_noise(x0, eps, s)
 
+    def trapezoid_step(self, x_t: Tensor, t: Tensor, s: Tensor, at_t: Tensor, at_s: Tensor, x_s: Tensor) -> Tensor:
+        """The second-order move from t to s of ``dx = x0 d(alpha) + eps d(sigma)``, the probability flow in its own
+        coefficients, by the trapezoidal rule: :meth:`step` uses its left end alone.
+
+        On flow schedules this is Heun's method on the velocity, on EDM's the paper's sampler (2206.00364, alg. 1).
+        at_t, at_s: the x0 predictions at x_t and at the first-order x_s, (B, ...).
+        """
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self._coefficients(x_t, t), self._coefficients(x_t, s)
+        eps = self.from_x0(at_t, "eps", x_t, t) + self.from_x0(at_s, "eps", x_s, s)
+        return (x_t + (alpha_s - alpha_t) * (at_t + at_s) / 2 + (sigma_s - sigma_t) * eps / 2).to(x_t.dtype)
+
+    def to_signal(self, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """BOOT's signal ``y_t = (x_t - sigma_t eps) / alpha_t`` with the path's own starting noise (2306.05544)."""
+        alpha, sigma = self._coefficients(x_t, t)
+        return ((x_t - sigma * eps) / alpha.clamp(min=ALPHA_MIN)).to(x_t.dtype)
+
+    def signal_weight(self, t: Tensor, s: Tensor) -> Tensor:
+        """``w(t, s) = 1 - alpha_t sigma_s / (sigma_t alpha_s)`` (B,) in float64: how far the signal moves towards the
+        teacher's x0 in one DDIM step from t to s; in [0, 1] for s below t."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t), self.alpha_sigma(s)
+        return 1 - alpha_t * sigma_s / (sigma_t * alpha_s)
+
     def preconditioning(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out of an EDM network, (B,) each; only EDM schedules have them."""
         raise ValueError("prediction type 'edm' needs an EDM schedule")

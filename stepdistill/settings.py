@@ -72,12 +72,18 @@ class SamplerSettings(Section):
     init_sigma: float | None = Field(
         None, gt=0, description="the first step's time named by its sigma/alpha in place of start (SIM: 2.5)"
     )
-    transition: Transition = Field("renoise", description="between steps: fresh noise, or the student's own ODE")
+    transition: Transition = Field(
+        "renoise", description="between steps: fresh noise (LCM), the student's own ODE (DDIM, Euler), or tcd between"
+    )
+    eta: float = Field(0.3, ge=0, le=1, description="of tcd (its gamma): 0 is the ODE, 1 fresh noise")
+    also_steps: list[int] = Field([], description="other numbers of steps it is meant for; divisors of steps")
 
     @model_validator(mode="after")
     def _one_start(self):
         if self.start is not None and self.init_sigma is not None:
             raise ValueError("set start or init_sigma, not both: they name the same time")
+        if odd := [n for n in self.also_steps if n < 1 or self.steps % n or n == self.steps]:
+            raise ValueError(f"also_steps: {odd[0]} is not a smaller divisor of steps = {self.steps}")
         return self
 
 
@@ -96,6 +102,7 @@ class OptimizerSettings(Section):
 class OptimizersSettings(Section):
     student: OptimizerSettings = OptimizerSettings()
     fake_score: OptimizerSettings = OptimizerSettings()
+    discriminator: OptimizerSettings = OptimizerSettings()
 
 
 class TrainSettings(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from stepdistill.trainers.base import ConditionSource
-from stepdistill.trainers.job import make_job, make_sampler
+from stepdistill.trainers.job import make_job
 from torch import nn
 
 from stepdistill.analytic import GaussianMixture
@@ -84,8 +84,8 @@ def toy_trainer(family: AnalyticFamily | None = None, real=None, run=None, **cha
     family = family or toy_family()
     job = make_job(toy_config(**changes))
     config = job.config
-    roles = Roles(family, config.roles)
-    sampler = make_sampler(config, family)
+    roles = Roles(family, config.roles, fake_score=job.method.has_fake_score)
+    sampler = job.method.make_sampler(config, family)
     items = list(range(family.num_labels))
     conditions = ConditionSource(family, items, config.seed)
     return job.method(config, job.settings, family, roles, sampler, conditions, real, run)

@@ -1,11 +1,13 @@
 """The methods: one file each, all on the loop in ``base``."""
 
 from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.boot import BOOT
 from stepdistill.trainers.disback import DisBack
 from stepdistill.trainers.dmd2 import DMD2
 from stepdistill.trainers.sim import SIM
 from stepdistill.trainers.swiftbrush import SwiftBrush
+from stepdistill.trainers.tscd import TSCD
 
-METHODS: dict[str, type[Trainer]] = {method.name: method for method in (DMD2, SIM, SwiftBrush, DisBack)}
+METHODS: dict[str, type[Trainer]] = {method.name: method for method in (DMD2, SIM, SwiftBrush, DisBack, BOOT, TSCD)}
 
-__all__ = ["DMD2", "METHODS", "SIM", "DisBack", "SwiftBrush", "Trainer"]
+__all__ = ["BOOT", "DMD2", "METHODS", "SIM", "TSCD", "DisBack", "SwiftBrush", "Trainer"]

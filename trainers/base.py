@@ -31,8 +31,11 @@ from stepdistill.families.base import Family
 from stepdistill.noise import Noise
 from stepdistill.roles import EMA, Roles
 from stepdistill.run import RunFolder
-from stepdistill.sampler import FewStepSampler
+from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.settings import OptimizerSettings, RunSettings
+
+Losses = dict[str, tuple[float, Tensor]]
+"""Weight and scalar loss by name."""
 
 
 class RunStopped(UserError):
@@ -50,11 +53,13 @@ class Interrupted(Exception):
 @dataclass
 class Batch:
     """What one micro-batch of a student is made from: conditions, unit noise (B, C, H, W), and the labels or prompts
-    that the conditions are of ([] for none)."""
+    that the conditions are of ([] for none).  Methods that train on real samples add them, with where they stand."""
 
     condition: Condition
     noise: Tensor
     items: list
+    real: Tensor | None = None
+    indices: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.noise)
@@ -92,14 +97,21 @@ class RealSource:
 
     def batch(self, position: int, count: int) -> tuple[Tensor, Condition]:
         """Samples (count, C, H, W) and their conditions."""
-        index = self.order.indices(position, count)
+        return self.at(self.order.indices(position, count))
+
+    def items(self, index: list[int]) -> list:
+        """The labels or captions of images ``index``; [] where the teacher takes none."""
+        return [] if self.family.condition_kind == "none" else [self.images.labels[i] for i in index]
+
+    def at(self, index: list[int]) -> tuple[Tensor, Condition]:
+        """The samples ``index`` (len(index), C, H, W) and their conditions."""
         if self.latents is not None:
             samples = self.latents[index].float().to(self.family.device)
         else:
             samples = self.family.encode_images(self.images.batch(index).to(self.family.device))
         if self.family.condition_kind == "none":
             return samples, {}
-        return samples, self.family.encode_conditions([self.images.labels[i] for i in index])
+        return samples, self.family.encode_conditions(self.items(index))
 
 
 class Trainer(abc.ABC):
@@ -118,6 +130,9 @@ class Trainer(abc.ABC):
     Settings: ClassVar[type[Section]]
     defaults: ClassVar[dict[str, Any]] = {}
     """Raw config of other sections that the method starts from, e.g. its way to hold the roles; the file's own wins."""
+    has_fake_score: ClassVar[bool] = False
+    iterations_per_update = 1
+    """Iterations for each student update."""
 
     def __init__(
         self,
@@ -136,18 +151,15 @@ class Trainer(abc.ABC):
         self.accelerator = accelerator or Accelerator(cpu=family.device.type == "cpu")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.noise = Noise(config.seed, family.device, self.rank, self.world)
-        self.extra: dict[str, nn.Module] = {}  # networks besides the roles, trained with the fake score
-        self.counters = {"iteration": 0, "student": 0, "fake_score": 0, "conditions": 0, "real": 0}
-        self.skipped = {"student": 0, "fake_score": 0}
-        self.skipped_in_a_row = {"student": 0, "fake_score": 0}
+        self.extra: dict[str, nn.Module] = {}  # networks of the method's own, besides the roles
+        self.counters = {"iteration": 0, "conditions": 0, "real": 0}
         self.seconds = 0.0
         self._seconds_before, self._started = 0.0, time.monotonic()
         self.build()
-        self.trained = {
-            "student": roles.student.parameters(),
-            "fake_score": roles.fake_score.parameters()
-            | {f"{n}.{k}": p for n, module in self.extra.items() for k, p in module.named_parameters()},
-        }
+        self.trained = self.trainable()
+        self.counters |= dict.fromkeys(self.trained, 0)
+        self.skipped = dict.fromkeys(self.trained, 0)
+        self.skipped_in_a_row = dict.fromkeys(self.trained, 0)
         self.optimizers = {name: self._optimizer(name, list(p.values())) for name, p in self.trained.items()}
         self.ema = EMA(roles.student, config.train.ema_decay) if config.train.ema_decay else None
         self.watchers: list[Callable[[Trainer], None]] = []  # called after each student update
@@ -158,6 +170,14 @@ class Trainer(abc.ABC):
 
     def build(self) -> None:  # noqa: B027
         """Make networks of the method's own (``self.extra``); called once, before the optimizers."""
+
+    def trainable(self) -> dict[str, dict[str, nn.Parameter]]:
+        """What each optimizer trains, by the optimizer's name and the parameter's: the student, and each of
+        ``self.extra`` by itself."""
+        return {
+            "student": self.roles.student.parameters(),
+            **{name: dict(module.named_parameters()) for name, module in self.extra.items()},
+        }
 
     @abc.abstractmethod
     def iteration(self) -> None:
@@ -195,6 +215,24 @@ class Trainer(abc.ABC):
         """
 
     @classmethod
+    def make_sampler(cls, config: RunSettings, family: Family) -> FewStepSampler:
+        """The student's sampler on the teacher's schedule.
+
+        Raises:
+            UserError: steps or a start that the schedule has not.
+        """
+        own, start = config.sampler, config.sampler.start
+        if own.init_sigma is not None:
+            start = family.schedule.at_noise_ratio(torch.tensor([own.init_sigma])).item()
+        times = few_step_times(family.schedule, own.steps, start)
+        return FewStepSampler(family.schedule, times, own.transition, own.eta)
+
+    @classmethod
+    @abc.abstractmethod
+    def passes_per_update(cls, config: RunSettings, settings: Section) -> float:
+        """Network passes of a student update for each of its samples, on average, for the plan of a run."""
+
+    @classmethod
     def plan(cls, config: RunSettings) -> list[str]:
         """What a run does besides the student updates, a line each, for ``--dry-run``."""
         return []
@@ -223,6 +261,15 @@ class Trainer(abc.ABC):
     def draw_time(self, low: int, high: int, count: int) -> Tensor:
         """Times (count,) of noise levels uniform in ``low .. high``, both included."""
         return self.roles.student.schedule.level(self.noise.randint(low, high, count))
+
+    def total(self, role: str, losses: Losses) -> Tensor:
+        """The weighted sum of a role's losses; all of them are logged."""
+        total = sum(weight * loss for weight, loss in losses.values())
+        self.log(f"loss/{role}", total)
+        if len(losses) > 1:
+            for name, (_, loss) in losses.items():
+                self.log(f"loss/{name}", loss)
+        return total
 
     def log(self, name: str, value: Tensor | float) -> None:
         """Remember a scalar; it stays on its device until the row is written."""
@@ -343,8 +390,7 @@ class Trainer(abc.ABC):
         """What was logged since the last row, as one row of means."""
         row: dict[str, Any] = {
             "iteration": self.counters["iteration"],
-            "updates/student": self.counters["student"],
-            "updates/fake_score": self.counters["fake_score"],
+            **{f"updates/{role}": self.counters[role] for role in self.trained},
             "seconds": round(self.seconds, 3),
             "passes": self.passes,
         }

@@ -116,7 +116,7 @@ def measure_step(job: Job, seconds: float, random_size: str | None = None) -> st
         while True:
             trainer.iteration()
             trainer.counters["iteration"] += 1
-            if trainer.counters["iteration"] % trainer.fake_score_updates == 0:
+            if trainer.counters["iteration"] % trainer.iterations_per_update == 0:
                 break
         trainer._logged.clear()
         assert trainer.counters["student"] == before + 1

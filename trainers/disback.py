@@ -139,7 +139,11 @@ class DisBack(ScoreTrainer):
     @classmethod
     def plan(cls, config: RunSettings) -> list[str]:
         own = config.disback
-        first = f"degradation: {own.updates} fake-score updates on the untouched student, {own.nodes} nodes kept"
+        passes = 4 * own.updates * config.train.batch_size * config.train.gradient_accumulation
+        first = (
+            f"degradation: {own.updates} fake-score updates on the untouched student, {own.nodes} nodes kept, "
+            f"{passes:,} network passes"
+        )
         then = f"backtracking by {own.base}: each target for {own.hold} student updates, the teacher from update "
         return [first, then + str((own.nodes - 1) * own.hold)] if own.nodes else [f"no nodes: {own.base} as it is"]
 
@@ -251,7 +255,7 @@ class DisBack(ScoreTrainer):
             self.roles.teacher, self.node_teacher = self.own_teacher, None
             return True
         if self.node_teacher is None:
-            self.node_teacher = self.roles.frozen_like_fake_score("target")
+            self.node_teacher = self.roles.frozen_like(self.roles.fake_score, "target")
         self.node_teacher.load_portable_state_dict(self.store.read(self.path[back - 1]))
         self.roles.teacher = self.node_teacher
         return True

@@ -20,8 +20,8 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from stepdistill.trainers.base import Batch
-from stepdistill.trainers.score import Losses, ScoreSettings, ScoreTrainer
+from stepdistill.trainers.base import Batch, Losses
+from stepdistill.trainers.score import ScoreSettings, ScoreTrainer
 from torch import Tensor
 
 from stepdistill.config import Section
@@ -68,6 +68,14 @@ class DMD2(ScoreTrainer):
             raise UserError(f"dmd2.{key} needs real images: set data.images (folder, npz or dataset)")
         if settings.multistep_input == "real" and config.sampler.steps == 1:
             raise UserError("dmd2.multistep_input = real needs sampler.steps above 1: one step starts at pure noise")
+
+    @classmethod
+    def passes_per_update(cls, config: RunSettings, settings: DMD2Settings) -> float:
+        """With the GAN loss 2 more for the student's logits, 6 more for those of each fake-score update."""
+        gan = 6 * settings.fake_score_updates + 2 if settings.gan.student_weight > 0 else 0
+        from_real = settings.multistep_input == "real"
+        rollout = settings.fake_score_updates * (config.sampler.steps - 1) / 2 if from_real else 0
+        return super().passes_per_update(config, settings) + gan - rollout
 
     def build(self) -> None:
         if self.settings.gan.student_weight == 0:

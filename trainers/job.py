@@ -26,7 +26,6 @@ from stepdistill.families import load_family
 from stepdistill.families.base import Family
 from stepdistill.roles import Roles
 from stepdistill.run import CACHE, RunFolder
-from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.settings import ImagesSettings, RunSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,13 +73,15 @@ def make_job(raw: dict[str, Any], where: str = "config") -> Job:
     given = {k: v for k, v in raw.items() if k not in unused}
     config = check(model, merge(method.defaults, given), where)
     job = Job(config, method, unused)
-    _check_conditions(config)
+    _check_conditions(job)
     method.check(config, job.settings)
     return job
 
 
-def _check_conditions(config: RunSettings) -> None:
-    evaluation = config.evaluation
+def _check_conditions(job: Job) -> None:
+    config, evaluation = job.config, job.config.evaluation
+    if config.roles.weights == "mixed" and not job.method.has_fake_score:
+        raise UserError(f"roles.weights = mixed: {job.method.name} has no fake score; use full or shared")
     if (evaluation.extractor is None) != (evaluation.reference is None):
         raise UserError("evaluation: extractor and reference go together; set both or neither")
     if config.teacher.dtype != "float32" and config.train.precision == "float32":
@@ -209,15 +210,6 @@ def make_accelerator(**arguments: Any) -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available(), **arguments)
 
 
-def make_sampler(config: RunSettings, family: Family) -> FewStepSampler:
-    """The student's sampler on the teacher's schedule."""
-    own, start = config.sampler, config.sampler.start
-    if own.init_sigma is not None:
-        start = family.schedule.at_noise_ratio(torch.tensor([own.init_sigma])).item()
-    times = few_step_times(family.schedule, own.steps, start)
-    return FewStepSampler(family.schedule, times, own.transition)
-
-
 def load_teacher(config: RunSettings) -> Family:
     """The config's teacher, frozen."""
     teacher = config.teacher
@@ -241,7 +233,7 @@ def build_trainer(
     accelerator = accelerator or make_accelerator()
     family = family or load_teacher(config)
     family.to(accelerator.device)
-    sampler = make_sampler(config, family)
+    sampler = job.method.make_sampler(config, family)
     items, images = check_fit(job, family)
     torch.manual_seed(config.seed)
     roles = Roles(
@@ -249,6 +241,7 @@ def build_trainer(
         config.roles,
         torch.bfloat16 if config.train.precision == "bf16" else None,
         config.train.gradient_checkpointing,
+        job.method.has_fake_score,
     ).to(accelerator.device)
     real = None
     if images is not None:

@@ -15,16 +15,15 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from stepdistill.trainers.base import Batch, Trainer
-from torch import Tensor
+from stepdistill.trainers.base import Batch, Losses, Trainer
+from torch import Tensor, nn
 
 from stepdistill.config import Section
 from stepdistill.denoiser import Condition, Prediction, guided
 from stepdistill.families.base import Family
 from stepdistill.objectives.denoising import denoising_loss
+from stepdistill.settings import RunSettings
 
-Losses = dict[str, tuple[float, Tensor]]
-"""Weight and scalar loss by name."""
 Scale = float | Tensor
 """A guidance scale: one number, or one a sample, (B,)."""
 
@@ -72,6 +71,15 @@ class ScoreTrainer(Trainer):
 
     Settings = ScoreSettings
     settings: ScoreSettings
+    has_fake_score = True
+
+    def trainable(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Student and fake score; networks of the method's own train with the fake score."""
+        extra = {f"{n}.{k}": p for n, module in self.extra.items() for k, p in module.named_parameters()}
+        return {
+            "student": self.roles.student.parameters(),
+            "fake_score": self.roles.fake_score.parameters() | extra,
+        }
 
     @abc.abstractmethod
     def student_losses(self, x0: Tensor, batch: Batch) -> Losses:
@@ -86,9 +94,20 @@ class ScoreTrainer(Trainer):
         if settings.asks_null:
             family.null_condition(1)
 
+    @classmethod
+    def passes_per_update(cls, config: RunSettings, settings: ScoreSettings) -> float:
+        """k fake-score updates of 4 passes (a sample, and the loss's three), 4 more for the student's: its backward,
+        teacher and fake score; rollouts of an N-step student, guidance."""
+        k, rollout = settings.fake_score_updates, (config.sampler.steps - 1) / 2
+        return k * (4 + rollout) + 4 + float(settings.guidance_scale != 1)
+
     @property
     def fake_score_updates(self) -> int:
         return self.settings.fake_score_updates
+
+    @property
+    def iterations_per_update(self) -> int:
+        return self.fake_score_updates
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -112,7 +131,7 @@ class ScoreTrainer(Trainer):
             self.update("student")
         for batch, x0 in kept:
             losses = self.fake_score_losses(x0, batch)
-            (self._total("fake_score", losses) / accumulation).backward()
+            (self.total("fake_score", losses) / accumulation).backward()
         self.update("fake_score")
 
     def sample_gradient(self, x0: Tensor, batch: Batch) -> Tensor:
@@ -128,15 +147,7 @@ class ScoreTrainer(Trainer):
             (part,) = torch.autograd.grad(weight * loss, leaf)
             self.log(f"sample_grad/{name}", part.norm())
             total += part
-        self._total("student", losses)
-        return total
-
-    def _total(self, role: str, losses: Losses) -> Tensor:
-        total = sum(weight * loss for weight, loss in losses.values())
-        self.log(f"loss/{role}", total)
-        if len(losses) > 1:
-            for name, (_, loss) in losses.items():
-                self.log(f"loss/{name}", loss)
+        self.total("student", losses)
         return total
 
     # -- samples -------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from stepdistill.trainers.base import Batch
-from stepdistill.trainers.score import Losses, ScoreSettings, ScoreTrainer
+from stepdistill.trainers.base import Batch, Losses
+from stepdistill.trainers.score import ScoreSettings, ScoreTrainer
 from torch import Tensor
 
 from stepdistill.config import Section
@@ -80,6 +80,11 @@ class SIM(ScoreTrainer):
             raise UserError("sim.c is of distance = pseudo_huber with objective sim or full; remove it")
         if huber and settings.space == "score" and settings.c is None:
             raise UserError("sim.space = score: c has no default in this space; set sim.c")
+
+    @classmethod
+    def passes_per_update(cls, config: RunSettings, settings: SIMSettings) -> float:
+        """2 more than a score method: back through teacher and fake score, and through the null branch once more."""
+        return super().passes_per_update(config, settings) + 2 + float(settings.guidance_scale != 1)
 
     @property
     def distance(self) -> Distance:

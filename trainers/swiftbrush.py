@@ -23,8 +23,8 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from stepdistill.trainers.base import Batch
-from stepdistill.trainers.score import Losses, Scale, ScoreSettings, ScoreTrainer
+from stepdistill.trainers.base import Batch, Losses
+from stepdistill.trainers.score import Scale, ScoreSettings, ScoreTrainer
 from torch import Tensor
 
 from stepdistill.clip import ClipSettings, load_clip
@@ -88,6 +88,13 @@ class SwiftBrush(ScoreTrainer):
         super().check_family(settings, family)
         if settings.clip is not None and family.condition_kind != "prompt":
             raise UserError("swiftbrush.clip: this teacher takes no prompts; remove the section")
+
+    @classmethod
+    def passes_per_update(cls, config: RunSettings, settings: SwiftBrushSettings) -> float:
+        """A guidance that both networks share costs each a null branch."""
+        guided = settings.guidance_scale != 1 or settings.guidance_range is not None
+        whole = super().passes_per_update(config, settings) - float(settings.guidance_scale != 1)
+        return whole + guided * (2 if settings.fake_score_guidance == "shared" else 1)
 
     def build(self) -> None:
         if self.settings.clip is not None:

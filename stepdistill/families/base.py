@@ -32,6 +32,8 @@ class Family(abc.ABC):
 
     name: ClassVar[str]
     lora_targets: ClassVar[list[str] | str]
+    passes_eta: ClassVar[bool] = False
+    """Whether the stock pipeline hands its scheduler an ``eta``."""
     network: nn.Module
     schedule: Schedule
     kind: PredictionType

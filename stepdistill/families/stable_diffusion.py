@@ -35,6 +35,7 @@ class StableDiffusionFamily(Family):
     ]
     condition_kind = "prompt"
     has_null = True
+    passes_eta = True
 
     def __init__(self, network: UNet2DConditionModel, scheduler, vae, text_encoder, tokenizer):
         self.network = network.requires_grad_(False).eval()

@@ -48,7 +48,7 @@ CONFIGS = {
     "unknown key, deep": row({"train": {"update": 3}}, "unknown key 'train.update'", "updates"),
     "wrong type": row({"train": {"updates": "all"}}, "train.updates = 'all'", "valid integer"),
     "out of range": row({"train": {"batch_size": 0}}, "train.batch_size = 0", "greater than or equal to 1"),
-    "not one of": row({"sampler": {"transition": "ddim"}}, "sampler.transition = 'ddim'", "'renoise' or 'ode'"),
+    "not one of": row({"sampler": {"transition": "ddim"}}, "sampler.transition = 'ddim'", "'renoise', 'ode' or 'tcd'"),
     "override": row({}, "train.updates = -3", "greater than or equal to 1", overrides=("train.updates=-3",)),
     "override without value": row({}, "'train.updates'", "key=value", overrides=("train.updates",)),
     "unknown method": row({"method": "dmd9"}, "method = 'dmd9'", "methods are dmd2"),
@@ -100,9 +100,11 @@ TEACHERS = {
         {"sampler": {"steps": 4}}, "sampler.transition = renoise", "set sampler.transition=ode", teacher="flow"
     ),
     "flow, a start": row({"sampler": {"start": 500}}, "sampler.start: a flow student", "remove", teacher="flow"),
-    "vp, several steps, ode": row(
-        {"sampler": {"steps": 2, "transition": "ode"}}, "sampler.transition = ode", "sampler.transition=renoise"
+    "tcd in a pipeline without eta": row(
+        {"sampler": {"steps": 2, "transition": "tcd", "eta": 0.5}}, "sampler.eta = 0.5", "0.3"
     ),
+    "tcd on flow": row({"sampler": {"transition": "tcd"}}, "sampler.transition = tcd", "only VP", teacher="flow"),
+    "fewer steps too": row({"sampler": {"steps": 4, "also_steps": [3]}}, "also_steps: 3", "divisor of steps = 4"),
     "start outside": row({"sampler": {"start": 1000}}, "sampler.start = 1000", "1 to 999"),
     "steps that do not divide": row({"sampler": {"steps": 3, "start": 10}}, "sampler.steps = 3", "divisor"),
     "lora targets": row(

@@ -13,7 +13,7 @@ from stepdistill.pipelines import export_student
 
 from stepdistill.families import load_family
 from stepdistill.roles import LoRASettings, Roles, RolesSettings
-from stepdistill.sampler import FewStepSampler, few_step_times
+from stepdistill.sampler import FewStepSampler, SignalSampler, few_step_times
 
 # family, scheduler, conditions, steps, start, transition, weights
 CASES = {
@@ -22,6 +22,14 @@ CASES = {
     "unet2d-v-1": ("unet2d", "v", 3, 1, None, "renoise", "full"),
     "unet2d-v-4": ("unet2d", "v", None, 4, None, "renoise", "full"),
     "unet2d-v-1-shared": ("unet2d", "v", 3, 1, None, "renoise", "shared"),
+    "unet2d-v-4-ode": ("unet2d", "v", 3, 4, None, "ode", "full"),
+    "unet2d-eps-3-ode": ("unet2d", "eps", None, 3, None, "ode", "full"),
+    "unet2d-eps-4-tcd": ("unet2d", "eps", 3, 4, None, "tcd", "full"),
+    "unet2d-v-signal": ("unet2d", "v", 3, 1, None, "signal", "full"),
+    "unet2d-eps-signal": ("unet2d", "eps", None, 1, 40, "signal", "shared"),
+    "unet2d-x0-signal": ("unet2d", "x0", 3, 1, None, "signal", "full"),
+    "unet2d-flow-signal": ("unet2d", "flow", 3, 1, None, "signal", "full"),
+    "unet2d-flow_shift-signal": ("unet2d", "flow_shift", None, 1, 20, "signal", "full"),
     "unet2d-x0-1": ("unet2d", "x0", 3, 1, 399, "renoise", "mixed"),
     "unet2d-x0-4": ("unet2d", "x0", 3, 4, None, "renoise", "full"),
     "unet2d-flow-1": ("unet2d", "flow", 3, 1, None, "renoise", "full"),
@@ -37,6 +45,12 @@ CASES = {
     "sd-dpm_v-4": ("stable_diffusion", "sd_dpm_v", "prompt", 4, None, "renoise", "full"),
     "sd-zero_snr_v-1": ("stable_diffusion", "sd_zero_snr_v", "prompt", 1, None, "renoise", "mixed"),
     "sd-zero_snr_v-4": ("stable_diffusion", "sd_zero_snr_v", "prompt", 4, None, "renoise", "full"),
+    "sd-ddim_eps-4-ode": ("stable_diffusion", "sd_ddim_eps", "prompt", 4, None, "ode", "full"),
+    "sd-zero_snr_v-2-ode": ("stable_diffusion", "sd_zero_snr_v", "prompt", 2, None, "ode", "full"),
+    "sd-pndm_eps-4-tcd": ("stable_diffusion", "sd_pndm_eps", "prompt", 4, None, "tcd", "shared"),
+    "sd-zero_snr_v-2-tcd": ("stable_diffusion", "sd_zero_snr_v", "prompt", 2, None, "tcd", "full"),
+    "sd-ddim_eps-signal": ("stable_diffusion", "sd_ddim_eps", "prompt", 1, None, "signal", "full"),
+    "sd-zero_snr_v-signal": ("stable_diffusion", "sd_zero_snr_v", "prompt", 1, None, "signal", "full"),
     "sd-x0-1": ("stable_diffusion", "sd_x0", "prompt", 1, None, "renoise", "full"),
     "sd-x0-4": ("stable_diffusion", "sd_x0", "prompt", 4, None, "renoise", "full"),
 }
@@ -87,7 +101,11 @@ def build(case, folder):
     with torch.no_grad():  # so that a student is not its teacher, nor an adapter empty
         for parameter in roles.student.parameters().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    sampler = FewStepSampler(family.schedule, few_step_times(family.schedule, steps, start), transition)
+    if transition == "signal":  # start: the label that BOOT's student is read at
+        level = family.schedule.level(torch.tensor(start or 1))
+        return family, roles, SignalSampler(family.schedule, (float(level),))
+    eta = 0.7 if family.passes_eta else 0.3
+    sampler = FewStepSampler(family.schedule, few_step_times(family.schedule, steps, start), transition, eta)
     return family, roles, sampler
 
 
@@ -114,7 +132,10 @@ def exports(tmp_path_factory):
         items = {"none": [], "label": [2, 0], "prompt": ["a cat", "two dogs"]}[kind]
         samples = our_samples(family, roles, sampler, items)
         ours[name] = {"latents": samples, "pixels": (family.decode(samples) + 1) / 2, "folder": folder}
-        call = {"num_inference_steps": sampler.steps, **family.guidance_off}
+        facts = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_stepdistill"]
+        call = facts["call"]
+        assert call["num_inference_steps"] == sampler.steps
+        assert call.items() >= family.guidance_off.items()
         cases[name] = {"folder": str(folder), "kind": kind, "items": items, "call": call}
     (root / "cases.json").write_text(json.dumps(cases))
     (root / "child.py").write_text(CHILD)

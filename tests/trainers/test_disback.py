@@ -243,7 +243,7 @@ def test_target_equal_to_the_fake_score_gives_no_gradient():
     """T_0 would: which is why the walk starts at T_1."""
     trainer = short()
     trainer.prepare()
-    trainer.roles.teacher = trainer.roles.frozen_like_fake_score("target")
+    trainer.roles.teacher = trainer.roles.frozen_like(trainer.roles.fake_score, "target")
     trainer.roles.teacher.load_portable_state_dict(trainer.store.read(trainer.path[-1]))
     batch = trainer.next_batch()
     x0 = trainer.make_sample(batch).detach()
@@ -346,7 +346,7 @@ def test_a_node_that_is_not_what_was_written_is_refused(tmp_path, harm):
 def test_weights_of_another_shape_are_refused(tmp_path):
     trainer = short()
     trainer.prepare()
-    role = trainer.roles.frozen_like_fake_score("target")
+    role = trainer.roles.frozen_like(trainer.roles.fake_score, "target")
     good = trainer.store.read(trainer.path[0])
     renamed = {f"fake_unet.{k}": v for k, v in good.items()}  # what a non-strict load would pass over
     with pytest.raises(UserError, match="do not fit this network"):

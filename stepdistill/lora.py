@@ -1,0 +1,124 @@
+"""LoRA files: low-rank factors by module, in diffusers' keys and in kohya's.
+
+``W' = W + (alpha / rank) B A`` (2106.09685), A (rank, in, ...) and B (out, rank, ...), convolutions included.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill.errors import UserError
+
+FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"
+PREFIX = "unet."
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """One adapter: ``factors`` holds (A, B), float32, by the path of the module that they adapt."""
+
+    rank: int
+    alpha: float
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    def portable_state_dict(self) -> dict[str, Tensor]:
+        """``path.lora_A.weight`` and ``path.lora_B.weight``, as roles name them without their adapter."""
+        return {
+            f"{path}.lora_{letter}.weight": factor
+            for path, pair in self.factors.items()
+            for letter, factor in zip("AB", pair, strict=True)
+        }
+
+    def save(self, folder: Path) -> Path:
+        """Write diffusers' keys, alpha in the metadata (without it every loader takes alpha = rank)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        said = {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "target_modules": sorted(self.factors),
+            "lora_dropout": 0.0,
+            "bias": "none",
+        }
+        metadata = json.dumps({f"{PREFIX}{k}": v for k, v in said.items()}, sort_keys=True)
+        tensors = {f"{PREFIX}{key}": value.contiguous() for key, value in self.portable_state_dict().items()}
+        save_file(tensors, folder / FILE, {"format": "pt", METADATA: metadata})
+        return folder / FILE
+
+    def save_kohya(self, folder: Path) -> Path:
+        """Write kohya's keys: ``lora_unet_<path with _>.lora_down``, ``.lora_up`` and ``.alpha``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for path, (down, up) in self.factors.items():
+            name = f"lora_unet_{path.replace('.', '_')}"
+            tensors[f"{name}.lora_down.weight"] = down.contiguous()
+            tensors[f"{name}.lora_up.weight"] = up.contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(float(self.alpha))
+        said = {"ss_network_module": "networks.lora", "ss_network_dim": str(self.rank)}
+        save_file(tensors, folder / KOHYA_FILE, {"format": "pt", "ss_network_alpha": str(self.alpha), **said})
+        return folder / KOHYA_FILE
+
+
+def stacked(parts: list[tuple[LoRA, float]]) -> LoRA:
+    """Several adapters on the same base, each with a ratio, as one: ``sum_i ratio_i (alpha_i / r_i) B_i A_i`` exactly.
+
+    The factors stand beside each other along the rank, scales folded into B, so alpha is the new rank.  One part at
+    ratio 1 stays as it is.
+
+    Raises:
+        ValueError: they adapt different modules.
+    """
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    first = parts[0][0]
+    if any(part.factors.keys() != first.factors.keys() for part, _ in parts):
+        raise ValueError("the adapters are on different modules")
+    factors = {
+        path: (
+            torch.cat([part.factors[path][0] for part, _ in parts]),
+            torch.cat([ratio * part.alpha / part.rank * part.factors[path][1] for part, ratio in parts], 1),
+        )
+        for path in first.factors
+    }
+    rank = sum(part.rank for part, _ in parts)
+    return LoRA(rank, float(rank), factors)
+
+
+def read_lora(path: str | Path, key: str) -> LoRA:
+    """A LoRA in diffusers' keys: the file, its folder, or an exported student's folder.
+
+    Args:
+        key: the config key that named it, for errors.
+
+    Raises:
+        UserError: no such file, not a LoRA of a UNet, or one of several ranks.
+    """
+    path = Path(path)
+    places = [path, path / FILE, path / "lora" / FILE]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise UserError(f"{key} = {path}: no LoRA there; name a file, or a student that was exported with its LoRA")
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+            tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{key} = {file}: not a readable LoRA file ({error})") from None
+    factors = {}
+    for name, down in tensors.items():
+        up = name.replace(".lora_A.", ".lora_B.")
+        if name.startswith(PREFIX) and name.endswith(".lora_A.weight") and up in tensors:
+            factors[name.removeprefix(PREFIX).removesuffix(".lora_A.weight")] = (down, tensors[up])
+    ranks = {len(down) for down, _ in factors.values()}
+    if 2 * len(factors) != len(tensors) or len(ranks) != 1:
+        raise UserError(f"{key} = {file}: not one LoRA of a UNet in diffusers' keys ({PREFIX}... .lora_A.weight)")
+    (rank,) = ranks
+    return LoRA(rank, float(metadata.get(f"{PREFIX}lora_alpha", rank)), factors)

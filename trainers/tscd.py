@@ -1,0 +1,279 @@
+"""Trajectory-segmented consistency distillation: the stages of Hyper-SD (Ren et al., 2404.13686 section 3.1).
+
+The time grid is cut into ``segments`` (8, 4, 2, 1 in turn, each stage from the last).  For a real sample noised to
+point u of the grid, with Psi(x, prediction, v) the DDIM (or flow Euler) move to point v:
+
+    x_(u-1) = Psi(x_u, teacher guided by w, u - 1)
+    L = d(Psi(x_u, student, u_end), SG Psi(x_(u-1), target, u_end)),    u_end in [u_b, u - 1]
+
+with u_b the start of u's segment (half-open in index space: ``stepdistill.segments``) and target the student's moving
+average; where ``u_end = u - 1`` the target is x_(u-1) itself.  Special cases: one segment is consistency distillation
+(2303.01469) and, with a Huber distance and a guidance range, latent consistency (2310.04378); ``end: start`` is phased
+consistency (2405.18407).
+
+``end``: the paper prints u_end uniform in [u_b, u - 1] (``random``), but its student is not told u_end, so it learns
+the average over ends and loses variance: a Gaussian teacher of std 0.973 comes out with 0.681 at one segment.  With
+``start`` (u_end = u_b, the default here) it keeps it for any number of segments.
+
+d is a mean squared error (or Huber) times ``mse_weight`` plus an adversarial term times ``adversarial.weight``, which
+the paper raises over the stages.  The discriminator is a head on the frozen teacher's mid-block, given the candidate
+(renoised within the segment) and x_u, conditioned as the teacher is; the real ones are the targets.
+
+Not in the paper, so choices: the number of grid points, the range of guidance scales, the weights, the target's decay,
+the offset noise.  Whether a later stage's teacher is the base model or the stage before is ambiguous there
+(``teacher: base`` or ``previous_stage``; with the latter set ``grid`` to that stage's segments).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from stepdistill.trainers.base import Batch, Losses
+from stepdistill.trainers.direct import DirectTrainer
+from torch import Tensor
+
+from stepdistill.config import Section
+from stepdistill.denoiser import guided
+from stepdistill.discriminator import DiscriminatorHead
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.objectives.adversarial import discriminator_loss, generator_loss
+from stepdistill.objectives.consistency import consistency_distance
+from stepdistill.sampler import FewStepSampler, few_step_times
+from stepdistill.segments import SegmentGrid, edges
+from stepdistill.settings import RunSettings
+
+
+class AdversarialSettings(Section):
+    """The adversarial part of the distance; off while ``weight`` is 0."""
+
+    weight: float = Field(0.0, ge=0, description="of the student's part; 0 turns it off")
+    conditional: bool = Field(True, description="the discriminator sees x_u beside the candidate")
+
+
+class TSCDSettings(Section):
+    segments: int = Field(1, ge=1, description="k of this stage")
+    grid: int = Field(40, ge=1, description="N, points of the whole grid; a multiple of segments")
+    end: Literal["start", "random"] = Field("start", description="where both jump to: the segment's start, or anywhere")
+    guidance_scale: float = Field(1.0, ge=0, description="of the teacher; 1 is none; baked into the student")
+    guidance_range: tuple[float, float] | None = Field(
+        None, description="[low, high] to draw a scale from for each batch, in place of guidance_scale (omega + 1)"
+    )
+    teacher: Literal["base", "previous_stage"] = Field(
+        "base", description="whose step is taken: the teacher's, or the student's as this stage starts"
+    )
+    target_decay: float = Field(0.95, ge=0, lt=1, description="of the target's moving average; 0: the student itself")
+    mse_weight: float = Field(1.0, ge=0)
+    huber_c: float | None = Field(None, gt=0, description="a Huber distance in place of the squared one (1e-3)")
+    adversarial: AdversarialSettings = AdversarialSettings()
+    offset_noise: float = Field(0.0, ge=0, description="of a constant added to each channel's noise (0.05)")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.grid % self.segments:
+            raise ValueError(f"grid = {self.grid} is not a multiple of segments = {self.segments}")
+        if self.guidance_range is not None and not 0 <= self.guidance_range[0] <= self.guidance_range[1]:
+            raise ValueError(f"guidance_range = {list(self.guidance_range)}: low then high, from 0")
+        if self.mse_weight == 0 and self.adversarial.weight == 0:
+            raise ValueError("mse_weight and adversarial.weight are both 0; there is nothing to learn from")
+        return self
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_range is not None or self.guidance_scale != 1
+
+
+class TSCD(DirectTrainer):
+    name = "tscd"
+    title = "trajectory-segmented consistency: Hyper-SD's stages; consistency, LCM and PCM as cases (2404.13686)"
+    Settings = TSCDSettings
+    settings: TSCDSettings
+
+    @classmethod
+    def wants_images(cls, settings: TSCDSettings) -> bool:
+        return True
+
+    @classmethod
+    def check(cls, config: RunSettings, settings: TSCDSettings) -> None:
+        if config.data.images is None:
+            raise UserError("method = tscd starts from real images: set data.images (folder, npz or dataset)")
+
+    @classmethod
+    def check_family(cls, settings: TSCDSettings, family: Family) -> None:
+        if settings.guided:
+            family.null_condition(1)
+
+    @classmethod
+    def make_sampler(cls, config: RunSettings, family: Family) -> FewStepSampler:
+        """Refuses a sampler that would ask the student where it was not trained to answer."""
+        sampler, own = super().make_sampler(config, family), config.tscd
+        if own.segments > 1 and sampler.transition != "ode":
+            raise UserError(
+                f"sampler.transition = {sampler.transition}: with tscd.segments = {own.segments} the student jumps to "
+                "its segment's start, so it moves along the ODE; set sampler.transition=ode"
+            )
+        grid = cls.grid_times(config, family)
+        starts = {grid[own.grid - edge] for edge in edges(own.grid, own.segments)[1:]}
+        if not starts <= set(sampler.times) <= set(grid):
+            raise UserError(
+                f"sampler.steps = {sampler.steps}: its times are not points of tscd.grid = {own.grid} with every edge "
+                f"of the {own.segments} segments among them; take a multiple of the segments that divides the grid, "
+                f"and a grid that divides the {family.schedule.num_levels} levels"
+            )
+        return sampler
+
+    @classmethod
+    def grid_times(cls, config: RunSettings, family: Family) -> tuple[float, ...]:
+        """The grid's times, descending: those of the sampler with as many steps."""
+        schedule, start = family.schedule, config.sampler.start
+        if config.sampler.init_sigma is not None:
+            start = schedule.at_noise_ratio(torch.tensor([config.sampler.init_sigma])).item()
+        return few_step_times(schedule, config.tscd.grid, start)
+
+    @classmethod
+    def passes_per_update(cls, config: RunSettings, settings: TSCDSettings) -> float:
+        """The student's three, the teacher's step, the target; the discriminator's looks at both."""
+        adversarial = 3 + settings.adversarial.conditional if settings.adversarial.weight else 0
+        return 5 + settings.guided + adversarial
+
+    def build(self) -> None:
+        own = self.settings
+        times = self.grid_times(self.config, self.family)
+        transition = self.sampler.transition
+        whole = FewStepSampler(self.family.schedule, times, transition, self.sampler.eta)
+        self.grid = SegmentGrid.of(whole, own.segments).to(self.family.device)
+        self.target = self._copy("consistency_target") if own.target_decay else self.roles.student
+        self.solver = self._copy("previous_stage") if own.teacher == "previous_stage" else self.roles.teacher
+        self.looked_at: list[tuple[Tensor, ...]] = []
+        if own.adversarial.weight:
+            self.extra["discriminator"] = self._discriminator()
+
+    def _copy(self, name: str):
+        frozen = self.roles.frozen_like(self.roles.student, name)
+        frozen.load_portable_state_dict(self.roles.student.portable_state_dict())
+        return frozen
+
+    def _discriminator(self) -> DiscriminatorHead:
+        if not hasattr(self.roles.teacher, "features"):
+            raise UserError("tscd.adversarial.weight > 0: a teacher in closed form has no features for a discriminator")
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            condition, _ = self.conditions.batch(0, 1)
+            probe = torch.zeros(1, *self.family.sample_shape, device=self.family.device)
+            features = self.roles.teacher.features(probe, self.grid.time[-1:], condition)
+            channels, *size = features.shape[1:]
+            head = DiscriminatorHead(channels * (1 + self.settings.adversarial.conditional), *size)
+            self.roles.meter.forward = 0
+        return head.to(self.family.device)
+
+    # -- losses --------------------------------------------------------------------------------------------
+
+    def next_batch(self) -> Batch:
+        batch = self.next_real_batch()
+        if self.settings.offset_noise:
+            constant = self.noise.randn(*batch.noise.shape[:2], 1, 1)
+            batch.noise = batch.noise + self.settings.offset_noise * constant
+        return batch
+
+    def student_losses(self, batch: Batch) -> Losses:
+        own, grid = self.settings, self.grid
+        u, end = self.draw_points(len(batch))
+        x_u = grid.add_noise(batch.real, batch.noise, u)
+        said = self.roles.student(x_u, grid.time[u], batch.condition)
+        jump = grid.add_noise(said.x0, said.eps, end)
+        aim = self.aim(x_u, u, end, batch)
+        losses: Losses = {}
+        if own.mse_weight:
+            losses["consistency"] = (own.mse_weight, consistency_distance(jump, aim, own.huber_c))
+        if own.adversarial.weight:
+            losses["generator"] = (own.adversarial.weight, self.generator(jump, aim, x_u, u, end, batch))
+        return losses
+
+    def draw_points(self, count: int) -> tuple[Tensor, Tensor]:
+        """Points u, uniform in 1..N, and where both jump to, (count,) each."""
+        u = self.noise.randint(1, self.grid.points, count)
+        start = self.grid.start(u)
+        if self.settings.end == "start":
+            return u, start
+        return u, start + (self.noise.uniform(count) * (u - start)).long()
+
+    @torch.no_grad()
+    def aim(self, x_u: Tensor, u: Tensor, end: Tensor, batch: Batch) -> Tensor:
+        """The target's jump from where the teacher's one step leads, (B, ...)."""
+        grid, below = self.grid, u - 1
+        scale = self.draw_scale()
+        null = self.family.null_condition(len(u)) if self.settings.guided else None
+        step = guided(self.solver, x_u, grid.time[u], batch.condition, null, scale)
+        x_below = grid.add_noise(step.x0, step.eps, below)
+        # where the step has arrived already the network's word is not used, nor its label at the clean end
+        said = self.target(x_below, grid.time[below.clamp(min=1)], batch.condition)
+        arrived = (end == below).reshape(-1, *[1] * (x_u.ndim - 1))
+        return torch.where(arrived, x_below, grid.add_noise(said.x0, said.eps, end))
+
+    def draw_scale(self) -> float:
+        own = self.settings
+        if own.guidance_range is None:
+            return own.guidance_scale
+        low, high = own.guidance_range
+        return low + (high - low) * self.noise.shared_uniform()
+
+    def generator(self, jump: Tensor, aim: Tensor, x_u: Tensor, u: Tensor, end: Tensor, batch: Batch) -> Tensor:
+        """The student's adversarial loss; what it was made of is kept for the discriminator's turn.
+
+        Candidates are taken by fresh noise to a point of u's segment above their end, one draw for both.
+        """
+        high = self.grid.end(u)
+        look = end + 1 + (self.noise.uniform(len(u)) * (high - end)).long()
+        fake = self.grid.renoised(jump, end, look, self.noise.randn_like(jump))
+        real = self.grid.renoised(aim, end, look, self.noise.randn_like(aim))
+        beside = None
+        if self.settings.adversarial.conditional:
+            with torch.no_grad():
+                beside = self.roles.teacher.features(x_u, self.grid.time[u], batch.condition)
+        features = self.roles.teacher.features(fake, self.grid.time[look], batch.condition)
+        with torch.no_grad():
+            real_features = self.roles.teacher.features(real, self.grid.time[look], batch.condition)
+        self.looked_at.append((features.detach(), real_features, beside))
+        frozen = {k: p.detach() for k, p in self.extra["discriminator"].named_parameters()}
+        logits = torch.func.functional_call(self.extra["discriminator"], frozen, (_joined(features, beside),))
+        return generator_loss(logits)
+
+    def after_student(self) -> None:
+        """The discriminator on the features that the student's turn made, and the target's average."""
+        head = self.extra.get("discriminator")
+        for fake, real, beside in self.looked_at:
+            loss = discriminator_loss(head(_joined(real, beside)), head(_joined(fake, beside)))
+            self.log("loss/discriminator", loss)
+            (loss / len(self.looked_at)).backward()
+        if self.looked_at:
+            self.update("discriminator")
+            self.looked_at = []
+        if self.target is not self.roles.student:
+            self._average_target()
+
+    @torch.no_grad()
+    def _average_target(self) -> None:
+        own, theirs = self.target.portable_state_dict(), self.roles.student.portable_state_dict()
+        floating = [key for key, value in own.items() if value.is_floating_point()]
+        torch._foreach_lerp_([own[k] for k in floating], [theirs[k] for k in floating], 1 - self.settings.target_decay)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def _frozen(self) -> dict:
+        roles = {"consistency_target": self.target, "previous_stage": self.solver}
+        return {name: role for name, role in roles.items() if role not in (self.roles.student, self.roles.teacher)}
+
+    def state(self):
+        tensors, meta = super().state()
+        return {**tensors, **{name: role.state_dict() for name, role in self._frozen().items()}}, meta
+
+    def restore(self, tensors, meta, where: str) -> None:
+        super().restore(tensors, meta, where)
+        for name, role in self._frozen().items():
+            role.load_state_dict(tensors.get(name, {}))
+
+
+def _joined(features: Tensor, beside: Tensor | None) -> Tensor:
+    return features if beside is None else torch.cat([features, beside], 1)
