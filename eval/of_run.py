@@ -30,7 +30,13 @@ def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
     fewer = [
         Target("teacher", path, n, scale) for n in sorted(set(own["teacher_steps"]) - {teacher["steps"]}, reverse=True)
     ]
-    return [full, *fewer, Target("student", run / "student")]
+    also = sorted(config["sampler"].get("also_steps") or [], reverse=True)
+    students = [Target("student", run / "student", n) for n in [None, *also]]
+    stages = config.get("stages") if own.get("stages") else None
+    for number, stage in enumerate(stages or [], 1):
+        name = stage["name"]
+        students.append(Target(f"stage {name}", run / f"{number:02d}-{name}" / "student"))
+    return [full, *fewer, *students]
 
 
 def own_scale(config: dict[str, Any]) -> float:
@@ -41,6 +47,8 @@ def own_scale(config: dict[str, Any]) -> float:
     """
     section = config.get(config["method"]) or {}
     section = config.get(section.get("base")) or section
+    if "guidance_scale" not in section:  # a method that reads another's section
+        section = config.get("dmd2") or section
     if section.get("fake_score_guidance") == "shared":
         return 1.0
     return float(section.get("guidance_scale") or 1.0)
@@ -86,7 +94,7 @@ def evaluate_run(run: Path, device: torch.device | str, samples: int | None = No
         lines = [f"{metric}, {settings.samples} samples each", table(rows, metric)]
     else:
         lines = ["no distance was measured: evaluation.extractor and evaluation.reference are not set"]
-    shown = [t for t in targets if t.name == "student" or t.steps in (config["teacher"]["steps"], 1)]
+    shown = [t for t in targets if t.name == "student" or (t.name == "teacher" and t.steps in (targets[0].steps, 1))]
     texts = Path(prompts).read_text(encoding="utf-8").split("\n")[:4] if prompts else None
     grid(
         shown,

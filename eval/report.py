@@ -21,7 +21,7 @@ MOST_SAMPLES = 12
 """Sample grids that a page shows, spread evenly over the run."""
 MOST_POINTS = 1000
 """Points of a curve; longer ones are averaged in equal spans."""
-NOT_CURVES = {"iteration", "seconds", "passes", "updates/student", "updates/fake_score"}
+NOT_CURVES = {"iteration", "seconds", "passes"}
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:62rem;margin:0 auto;padding:1rem}
@@ -54,8 +54,7 @@ def write_report(run: str | Path) -> Path:
         ("What was run", _facts(run, config)),
         ("Evaluation", _evaluation(run)),
         ("Comparison, on the same noise", _comparison(run)),
-        ("Curves", _curves(run)),
-        ("Samples over time", _samples(run)),
+        *_training(run, config),
         ("Config", _config(config)),
     ]
     body = "\n".join(f"<h2>{_escape(title)}</h2>\n{content}" for title, content in sections)
@@ -154,6 +153,41 @@ def _at(settings: dict, key: str) -> Any:
     return value
 
 
+def _training(run: Path, config: str | None) -> list[tuple[str, str]]:
+    """Curves and samples: of the run, or of every stage of a recipe with what it cost."""
+    try:
+        stages = (yaml.safe_load(config or "") or {}).get("stages")
+    except (yaml.YAMLError, AttributeError):
+        stages = None
+    if not isinstance(stages, list):
+        return [("Curves", _curves(run)), ("Samples over time", _samples(run))]
+    names = [str(stage.get("name")) for stage in stages if isinstance(stage, dict)]
+    folders = {name: run / f"{number:02d}-{name}" for number, name in enumerate(names, 1)}
+    rows = [["stage", "method", "student updates", "network passes", "minutes"]]
+    for (name, folder), stage in zip(folders.items(), stages, strict=True):
+        last = _last_row(folder / "metrics.jsonl")
+        minutes = f"{last['seconds'] / 60:.1f}" if "seconds" in last else "-"
+        passes = f"{last['passes']:,}" if "passes" in last else "-"
+        rows.append([name, stage.get("method", "-"), last.get("updates/student", "-"), passes, minutes])
+    return [
+        ("Stages", _table(rows)),
+        *((f"Curves: {name}", _curves(folder)) for name, folder in folders.items()),
+        *((f"Samples over time: {name}", _samples(folder, 4)) for name, folder in folders.items()),
+    ]
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    """The last whole row of a ``metrics.jsonl``, {} without one."""
+    for line in reversed((_read_text(path) or "").splitlines()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            return row
+    return {}
+
+
 def _evaluation(run: Path) -> str:
     content = _read_json(run / "evaluation.json")
     if not isinstance(content, dict) or not content.get("rows"):
@@ -184,13 +218,13 @@ def _comparison(run: Path) -> str:
     return _image(path.read_bytes(), "teacher and student on the same noise")
 
 
-def _samples(run: Path) -> str:
+def _samples(run: Path, most: int = MOST_SAMPLES) -> str:
     files = sorted((run / "samples").glob("*.png"))
     if not files:
         return _missing("samples/*.png")
-    if len(files) > MOST_SAMPLES:
+    if len(files) > most:
         last = len(files) - 1
-        files = [files[round(i * last / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
+        files = [files[round(i * last / (most - 1))] for i in range(most)]
     figures = []
     for file in files:
         caption = f"{int(file.stem)} student updates" if file.stem.isdecimal() else file.stem
@@ -219,7 +253,12 @@ def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
         except (ValueError, KeyError, TypeError):
             continue
         for name, value in row.items():
-            if name not in NOT_CURVES and isinstance(value, int | float) and not isinstance(value, bool):
+            if (
+                name not in NOT_CURVES
+                and not name.startswith("updates/")
+                and isinstance(value, int | float)
+                and not isinstance(value, bool)
+            ):
                 xs, ys = curves.setdefault(name, ([], []))
                 xs.append(iteration)
                 ys.append(float(value))

@@ -81,19 +81,57 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
 ) -> None:
     """Distil a teacher: train, export the student, evaluate it, write the report."""
-    from stepdistill.trainers.job import read_job
-
-    job = read_job(config, overrides)
+    from stepdistill.config import apply_overrides, read_yaml
     from stepdistill.run import RunFolder
+    from stepdistill.trainers.job import make_job
+    from stepdistill.trainers.recipe import is_recipe, make_recipe
 
+    raw = apply_overrides(read_yaml(config), overrides or [])
+    if is_recipe(raw):
+        recipe = make_recipe(raw, str(config))
+        _print_recipe(recipe) if dry_run else _run_recipe(recipe, resume)
+        return
+    job = make_job(raw, str(config))
     if dry_run:
         _quiet_libraries()
         _print_plan(job)
         return
-    _train(job, RunFolder(job.config.output), resume)
+    run = RunFolder(job.config.output)
+    main_process = _train(job, run, resume)
+    _end_processes()
+    if main_process:
+        _evaluate_and_report(job.config.evaluation.enabled, run)
 
 
-def _train(job, run, resume: bool) -> None:
+def _run_recipe(recipe, resume: bool) -> None:
+    """Every stage that is not finished, then the recipe's student, evaluation and report."""
+    from stepdistill.trainers.job import make_accelerator
+    from stepdistill.trainers.recipe import write_config
+
+    exists = recipe.check_folder(resume)
+    accelerator = make_accelerator()
+    accelerator.wait_for_everyone()
+    main_process = accelerator.is_main_process
+    for number, stage in enumerate(recipe.stages, 1):
+        title = f"stage {number} of {len(recipe.stages)}, {stage.name}"
+        if stage.finished:
+            if main_process:
+                print(f"{title}: finished before, in {stage.run.path}")
+            continue
+        if main_process:
+            print(f"{title}: {stage.job.method.title}")
+        accelerator.wait_for_everyone()  # no process writes before all have seen which stages are finished
+        _train(stage.job, stage.run, resume=True, before=None if exists else lambda: write_config(recipe))
+        accelerator.wait_for_everyone()
+    _end_processes()
+    if main_process:
+        write_config(recipe)
+        recipe.finish()
+        _evaluate_and_report(recipe.last.job.config.evaluation.enabled, recipe.run)
+
+
+def _train(job, run, resume: bool, before=None) -> bool:
+    """One run up to its exported student; whether this is the main process.  ``before``: called before it writes."""
     from stepdistill.trainers.base import Interrupted
     from stepdistill.trainers.job import build_trainer, load_teacher, make_accelerator
     from stepdistill.trainers.job import resume as resume_run
@@ -109,6 +147,8 @@ def _train(job, run, resume: bool) -> None:
     trainer = build_trainer(job, run, accelerator, family)
     main_process = accelerator.is_main_process
     if main_process:
+        if before is not None:
+            before()
         if not exists:
             run.create(config, config.seed)
         for other in job.unused:
@@ -128,18 +168,17 @@ def _train(job, run, resume: bool) -> None:
     except Interrupted as stop:
         if main_process:
             print(f"{stop}: saved at student update {trainer.counters['student']}; go on with --resume")
-        _finish(accelerator)
+        accelerator.end_training()
+        _end_processes()
         raise typer.Exit(stop.exit_code) from None
     if main_process:
         _export(job, trainer, run)
-    _finish(accelerator)
-    if main_process:
-        _evaluate_and_report(config, run)
-
-
-def _finish(accelerator) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    return main_process
+
+
+def _end_processes() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -174,8 +213,37 @@ teacher   {config.teacher.path}: family {family.name}, {parameters / 1e6:.2f}M p
           samples {"x".join(map(str, family.sample_shape))}, {kind[family.condition_kind]}
 student   {sampler.steps} step{"s" * (sampler.steps > 1)} at t = {", ".join(f"{t:g}" for t in sampler.times)}
 method    {job.method.name}: {job.method.title}
-training  {train.updates} student updates of {train.batch_size * train.gradient_accumulation} samples a process
+training  {train.updates} student updates of {train.batch_size * train.gradient_accumulation} samples a process,
+          {job.method.planned_passes(config):,} network passes on one (one picture each; backward is two)
 {"".join(f"          {line}{chr(10)}" for line in job.method.plan(config))}writes    {config.output}""")
+
+
+def _print_recipe(recipe) -> None:
+    """What a recipe would do, stage by stage, with its cost; nothing is written."""
+    from stepdistill.config import dump_yaml
+    from stepdistill.trainers.job import check_fit, load_teacher
+
+    _quiet_libraries()
+    print(f"# the recipe: {len(recipe.stages)} stages in {recipe.output}")
+    total = sum(stage.passes for stage in recipe.stages)
+    for number, stage in enumerate(recipe.stages, 1):
+        job, config = stage.job, stage.job.config
+        family = load_teacher(config)
+        sampler = _check_export(job, family)
+        check_fit(job, family)
+        taken = "the teacher's weights" if stage.source is None else f"{stage.settings.take} of {stage.source.name}"
+        samples = config.train.updates * config.train.batch_size * config.train.gradient_accumulation
+        print(f"""
+{number:2d}. {stage.name}{"  (finished)" if stage.finished else ""}
+    method    {job.method.name}: {job.method.title}
+    takes     {taken}; weights {config.roles.weights}
+    student   {sampler.steps} step{"s" * (sampler.steps > 1)} at t = {", ".join(f"{t:g}" for t in sampler.times)}
+    training  {config.train.updates} updates, {samples:,} samples a process
+{"".join(f"              {line}{chr(10)}" for line in job.method.plan(config))}    cost      \
+{stage.passes:,} network passes ({stage.passes / total:.0%})""")
+        if number == len(recipe.stages):
+            print(f"\ncost of all  {total:,} network passes (one picture each; backward is two)\n")
+            print(f"# the last stage's config, resolved\n{dump_yaml(config).rstrip()}")
 
 
 # -- after training ----------------------------------------------------------------------------------------
@@ -189,9 +257,9 @@ def _export(job, trainer, run) -> None:
         export_student(trainer.family, trainer.roles.student, trainer.sampler, run.student, provenance(job, trainer))
 
 
-def _evaluate_and_report(config, run) -> None:
+def _evaluate_and_report(enabled: bool, run) -> None:
     """Evaluate in a fresh process that loads the student as anyone would, then write the report."""
-    if config.evaluation.enabled:
+    if enabled:
         command = [sys.executable, "-P", "-m", "stepdistill", "evaluate", str(run.path)]
         done = subprocess.run(command, check=False)
         if done.returncode:
@@ -201,10 +269,10 @@ def _evaluate_and_report(config, run) -> None:
     from stepdistill.eval.report import write_report
 
     write_report(run.path)
-    _last_screen(config, run)
+    _last_screen(run)
 
 
-def _last_screen(config, run) -> None:
+def _last_screen(run) -> None:
     call = f'DiffusionPipeline.from_pretrained("{run.student}")'
     grid = f"\n  pictures   {run.path / 'grid.png'}" if (run.path / "grid.png").exists() else ""
     print(f"""
@@ -290,6 +358,37 @@ def export(
         target = output or folder / "student"
         path = export_student(trainer.family, trainer.roles.student, trainer.sampler, target, facts, DTYPES[dtype])
     print(f"student {path}")
+
+
+@app.command(epilog="Example: stepdistill pairs configs/dmd2/sdxl_warmup.yaml --part 0/4")
+def pairs(
+    config: Annotated[Path, typer.Argument(help="a YAML config of method regression, or a recipe with such a stage")],
+    overrides: Overrides = None,
+    part: Annotated[str, typer.Option(help="i/n: this machine's share, the i-th of n from 0")] = "0/1",
+) -> None:
+    """Make the teacher's noise-sample pairs that a regression trains on; goes on where it stopped."""
+    from stepdistill.config import apply_overrides, read_yaml
+    from stepdistill.pairs import make_pairs
+    from stepdistill.trainers.job import check_fit, load_teacher, make_accelerator, make_job
+    from stepdistill.trainers.recipe import is_recipe, make_recipe
+    from stepdistill.trainers.regression import Regression
+
+    raw = apply_overrides(read_yaml(config), overrides or [])
+    jobs = [stage.job for stage in make_recipe(raw, str(config)).stages] if is_recipe(raw) else [make_job(raw)]
+    jobs = [job for job in jobs if job.method is Regression]
+    if not jobs:
+        raise UserError(f"{config}: no stage with method = regression; nothing needs pairs")
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"--part {part}: give i/n with i below n, such as 0/4")
+    _quiet_libraries()
+    for job in jobs:
+        family = load_teacher(job.config)
+        family.to(make_accelerator().device)
+        items, _ = check_fit(job, family)
+        folder, own = Regression.folder(job.config), job.config.regression
+        make_pairs(family, items, Regression.recipe(job.config), folder, own.pair_batch, (int(index), int(count)))
+        print(f"pairs {folder}")
 
 
 @app.command(epilog="Example: stepdistill merge runs/full/student runs/lora/student --output students/merged")

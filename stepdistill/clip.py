@@ -99,20 +99,27 @@ class ClipScorer:
         images = torch.stack([self.transform(Image.fromarray(array)) for array in arrays]).to(self.device)
         return cosine_scores(self.model, images, self._tokens(prompts))
 
-    def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """The same as a differentiable function of pixels (B, 1 or 3, H, W) in [-1, 1], (B,).
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Embeddings (B, E), float32, of pictures (B, 1 or 3, H, W) in [-1, 1], differentiable; their length is not 1.
 
         Bicubic to the model's size with antialiasing, in place of the transform's resize and crop; values outside
-        [-1, 1] are not cut, so they keep their gradient.  The text side has none.
+        [-1, 1] are not cut, so they keep their gradient.
         """
         images = nn.functional.interpolate(
             pixels.expand(-1, 3, -1, -1), size=self.size, mode="bicubic", antialias=True, align_corners=False
         )
         mean, std = (torch.tensor(v, device=pixels.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
-        pictures = self.model.encode_image(((images + 1) / 2 - mean) / std)
+        return self.model.encode_image(((images + 1) / 2 - mean) / std).float()
+
+    def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """The same as a differentiable function of pixels (B, 1 or 3, H, W) in [-1, 1], (B,); as :meth:`embed` has it.
+
+        The text side has no gradient.
+        """
+        pictures = self.embed(pixels)
         with torch.no_grad():
             texts = self.model.encode_text(self._tokens(prompts))
-        return nn.functional.cosine_similarity(pictures.float(), texts.float(), dim=-1)
+        return nn.functional.cosine_similarity(pictures, texts.float(), dim=-1)
 
 
 def load_clip(settings: ClipSettings, device: str | torch.device = "cpu") -> ClipScorer:

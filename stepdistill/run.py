@@ -5,6 +5,7 @@ environment.json  versions, git state, command, when
 metrics.jsonl     one row every train.log_every student updates
 samples/          grids over time on fixed noise
 cache/            latents of real images
+pairs/            the teacher's noise-sample pairs (stepdistill.pairs)
 checkpoints/      whole checkpoints (stepdistill.checkpoint)
 nodes/            recorded weights, for methods that walk a path (stepdistill.nodes)
 student/          the exported stock pipeline
@@ -31,6 +32,7 @@ from stepdistill.errors import UserError
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 CACHE = "cache"
+PAIRS = "pairs"
 FREE_KEYS = {"output", "evaluation"}
 """Top-level keys that may differ when a run is resumed; train's own are in FREE_TRAIN_KEYS."""
 FREE_TRAIN_KEYS = {
@@ -90,11 +92,12 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """The keys where two configs differ, with both values."""
     if isinstance(a, dict) and isinstance(b, dict):
         found = []
         for key in sorted(a.keys() | b.keys()):
-            found += _differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+            found += differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
         return found
     return [] if a == b else [f"{path} ({a!r} there, {b!r} now)"]
 
@@ -122,7 +125,7 @@ class RunFolder:
         saved = self.path / "config.yaml"
         if not saved.exists():
             held = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
-            if held - {CACHE}:  # a run killed while it cached latents has nothing else yet
+            if held - {CACHE, PAIRS}:  # a run killed while it made these has nothing else yet
                 raise UserError(f"output = {self.path}: the folder is not empty and holds no run; choose another")
             return False
         if not resume:
@@ -132,12 +135,12 @@ class RunFolder:
             )
         try:
             before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-            differences = _differences(_comparable(before), _comparable(config.model_dump(mode="json")))
+            odd = differences(_comparable(before), _comparable(config.model_dump(mode="json")))
         except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
             raise UserError(f"{saved}: damaged; choose another output folder") from None
-        if differences:
+        if odd:
             raise UserError(
-                f"output = {self.path}: its config differs: {'; '.join(differences[:3])}; give it the same, "
+                f"output = {self.path}: its config differs: {'; '.join(odd[:3])}; give it the same, "
                 "or choose another folder with output=FOLDER"
             )
         return True

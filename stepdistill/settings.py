@@ -137,6 +137,7 @@ class EvaluationSettings(Section):
     teacher_steps: list[int] = Field([], description="teacher step counts measured beside its full number")
     teacher_guidance_scale: float | None = Field(None, ge=0)
     latency: bool = True
+    stages: bool = Field(False, description="of a recipe: the student of every stage too")
 
 
 class RunSettings(Section):

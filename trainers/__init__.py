@@ -4,10 +4,15 @@ from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.boot import BOOT
 from stepdistill.trainers.disback import DisBack
 from stepdistill.trainers.dmd2 import DMD2
+from stepdistill.trainers.enhance import Enhance
+from stepdistill.trainers.feedback import Feedback
+from stepdistill.trainers.regression import Regression
 from stepdistill.trainers.sim import SIM
 from stepdistill.trainers.swiftbrush import SwiftBrush
 from stepdistill.trainers.tscd import TSCD
 
-METHODS: dict[str, type[Trainer]] = {method.name: method for method in (DMD2, SIM, SwiftBrush, DisBack, BOOT, TSCD)}
+METHODS: dict[str, type[Trainer]] = {
+    method.name: method for method in (DMD2, SIM, SwiftBrush, DisBack, BOOT, TSCD, Feedback, Enhance, Regression)
+}
 
-__all__ = ["BOOT", "DMD2", "METHODS", "SIM", "TSCD", "DisBack", "SwiftBrush", "Trainer"]
+__all__ = ["METHODS", "Trainer", *(method.__name__ for method in METHODS.values())]

@@ -233,6 +233,19 @@ class Trainer(abc.ABC):
         """Network passes of a student update for each of its samples, on average, for the plan of a run."""
 
     @classmethod
+    def passes_before(cls, config: RunSettings) -> int:
+        """Network passes before the first student update, on one process."""
+        return 0
+
+    @classmethod
+    def planned_passes(cls, config: RunSettings) -> int:
+        """Network passes of a whole run on one process, from its settings."""
+        train = config.train
+        updates = cls.passes_per_update(config, cls.settings_of(config)) * train.updates
+        planned = cls.passes_before(config) + round(updates * train.batch_size * train.gradient_accumulation)
+        return planned if train.max_passes is None else min(planned, train.max_passes)
+
+    @classmethod
     def plan(cls, config: RunSettings) -> list[str]:
         """What a run does besides the student updates, a line each, for ``--dry-run``."""
         return []

@@ -137,13 +137,14 @@ class DisBack(ScoreTrainer):
             )
 
     @classmethod
+    def passes_before(cls, config: RunSettings) -> int:
+        own = config.disback
+        return 4 * own.updates * config.train.batch_size * config.train.gradient_accumulation if own.nodes else 0
+
+    @classmethod
     def plan(cls, config: RunSettings) -> list[str]:
         own = config.disback
-        passes = 4 * own.updates * config.train.batch_size * config.train.gradient_accumulation
-        first = (
-            f"degradation: {own.updates} fake-score updates on the untouched student, {own.nodes} nodes kept, "
-            f"{passes:,} network passes"
-        )
+        first = f"degradation: {own.updates} fake-score updates on the untouched student, {own.nodes} nodes kept"
         then = f"backtracking by {own.base}: each target for {own.hold} student updates, the teacher from update "
         return [first, then + str((own.nodes - 1) * own.hold)] if own.nodes else [f"no nodes: {own.base} as it is"]
 

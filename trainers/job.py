@@ -33,11 +33,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Job:
-    """A checked config with its method; ``unused``: sections of other methods that the file also holds."""
+    """A checked config with its method.
+
+    ``unused``: sections of other methods that the file also holds; ``cache``: where latents are kept, ``cache`` in the
+    run folder by default.
+    """
 
     config: RunSettings
     method: type[Trainer]
     unused: tuple[str, ...] = ()
+    cache: Path | None = None
 
     @property
     def settings(self) -> Section:
@@ -48,9 +53,12 @@ def read_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     """Read, merge, override and check a config file.  Nothing is loaded.
 
     Raises:
-        UserError: anything wrong with it.
+        UserError: anything wrong with it, or a recipe of stages.
     """
-    return make_job(apply_overrides(read_yaml(path), overrides or []), str(path))
+    raw = apply_overrides(read_yaml(path), overrides or [])
+    if "stages" in raw:
+        raise UserError(f"{path}: a recipe of stages; name the config, or the run folder, of one stage")
+    return make_job(raw, str(path))
 
 
 def make_job(raw: dict[str, Any], where: str = "config") -> Job:
@@ -245,7 +253,7 @@ def build_trainer(
     ).to(accelerator.device)
     real = None
     if images is not None:
-        latents = cached_latents(family, images, Path(config.output) / CACHE)
+        latents = cached_latents(family, images, job.cache or Path(config.output) / CACHE)
         real = RealSource(family, images, latents, config.seed + 2)
     conditions = ConditionSource(family, items, config.seed + 1)
     return job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)

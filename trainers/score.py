@@ -128,11 +128,15 @@ class ScoreTrainer(Trainer):
                 x0.backward(gradient / accumulation)
             kept.append((batch, x0.detach()))
         if student_turn:
+            self.before_student_update(kept)
             self.update("student")
         for batch, x0 in kept:
             losses = self.fake_score_losses(x0, batch)
             (self.total("fake_score", losses) / accumulation).backward()
         self.update("fake_score")
+
+    def before_student_update(self, kept: list[tuple[Batch, Tensor]]) -> None:
+        """What else adds to the student's gradient, given the batches of this update and their detached samples."""
 
     def sample_gradient(self, x0: Tensor, batch: Batch) -> Tensor:
         """The gradient of the student's losses in the sample, (B, C, H, W).

@@ -1,0 +1,149 @@
+"""Noise and the sample that the teacher's deterministic sampler makes of it: what a regression needs (DMD, 2311.18828).
+
+A folder of shards, each a safetensors file with ``noise`` and ``x0`` (n, C, H, W), and in its metadata the labels or
+prompts and the fingerprint of how they were made.  A shard is whole or absent; what is there is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from stepdistill.data import Order
+from stepdistill.denoiser import guided
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.nodes import digest
+from stepdistill.sampler import ddim_times, ode_sample
+
+
+@dataclass(frozen=True)
+class PairRecipe:
+    """How pairs are made; pairs of other settings are refused."""
+
+    count: int
+    shard: int
+    steps: int
+    guidance_scale: float
+    seed: int
+
+    def fingerprint(self, family: Family, items: list) -> str:
+        """SHA-256 over these settings (but ``count``: a folder may grow), the teacher's weights and the conditions."""
+        said = [self.shard, self.steps, self.guidance_scale, self.seed, family.sample_shape, items]
+        state = family.network.state_dict()  # a LoRA on it is not the teacher's
+        weights = digest({k.replace(".base_layer.", "."): v for k, v in state.items() if "lora_" not in k})
+        return hashlib.sha256(f"{json.dumps(said)} {weights}".encode()).hexdigest()
+
+    @property
+    def shards(self) -> int:
+        return -(-self.count // self.shard)
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"pairs-{index:05d}.safetensors"
+
+
+def make_pairs(
+    family: Family, items: list, recipe: PairRecipe, folder: Path, batch: int, part: tuple[int, int] = (0, 1)
+) -> None:
+    """Write the shards that are missing, ``part`` = (i, n): every n-th from the i-th, for n machines.
+
+    Noise is a function of (seed, shard) alone; conditions are taken in a seeded order.
+
+    Raises:
+        UserError: the folder holds pairs made in another way, or cannot be written.
+    """
+    fingerprint = recipe.fingerprint(family, items)
+    wanted = range(part[0], recipe.shards, part[1])
+    missing = [index for index in wanted if not _is_whole(_file(folder, index), fingerprint, recipe, index)]
+    total = sum(_size(recipe, index) for index in missing)
+    with tqdm(total=total, desc=f"pairs, {recipe.steps} steps", unit="pair", disable=not missing) as bar:
+        for index in missing:
+            _write(family, items, recipe, folder, index, batch, fingerprint, bar)
+
+
+def _size(recipe: PairRecipe, index: int) -> int:
+    return min(recipe.shard, recipe.count - index * recipe.shard)
+
+
+def _is_whole(file: Path, fingerprint: str, recipe: PairRecipe, index: int) -> bool:
+    """Whether the shard is there, in full; one of other settings is an error."""
+    if not file.exists():
+        return False
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata, size = opened.metadata() or {}, len(opened.get_slice("noise")[:, 0, 0, 0])
+    except (SafetensorError, OSError):
+        return False  # cut short: made again
+    if metadata.get("fingerprint") != fingerprint:
+        raise UserError(f"{file}: made with another teacher or other settings; choose another folder for the pairs")
+    return size >= _size(recipe, index)
+
+
+@torch.no_grad()
+def _write(family, items, recipe, folder, index, batch, fingerprint, bar) -> None:
+    count, device = _size(recipe, index), family.device
+    generator = torch.Generator().manual_seed(hash_seed(recipe.seed, index))
+    noise = torch.randn(count, *family.sample_shape, generator=generator)
+    order = Order(max(1, len(items)), recipe.seed).indices(index * recipe.shard, count)
+    own = [items[i] for i in order] if items else []
+    denoiser, parts = family.teacher_denoiser() or family.denoiser(), []
+    times = ddim_times(family.schedule, recipe.steps)
+    for start in range(0, count, batch):
+        part = noise[start : start + batch].to(device)
+        condition = family.encode_conditions(own[start : start + batch]) if items else {}
+        null = family.null_condition(len(part)) if recipe.guidance_scale != 1 else None
+
+        def denoise(x_t: Tensor, t: Tensor, condition=condition, null=null) -> Tensor:
+            return guided(denoiser, x_t, t, condition, null, recipe.guidance_scale).x0
+
+        parts.append(ode_sample(denoise, family.schedule, times, part).float().cpu())
+        bar.update(len(part))
+    file = _file(folder, index)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    metadata = {"fingerprint": fingerprint, "items": json.dumps(own)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"noise": noise, "x0": torch.cat(parts).contiguous()}, temporary, metadata)
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{folder}: pairs cannot be written ({error}); free space or choose another folder") from None
+
+
+def hash_seed(seed: int, index: int) -> int:
+    """A 63-bit seed of (seed, index)."""
+    return int.from_bytes(hashlib.sha256(f"pairs {seed} {index}".encode()).digest()[:8], "big") >> 1
+
+
+class PairSet:
+    """All pairs of a folder: ``noise``, ``x0`` (N, C, H, W) on the CPU and ``items``."""
+
+    def __init__(self, folder: Path, family: Family, items: list, recipe: PairRecipe):
+        """
+        Raises:
+            UserError: shards are missing, damaged or of other settings.
+        """
+        fingerprint, noise, x0, self.items = recipe.fingerprint(family, items), [], [], []
+        for index in range(recipe.shards):
+            file = _file(folder, index)
+            if not _is_whole(file, fingerprint, recipe, index):
+                raise UserError(f"{folder}: pair shard {file.name} is missing; make it with: stepdistill pairs CONFIG")
+            count = _size(recipe, index)
+            with safe_open(file, "pt") as opened:
+                noise.append(opened.get_tensor("noise")[:count])
+                x0.append(opened.get_tensor("x0")[:count])
+                self.items += json.loads(opened.metadata()["items"])[:count]
+        self.noise, self.x0 = torch.cat(noise), torch.cat(x0)
+
+    def __len__(self) -> int:
+        return len(self.noise)

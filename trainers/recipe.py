@@ -1,0 +1,236 @@
+"""Recipes: a distillation in stages, each a run of its own that takes the student of the one before.
+
+A recipe's file is a run's config with a list of ``stages``.  A stage's own keys are merged over the rest of the file;
+``name`` names its folder, ``take`` says what it takes and ``of`` from which earlier stage (the last one by default):
+
+    nothing   the teacher's weights, as any run
+    student   the last student: its LoRA is gone on with, or its weights are
+    under     a new LoRA on top of the last student, which stays frozen below
+
+Every stage's folder is a run folder (``distill --resume`` goes on with the one that was stopped; finished ones, those
+with an exported student, are passed over).  The last student is the recipe's, and is evaluated with the teacher.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.job import Job, make_job
+
+from stepdistill.config import Section, check, merge
+from stepdistill.errors import UserError
+from stepdistill.run import CACHE, FREE_KEYS, FREE_TRAIN_KEYS, RunFolder, differences, write_atomically
+
+STAGES = "stages"
+OWN = ("name", "take", "of")
+
+
+class StageSettings(Section):
+    """What a stage says besides a run's own keys."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its folder is NN-name")
+    take: Literal["nothing", "student", "under"] = Field("student", description="from the stage named in of")
+    of: str | None = Field(None, description="an earlier stage; the last one by default")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A checked stage: its run, and the earlier one that it takes from."""
+
+    settings: StageSettings
+    job: Job
+    source: Stage | None
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.job.config.output)
+
+    @property
+    def finished(self) -> bool:
+        return (self.run.student / "model_index.json").is_file()
+
+    @property
+    def passes(self) -> int:
+        """Network passes on one process, as planned."""
+        return self.job.method.planned_passes(self.job.config)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; ``raw`` is its file, overrides included."""
+
+    raw: dict[str, Any]
+    output: Path
+    stages: list[Stage]
+
+    @property
+    def run(self) -> RunFolder:
+        """The recipe's folder, as a run's: config, student, evaluation, report."""
+        return RunFolder(self.output)
+
+    @property
+    def last(self) -> Stage:
+        return self.stages[-1]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``config.yaml`` says: the last stage's run under the recipe's folder, and the stages as written."""
+        said = self.last.job.config.model_dump(mode="json")
+        return {**said, "output": str(self.output), STAGES: self.raw[STAGES]}
+
+    def check_folder(self, resume: bool) -> bool:
+        """Whether there is a recipe to go on with; nothing is written.
+
+        Raises:
+            UserError: the folder holds something else, another recipe, or one that ``--resume`` was not said for.
+        """
+        saved = self.output / "config.yaml"
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"output = {self.output}: that is a file; name a folder")
+        if not saved.exists():
+            own = {CACHE, *(stage.run.path.name for stage in self.stages)}  # pairs made before lie in a stage's
+            held = {path.name for path in self.output.iterdir()} if self.output.is_dir() else set()
+            if held - own or any((stage.run.path / "config.yaml").exists() for stage in self.stages):
+                raise UserError(f"output = {self.output}: the folder is not empty and holds no run; choose another")
+            return False
+        if not resume:
+            raise UserError(
+                f"output = {self.output}: the folder holds a run; add --resume to go on with it, or choose another "
+                "with output=FOLDER"
+            )
+        try:
+            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+            odd = differences(_comparable(before), _comparable(self.config))
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError, TypeError):
+            raise UserError(f"{saved}: damaged; choose another output folder") from None
+        if odd:
+            raise UserError(
+                f"output = {self.output}: its recipe differs: {'; '.join(odd[:3])}; give it the same, or choose "
+                "another folder with output=FOLDER"
+            )
+        for stage in self.stages:
+            if (stage.run.path / "config.yaml").exists():
+                stage.run.check(stage.job.config, resume=True)
+        return True
+
+    def finish(self) -> None:
+        """Copy the last stage's student to the recipe's, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        temporary = self.output / ".student.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            shutil.copytree(self.last.run.student, temporary)
+            shutil.rmtree(self.run.student, ignore_errors=True)
+            temporary.rename(self.run.student)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"{self.output}: the student cannot be written ({error.strerror or error})") from None
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what may change on the way, in the stages too."""
+
+    def kept(part: dict[str, Any]) -> dict[str, Any]:
+        own = {k: v for k, v in part.items() if k not in FREE_KEYS}
+        if "train" in own:
+            own["train"] = {k: v for k, v in (own["train"] or {}).items() if k not in FREE_TRAIN_KEYS}
+        return own
+
+    return {**kept(config), STAGES: [kept(stage) for stage in config.get(STAGES) or []]}
+
+
+def is_recipe(raw: dict[str, Any]) -> bool:
+    return STAGES in raw
+
+
+def make_recipe(raw: dict[str, Any], where: str = "config") -> Recipe:
+    """Check a recipe, every stage of it, before anything is loaded.
+
+    Raises:
+        UserError: one line that names the stage and the key.
+    """
+    listed = raw[STAGES]
+    if not isinstance(listed, list) or not listed or not all(isinstance(own, dict) for own in listed):
+        raise UserError(f"{where}: stages must be a list of stages, each a mapping with a name and a method")
+    output = raw.get("output")
+    if not isinstance(output, str):
+        raise UserError(f"{where}: key 'output' is missing: the folder of the recipe")
+    common = {k: v for k, v in raw.items() if k != STAGES}
+    stages: list[Stage] = []
+    for number, own in enumerate(listed, 1):
+        label = f"{where}: stages[{number}]"
+        settings = check(StageSettings, {k: own[k] for k in OWN if k in own}, label)
+        if any(stage.name == settings.name for stage in stages):
+            raise UserError(f"{label}: a second stage named {settings.name}; give it another name")
+        source = _source(settings, stages, label)
+        stage = merge(common, {k: v for k, v in own.items() if k not in OWN})
+        stage["output"] = str(Path(output) / f"{number:02d}-{settings.name}")
+        stage["evaluation"] = {**(common.get("evaluation") or {}), **(own.get("evaluation") or {})}
+        if source is not None:
+            stage["roles"] = _taken(settings, stage.get("roles") or {}, stage.get("method"), source, label)
+        job = replace(make_job(stage, f"{label} ({settings.name})"), cache=Path(output) / CACHE)
+        stages.append(Stage(settings, job, source))
+    return Recipe(raw, Path(output), stages)
+
+
+def _source(settings: StageSettings, stages: list[Stage], label: str) -> Stage | None:
+    if settings.take == "nothing":
+        if settings.of is not None:
+            raise UserError(f"{label}: take = nothing with of = {settings.of}; remove one")
+        return None
+    if settings.of is not None:
+        found = [stage for stage in stages if stage.name == settings.of]
+        if not found:
+            raise UserError(f"{label}: of = {settings.of}: no earlier stage has that name")
+        return found[0]
+    if not stages and "take" in settings.model_fields_set:
+        raise UserError(f"{label}: take = {settings.take}: there is no stage before the first; remove it")
+    return stages[-1] if stages else None
+
+
+def _taken(settings: StageSettings, roles: dict, method: Any, source: Stage, label: str) -> dict[str, Any]:
+    """The roles section that starts from the source's student."""
+    student, is_lora = str(source.run.student), source.job.config.roles.weights == "shared"
+    weights = roles.get("weights") or _default_weights(method)
+    for key in ("student_from", "lora_from", "lora_under"):
+        if key in roles:
+            raise UserError(f"{label}: roles.{key} is what take = {settings.take} sets; remove one of them")
+    if settings.take == "under" and weights != "shared":
+        raise UserError(f"{label}: take = under needs a LoRA on top; set roles.weights=shared")
+    if is_lora and weights == "shared":
+        return {**roles, "lora_under" if settings.take == "under" else "lora_from": student}
+    return {**roles, "student_from": student}
+
+
+def _default_weights(method: Any) -> str:
+    from stepdistill.trainers import METHODS
+
+    found: type[Trainer] | None = METHODS.get(method) if isinstance(method, str) else None
+    return "full" if found is None else found.defaults.get("roles", {}).get("weights", "full")
+
+
+def write_config(recipe: Recipe) -> None:
+    """``config.yaml`` in the recipe's folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    text = yaml.safe_dump(recipe.config, sort_keys=False, allow_unicode=True)
+    try:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        write_atomically(recipe.output / "config.yaml", text)
+    except OSError as error:
+        raise UserError(f"output = {recipe.output}: cannot be written ({error.strerror or error})") from None
