@@ -88,7 +88,7 @@ def instance_loss(categories: Tensor, masks: Tensor, truth: list[Instances], mas
     grid = categories.shape[-1]
     # at least float32, under autocast too
     logits = categories.to(torch.promote_types(categories.dtype, torch.float32)).flatten(2)
-    labels, shapes = (torch.cat([getattr(t, name) for t in truth]) for name in ("labels", "masks"))
+    labels, shapes = (torch.cat([getattr(t, name) for t in truth]).to(logits.device) for name in ("labels", "masks"))
     picture = torch.tensor([n for n, t in enumerate(truth) for _ in t.labels], dtype=torch.long, device=labels.device)
     there = shapes.flatten(1).any(1)
     picture, labels, shapes = picture[there], labels[there], shapes[there]
@@ -174,9 +174,9 @@ class GridInstanceNet(nn.Module):
         order = Order(len(images), seed)
         for step in range(steps):
             indices = order.indices(step * batch_size, batch_size)
-            optimizer.zero_grad()
             self.loss(images[indices], images[indices], indices).mean().backward()
             optimizer.step()
+            optimizer.zero_grad()
             rates.step()
         return self
 

@@ -408,16 +408,14 @@ class Roles:
         return Role(name, self.family, network, switch, adapter, trains, self.meter, self.autocast_dtype, lora)
 
     def frozen_like(self, role: Role, name: str) -> Role:
-        """One more frozen role that holds what ``role``'s ``state_dict`` holds: a network of its architecture, or an
-        adapter on the same base.  The teacher's weights until :meth:`Role.load_state_dict`."""
+        """One more frozen role that says what ``role`` says now: a copy of its network, or of its adapter on the same
+        base."""
         if role.adapter is None:
-            network = copy.deepcopy(self.family.network).float().requires_grad_(False)
-            if self.gradient_checkpointing:
-                enable_checkpointing(network, None)
-            return self._role(name, network, None, None, False)
+            return self._role(name, copy.deepcopy(role.network).requires_grad_(False), None, None, False)
         frozen = self._adapted(name, role.network, role.switch, role.lora, False)
         if role.adapter in role.switch.stacks:
             role.switch.stacks[name] = (*role.switch.stack(role.adapter)[:-1], name)
+        frozen.load_portable_state_dict(role.portable_state_dict())
         return frozen
 
     def trained(self) -> list[Role]:

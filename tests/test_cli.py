@@ -28,6 +28,7 @@ COMMANDS = [
     ["compare"],
     ["export"],
     ["merge"],
+    ["pairs"],
     ["sample"],
     ["report"],
     ["methods"],

@@ -83,7 +83,6 @@ class Enhance(DMD2):
         self.decode = self.family.decoder(own.decoder)
         if own.mse_weight or own.hold_weight or own.teacher == "previous_stage":
             self.start = self.roles.frozen_like(self.roles.student, "stage_start")
-            self.start.load_portable_state_dict(self.roles.student.portable_state_dict())
         if own.teacher == "previous_stage":
             self.roles.teacher = self.start
 

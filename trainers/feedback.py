@@ -21,7 +21,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from stepdistill.trainers.base import Batch, Losses, Trainer
 from stepdistill.trainers.direct import DirectTrainer
 from torch import Tensor
@@ -52,12 +52,6 @@ class FeedbackSettings(Section):
     decoder: str | None = Field(None, description="an AutoencoderTiny for the teacher's latents; its own by default")
     merge_ratio: float = Field(1.0, ge=0, description="what this LoRA counts for when it joins the one below")
 
-    @model_validator(mode="after")
-    def _something(self):
-        if not self.rewards and self.perceptual is None:
-            raise ValueError("set rewards, or perceptual, or both")
-        return self
-
 
 def reward_losses(trainer: Trainer, rewards: list[Reward], pixels: Tensor, items: list) -> Losses:
     """Each reward's hinge loss on pictures (B, C, H, W) and what they are of; the mean rewards are logged."""
@@ -82,6 +76,8 @@ class Feedback(DirectTrainer):
 
     @classmethod
     def check(cls, config: RunSettings, settings: FeedbackSettings) -> None:
+        if not settings.rewards and settings.perceptual is None:
+            raise UserError("method = feedback: set feedback.rewards, or feedback.perceptual, or both")
         if config.roles.weights != "shared":
             raise UserError("method = feedback trains a LoRA on top of the student; set roles.weights=shared")
         if config.roles.lora_under is None and config.roles.student_from is None:

@@ -144,16 +144,12 @@ class TSCD(DirectTrainer):
         transition = self.sampler.transition
         whole = FewStepSampler(self.family.schedule, times, transition, self.sampler.eta)
         self.grid = SegmentGrid.of(whole, own.segments).to(self.family.device)
-        self.target = self._copy("consistency_target") if own.target_decay else self.roles.student
-        self.solver = self._copy("previous_stage") if own.teacher == "previous_stage" else self.roles.teacher
+        student, copied = self.roles.student, self.roles.frozen_like
+        self.target = copied(student, "consistency_target") if own.target_decay else student
+        self.solver = copied(student, "previous_stage") if own.teacher == "previous_stage" else self.roles.teacher
         self.looked_at: list[tuple[Tensor, ...]] = []
         if own.adversarial.weight:
             self.extra["discriminator"] = self._discriminator()
-
-    def _copy(self, name: str):
-        frozen = self.roles.frozen_like(self.roles.student, name)
-        frozen.load_portable_state_dict(self.roles.student.portable_state_dict())
-        return frozen
 
     def _discriminator(self) -> DiscriminatorHead:
         if not hasattr(self.roles.teacher, "features"):

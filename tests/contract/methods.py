@@ -19,8 +19,50 @@ METHODS = {
     "disback_swiftbrush": {
         "disback": {"base": "swiftbrush", "nodes": 2, "updates": 2, "hold": 1, "probe": 4, "guidance_scales": [1.5]}
     },
+    "boot": {"boot": {"delta": 100}},
+    "boot_heun_guided": {"boot": {"solver": "heun", "guidance_scale": 2.0, "progressive": 3}},
+    "tscd": {
+        "tscd": {"guidance_range": [1.0, 3.0], "end": "random", "huber_c": 1e-3, "offset_noise": 0.05},
+        "sampler": {"steps": 8, "also_steps": [1, 2, 4]},
+    },
+    "tscd_segments_adversarial": {
+        "tscd": {"segments": 4, "adversarial": {"weight": 0.1}, "teacher": "previous_stage"},
+        "sampler": {"steps": 4, "transition": "ode"},
+    },
+    "feedback": {
+        "feedback": {
+            "rewards": [{"reward": "judges:Brightness", "hinge": 2.0}],
+            "perceptual": {"model": "judges:Difference"},
+            "merge_ratio": 0.5,
+        },
+        "sampler": {"steps": 4, "also_steps": [2]},
+        "roles": {"student_from": "{teacher}"},
+    },
+    "enhance": {
+        "enhance": {
+            "mse_weight": 0.5,
+            "reference_steps": 2,
+            "hold_weight": 0.5,
+            "teacher": "previous_stage",
+            "rewards": [{"reward": "judges:Brightness", "hinge": 2.0}],
+        },
+        "dmd2": {"fake_score_updates": 2},
+        "sampler": {"steps": 4},
+    },
+    "regression": {"regression": {"count": 6, "shard": 4, "guidance_scale": 2.0}, "teacher": {"steps": 3}},
 }
 """Config sections by row; a row's method is the name up to the first underscore."""
 
 TEACHERS = ["unet2d", "stable_diffusion"]
-WEIGHTS = ["full", "shared", "mixed"]
+SCORE_ROWS = [row for row in METHODS if row.split("_")[0] in ("dmd2", "sim", "swiftbrush", "disback", "enhance")]
+DIRECT_ROWS = [row for row in METHODS if row not in SCORE_ROWS]
+
+
+def weights_of(row: str) -> list[str]:
+    """The ways to hold the roles that a row's method has."""
+    if row == "feedback":
+        return ["shared"]
+    return ["full", "shared", "mixed"] if row in SCORE_ROWS else ["full", "shared"]
+
+
+HELD = [(row, weights) for row in METHODS for weights in weights_of(row)]
