@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ def export_student(
     path: str | Path,
     provenance: dict[str, Any],
     dtype: torch.dtype | None = None,
+    also_steps: Sequence[int] = (),
 ) -> Path:
     """Write the student as a stock pipeline folder at ``path``, replacing what is there only when whole.
 
@@ -38,6 +39,7 @@ def export_student(
         role: the student; an adapter is merged into its base, and written beside as a LoRA file.
         provenance: JSON-able facts (method, teacher, updates, ...); ``steps`` and ``call`` are added.
         dtype: of the saved network; float32 by default.
+        also_steps: fewer steps that the student is meant for too.
 
     Raises:
         UserError: the sampler cannot be expressed, or the folder cannot be written.
@@ -45,7 +47,14 @@ def export_student(
     call = {"num_inference_steps": sampler.steps, **family.guidance_off}
     if sampler.transition == "tcd" and family.passes_eta:
         call["eta"] = sampler.eta
-    facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times), "call": call, **provenance}
+    facts = {
+        "version": __version__,
+        "steps": sampler.steps,
+        "times": list(sampler.times),
+        "call": call,
+        **also,
+        **provenance,
+    }
     network = family.fresh_network()
     network.load_state_dict(role.plain_state_dict())
     if dtype not in (None, torch.float32):
@@ -111,6 +120,8 @@ def model_card(name: str, pipeline, facts: dict[str, Any]) -> str:
     inputs = {"StableDiffusionPipeline": '"a photo of a cat"'}.get(type(pipeline).__name__)
     inputs = inputs or ("class_labels=[0]" if conditional else "batch_size=1")
     arguments = ", ".join([inputs, *(f"{k}={v}" for k, v in facts["call"].items())])
+    also = ", ".join(map(str, facts.get("also_steps") or []))
+    others = f" (this, or {also})" if also else ""
     settings = json.dumps({k: v for k, v in facts.items() if k != "call"}, indent=1, default=str)
     return f"""---
 library_name: diffusers
@@ -127,7 +138,7 @@ pipe = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER")
 image = pipe({arguments}).images[0]
 ```
 
-The number of steps and the absence of guidance are part of what was trained. The teacher's licence applies.
+The number of steps{others} and the absence of guidance are part of what was trained. The teacher's licence applies.
 
 <details><summary>How it was made</summary>
 

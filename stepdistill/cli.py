@@ -254,7 +254,8 @@ def _export(job, trainer, run) -> None:
     from stepdistill.trainers.job import provenance
 
     with trainer.averaged():
-        export_student(trainer.family, trainer.roles.student, trainer.sampler, run.student, provenance(job, trainer))
+        facts, also = provenance(job, trainer), job.config.sampler.also_steps
+        export_student(trainer.family, trainer.roles.student, trainer.sampler, run.student, facts, also_steps=also)
 
 
 def _evaluate_and_report(enabled: bool, run) -> None:
@@ -356,7 +357,10 @@ def export(
     with trainer.averaged() if average else contextlib.nullcontext():
         facts = provenance(job, trainer)
         target = output or folder / "student"
-        path = export_student(trainer.family, trainer.roles.student, trainer.sampler, target, facts, DTYPES[dtype])
+        also = job.config.sampler.also_steps
+        path = export_student(
+            trainer.family, trainer.roles.student, trainer.sampler, target, facts, DTYPES[dtype], also
+        )
     print(f"student {path}")
 
 

@@ -1,0 +1,101 @@
+"""Noise-sample pairs: what they hold, going on, growing, shares, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from stepdistill.denoiser import guided
+from stepdistill.errors import UserError
+from stepdistill.families import load_family
+from stepdistill.pairs import PairRecipe, PairSet, make_pairs
+from stepdistill.roles import LoRASettings, Roles, RolesSettings
+from stepdistill.sampler import ddim_times
+
+RECIPE = PairRecipe(count=10, shard=4, steps=3, guidance_scale=2.0, seed=5)
+ITEMS = [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return load_family(str(tiny.save_pixels(tmp_path_factory.mktemp("pairs") / "t", "v", labels=3, null=True)))
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def assert_same_tensors(a, b):
+    assert {path.name for path in a.iterdir()} == {path.name for path in b.iterdir()}
+    for path in a.iterdir():
+        ours, theirs = load_file(path), load_file(b / path.name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ("noise", "x0"))
+
+
+def test_a_pair_is_noise_and_the_teachers_deterministic_sample_of_it(family, tmp_path):
+    make_pairs(family, ITEMS, RECIPE, tmp_path, batch=3)
+    pairs = PairSet(tmp_path, family, ITEMS, RECIPE)
+    assert len(pairs) == 10 == len(pairs.items)
+    assert {path.name for path in tmp_path.iterdir()} == {f"pairs-0000{i}.safetensors" for i in range(3)}
+    assert pairs.noise.mean().abs() < 0.15
+    assert 0.9 < pairs.noise.std() < 1.1
+    x, schedule, condition = pairs.noise, family.schedule, family.encode_conditions(pairs.items)
+    times = ddim_times(schedule, 3)
+    with torch.no_grad():
+        for index, time in enumerate(times):
+            t = torch.full((10,), int(time))
+            x0 = guided(family.denoiser(), x, t, condition, family.null_condition(10), 2.0).x0
+            if index < 2:
+                x = schedule.step(x0, x, t, torch.full((10,), int(times[index + 1])))
+    torch.testing.assert_close(pairs.x0, x0, rtol=0, atol=1e-5)
+
+
+def test_what_is_there_is_kept_and_what_is_cut_short_is_made_again(family, tmp_path):
+    make_pairs(family, ITEMS, RECIPE, tmp_path, batch=4)
+    shutil.copytree(tmp_path, tmp_path.with_name("whole"))
+    whole = bytes_of(tmp_path)
+    (tmp_path / "pairs-00001.safetensors").write_bytes(whole["pairs-00001.safetensors"][:100])
+    (tmp_path / "pairs-00002.safetensors").unlink()
+    first = (tmp_path / "pairs-00000.safetensors").stat().st_mtime_ns
+    with pytest.raises(UserError, match=r"pairs-00001\.safetensors is missing; make it with: stepdistill pairs"):
+        PairSet(tmp_path, family, ITEMS, RECIPE)
+    make_pairs(family, ITEMS, RECIPE, tmp_path, batch=4)
+    assert_same_tensors(tmp_path, tmp_path.with_name("whole"))
+    assert (tmp_path / "pairs-00000.safetensors").stat().st_mtime_ns == first
+
+
+def test_machines_share_the_work_and_a_folder_may_grow(family, tmp_path):
+    make_pairs(family, ITEMS, RECIPE, tmp_path / "one", batch=4)
+    for index in range(2):
+        make_pairs(family, ITEMS, RECIPE, tmp_path / "two", batch=4, part=(index, 2))
+    assert_same_tensors(tmp_path / "one", tmp_path / "two")
+    more = PairRecipe(count=16, shard=4, steps=3, guidance_scale=2.0, seed=5)
+    make_pairs(family, ITEMS, more, tmp_path / "two", batch=4)
+    grown = PairSet(tmp_path / "two", family, ITEMS, more)
+    assert len(grown) == 16
+    before = PairSet(tmp_path / "one", family, ITEMS, RECIPE)
+    assert torch.equal(grown.noise[:10], before.noise)
+    torch.testing.assert_close(grown.x0[:10], before.x0)
+    assert grown.items[:10] == before.items
+
+
+def test_pairs_of_other_settings_or_another_teacher_are_refused(family, tmp_path):
+    make_pairs(family, ITEMS, RECIPE, tmp_path / "a", batch=4)
+    other = PairRecipe(count=10, shard=4, steps=4, guidance_scale=2.0, seed=5)
+    with pytest.raises(UserError, match="another teacher or other settings"):
+        make_pairs(family, ITEMS, other, tmp_path / "a", batch=4)
+    stranger = load_family(str(tiny.save_pixels(tmp_path / "t", "v", labels=3, null=True, seed=9)))
+    with pytest.raises(UserError, match="another teacher or other settings"):
+        PairSet(tmp_path / "a", stranger, ITEMS, RECIPE)
+
+
+def test_adapters_on_the_teacher_are_not_the_teacher(family, tmp_path):
+    """A run with LoRA roles reads the pairs that were made without."""
+    make_pairs(family, ITEMS, RECIPE, tmp_path / "pairs", batch=4)
+    again = load_family(str(tiny.save_pixels(tmp_path / "t", "v", labels=3, null=True)))
+    Roles(again, RolesSettings(weights="shared", lora=LoRASettings(rank=2)))
+    assert len(PairSet(tmp_path / "pairs", again, ITEMS, RECIPE)) == 10
