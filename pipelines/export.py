@@ -47,14 +47,9 @@ def export_student(
     call = {"num_inference_steps": sampler.steps, **family.guidance_off}
     if sampler.transition == "tcd" and family.passes_eta:
         call["eta"] = sampler.eta
-    facts = {
-        "version": __version__,
-        "steps": sampler.steps,
-        "times": list(sampler.times),
-        "call": call,
-        **also,
-        **provenance,
-    }
+    facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times), "call": call, **provenance}
+    if also_steps:
+        facts["also_steps"] = list(also_steps)
     network = family.fresh_network()
     network.load_state_dict(role.plain_state_dict())
     if dtype not in (None, torch.float32):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,16 @@ def load_reward(settings: RewardSettings, device: str | torch.device = "cpu") ->
     loaders = {"aesthetic": _aesthetic, "image_reward": _image_reward, "clip": _clip}
     score = loaders.get(settings.reward, _own)(settings, device)
     return Reward(settings.reward, settings.weight, settings.hinge, score)
+
+
+def load_rewards(settings: list[RewardSettings], device: str | torch.device = "cpu") -> list[Reward]:
+    """:func:`load_reward` for each; a second one of a name is called ``name#2``, and so on."""
+    loaded: list[Reward] = []
+    for own in settings:
+        reward = load_reward(own, device)
+        count = sum(other.name.split("#")[0] == reward.name for other in loaded)
+        loaded.append(replace(reward, name=f"{reward.name}#{count + 1}") if count else reward)
+    return loaded
 
 
 def _frozen(model: nn.Module, device: str | torch.device) -> nn.Module:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from stepdistill.config import Section
 from stepdistill.errors import UserError
-from stepdistill.rewards import RewardSettings, load_reward
+from stepdistill.rewards import RewardSettings, load_rewards
 from stepdistill.sampler import FewStepSampler
 from stepdistill.settings import RunSettings
 
@@ -79,7 +79,7 @@ class Enhance(DMD2):
     def build(self) -> None:
         super().build()
         own = self.config.enhance
-        self.rewards = [load_reward(reward, self.family.device) for reward in own.rewards]
+        self.rewards = load_rewards(own.rewards, self.family.device)
         self.decode = self.family.decoder(own.decoder)
         if own.mse_weight or own.hold_weight or own.teacher == "previous_stage":
             self.start = self.roles.frozen_like(self.roles.student, "stage_start")

@@ -30,7 +30,7 @@ from stepdistill.config import Section
 from stepdistill.errors import UserError
 from stepdistill.objectives.feedback import hinge_loss
 from stepdistill.perception import load_perceptual
-from stepdistill.rewards import Reward, RewardSettings, load_reward
+from stepdistill.rewards import Reward, RewardSettings, load_rewards
 from stepdistill.settings import RunSettings
 
 
@@ -109,7 +109,7 @@ class Feedback(DirectTrainer):
 
     def build(self) -> None:
         own = self.settings
-        self.rewards = [load_reward(reward, self.family.device) for reward in own.rewards]
+        self.rewards = load_rewards(own.rewards, self.family.device)
         self.perceptual = None
         if own.perceptual is not None:
             self.perceptual = load_perceptual(own.perceptual.model, self.family.device)
