@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from stepdistill.eval.prepare import FeatureConfig
 from stepdistill.trainers.job import read_job
+from stepdistill.trainers.recipe import is_recipe, make_recipe
 from stepdistill.trainers.teacher import TeacherConfig
 
 from stepdistill.config import check, read_yaml
@@ -50,6 +51,12 @@ def test_quickstart_runs_whole_on_a_small_scale(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_shipped_configs_are_valid(path):
+    raw = read_yaml(path)
+    if is_recipe(raw):
+        for stage in make_recipe(raw, str(path)).stages:
+            assert stage.passes > 0
+            assert stage.job.config.output.startswith("runs/")
+        return
     job = read_job(path)
     assert job.config.output.startswith("runs/")
 

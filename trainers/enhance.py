@@ -8,7 +8,8 @@ holds it near where the stage began, plus rewards as in ``feedback``:
 ``sampler.start`` is 999 for the unified LoRA and 800 for the dedicated one-step student (pure noise under the label
 800, whose output is less amplified).  The exported student has all of the sampler's steps; the others are not touched
 by this stage but through the shared weights, and ``hold_weight`` keeps them: the squared error to the student as the
-stage began, at noised samples of its own at the other steps' times.
+stage began, at noised samples of its own at the other steps' times.  Beyond the paper, ``train_steps: all`` enhances
+them too: every update draws one of the numbers of steps and one of its steps, by DMD2's backward simulation.
 
 The paper gives neither the weight nor the target of its MSE term.  Here x0_ref is the student as the stage began, from
 the same noise in ``reference_steps`` steps (1: no drift; more: its own few-step picture).  Which model scores the real
@@ -34,6 +35,7 @@ from stepdistill.settings import RunSettings
 
 
 class EnhanceSettings(Section):
+    train_steps: Literal["first", "all"] = Field("first", description="the first step alone, or any of any number")
     mse_weight: float = Field(0.0, ge=0, description="of the squared error to x0_ref; 0 is none")
     reference_steps: int = Field(1, ge=1, description="steps of the student as the stage began that make x0_ref")
     hold_weight: float = Field(0.0, ge=0, description="of the squared error at the other steps' times; 0 is none")
@@ -65,6 +67,8 @@ class Enhance(DMD2):
             raise UserError(
                 f"enhance.reference_steps = {own.reference_steps}: not a divisor of sampler.steps = {steps}"
             )
+        if own.mse_weight and own.train_steps == "all":
+            raise UserError("enhance.mse_weight: its reference starts from pure noise; with train_steps = all set 0")
         if own.hold_weight and steps == 1:
             raise UserError("enhance.hold_weight: a student of one step has no others to hold; remove it")
 
@@ -73,6 +77,7 @@ class Enhance(DMD2):
         """DMD2's for one step, x0_ref, and 4 where the other steps are held (its input's pass goes with them)."""
         own, k = config.enhance, settings.fake_score_updates
         rollouts = k * (config.sampler.steps - 1) / 2
+        rollouts -= k * sum((steps - 1) / 2 for steps in cls.counts(config)) / len(cls.counts(config))
         reference = own.reference_steps if own.mse_weight else 0
         return super().passes_per_update(config, settings) - rollouts + reference + (4 if own.hold_weight else 0)
 
@@ -90,9 +95,19 @@ class Enhance(DMD2):
     def first_step(self) -> FewStepSampler:
         return self.sampler.in_steps(1)
 
+    @classmethod
+    def counts(cls, config: RunSettings) -> list[int]:
+        """The numbers of steps that are trained."""
+        own = config.sampler
+        return [*own.also_steps, own.steps] if config.enhance.train_steps == "all" else [1]
+
     @torch.no_grad()
     def student_input(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Pure noise at the first time, whatever the number of steps."""
+        """Pure noise at the first time, or what a rollout in one of the numbers of steps meets."""
+        if self.config.enhance.train_steps == "all":
+            counts = self.counts(self.config)
+            steps = counts[self.noise.shared_randint(0, len(counts) - 1)]
+            return self.simulated_input(self.sampler.in_steps(steps), batch)
         return self.first_step.start(batch.noise), self.first_step.time(0, batch.noise)
 
     def student_losses(self, x0: Tensor, batch: Batch) -> Losses:

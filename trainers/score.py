@@ -22,6 +22,7 @@ from stepdistill.config import Section
 from stepdistill.denoiser import Condition, Prediction, guided
 from stepdistill.families.base import Family
 from stepdistill.objectives.denoising import denoising_loss
+from stepdistill.sampler import FewStepSampler
 from stepdistill.settings import RunSettings
 
 Scale = float | Tensor
@@ -168,7 +169,12 @@ class ScoreTrainer(Trainer):
         Backward simulation (2405.14867 section 4.5): the exit step is shared by all; the rollout starts from new noise,
         and the batch's own noise is the last that is added.
         """
-        sampler, student = self.sampler, self.roles.student
+        return self.simulated_input(self.sampler, batch)
+
+    @torch.no_grad()
+    def simulated_input(self, sampler: FewStepSampler, batch: Batch) -> tuple[Tensor, Tensor]:
+        """:meth:`student_input` for any sampler of the student's."""
+        student = self.roles.student
         exit_index = self.noise.shared_randint(0, sampler.steps - 1)
         if exit_index == 0 or sampler.transition == "ode":
             return sampler.rollout(student, batch.noise, batch.condition, exit_index, self.noise.randn_like)
