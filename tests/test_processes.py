@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -42,6 +43,41 @@ ROWS = {
         "settings": {"disback": {"nodes": 2, "updates": 3, "hold": 1, "probe": 5}, "dmd2": {"fake_score_updates": 1}},
         "recorded": 3,
     },
+    "boot": {
+        "method": "boot",
+        "teacher": "pixels",
+        "roles": {"weights": "full"},
+        "settings": {"boot": {"guidance_scale": 2.0, "solver": "heun", "weight_floor": 1.0}},
+        "gradients": UPDATES,
+    },
+    "tscd-shared-adversarial": {
+        "method": "tscd",
+        "teacher": "pixels",
+        "roles": {"weights": "shared", "lora": {"rank": 2}},
+        "settings": {
+            "tscd": {"end": "random", "guidance_range": [1.0, 3.0], "adversarial": {"weight": 0.1}},
+            "data": {"images": {"npz": "{root}/images.npz"}},
+        },
+        "accumulation": 2,
+        "gradients": 2 * UPDATES,
+    },
+    "enhance-all-steps": {
+        "method": "enhance",
+        "teacher": "pixels",
+        "roles": {"weights": "shared", "lora": {"rank": 2}},
+        "sampler": {"steps": 4, "also_steps": [1, 2]},
+        "settings": {
+            "enhance": {"train_steps": "all", "hold_weight": 0.5, "teacher": "previous_stage"},
+            "dmd2": {"fake_score_updates": 1},
+        },
+    },
+    "regression": {
+        "method": "regression",
+        "teacher": "pixels",
+        "roles": {"weights": "full"},
+        "settings": {"regression": {"pairs": "{root}/pairs", "count": 8, "shard": 2, "pair_batch": 2}},
+        "gradients": UPDATES,
+    },
 }
 """What is run; a method or family joins by adding a row."""
 
@@ -71,7 +107,7 @@ def raw_config(row: dict, root: Path, batch: int) -> dict:
     if row.get("gan"):
         own["gan"] = {"student_weight": 0.01}
         raw["data"] = {"images": {"npz": str(root / "images.npz")}}
-    return raw
+    return json.loads(json.dumps(raw).replace("{root}", str(root)))
 
 
 def train(row: dict, root: Path, batch: int) -> tuple[dict, dict]:
@@ -155,7 +191,7 @@ def test_gradients_are_the_single_process_ones(results, name):
     assert [r["world"] for r in ranks] == [2, 2]
     assert single[1]["world"] == 1
     gradients = single[0]
-    assert len(gradients) == 2 * UPDATES + ROWS[name].get("recorded", 0)
+    assert len(gradients) == ROWS[name].get("gradients", 2 * UPDATES) + ROWS[name].get("recorded", 0)
     for rank in ranks:
         assert rank["gradients"].keys() == gradients.keys()
         for key, expected in gradients.items():
@@ -183,7 +219,7 @@ def test_draws_and_data_positions_are_the_single_process_ones(results, name):
 def test_weights_are_the_single_process_ones(results, name):
     rank, (_, single) = results[0][name][0], results[1][name]
     for key, expected in single["tensors"].items():
-        if key.split("/")[0] in ("student", "fake_score", "discriminator", "ema"):
+        if key.split("/")[0] in ("consistency_target", "student", "fake_score", "discriminator", "ema"):
             torch.testing.assert_close(rank["tensors"][key], expected, rtol=0, atol=1e-6, msg=key)
 
 

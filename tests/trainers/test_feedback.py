@@ -210,6 +210,23 @@ def test_the_first_step_alone_is_trained_whatever_the_number_of_steps(teacher, t
         assert t.tolist() == [999] * 4
 
 
+def test_all_steps_are_trained_by_their_own_rollouts(teacher, tmp_path):
+    """Any number of steps and any of its steps; each input's noise level is its time's."""
+    trainer = trainer_of(
+        teacher,
+        tmp_path,
+        "enhance",
+        sampler={"steps": 4, "also_steps": [1, 2]},
+        dmd2={"fake_score_updates": 1},
+        enhance={"train_steps": "all"},
+    )
+    times = [int(trainer.student_input(trainer.next_batch())[1][0]) for _ in range(60)]
+    assert set(times) == {999, 749, 499, 249}
+    assert times.count(999) > times.count(499) > 0  # a third of the draws have one step alone
+    with pytest.raises(UserError, match=r"enhance\.mse_weight"):
+        trainer_of(teacher, tmp_path, "enhance", enhance={"train_steps": "all", "mse_weight": 1.0})
+
+
 def test_enhancement_without_its_terms_is_dmd2_of_one_step_bit_for_bit(teacher, tmp_path):
     plain = trainer_of(teacher, tmp_path, "dmd2", dmd2={"fake_score_updates": 2})
     ours = trainer_of(teacher, tmp_path, "enhance", dmd2={"fake_score_updates": 2})
