@@ -139,7 +139,7 @@ def strategic_step(
     ``x_s = alpha_s x0 + sigma_s eps`` at ``s = floor((1 - eta) following)``, then from s up with fresh noise z:
     ``(alpha/alpha_s) x_s + sqrt(1 - (alpha/alpha_s)^2) z``.
     """
-    s = torch.floor((1 - eta) * following.double()).to(following.dtype)
+    s = torch.floor((1 - eta) * following).to(following.dtype)  # in float32, as the stock scheduler has it
     return renoised(schedule, schedule.step(x0, x_t, t, s), s, following, draw(x0))
 
 

@@ -171,9 +171,10 @@ class Schedule(abc.ABC):
         return (x_t + (alpha_s - alpha_t) * (at_t + at_s) / 2 + (sigma_s - sigma_t) * eps / 2).to(x_t.dtype)
 
     def to_signal(self, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """BOOT's signal ``y_t = (x_t - sigma_t eps) / alpha_t`` with the path's own starting noise (2306.05544)."""
+        """BOOT's signal ``y_t = (x_t - sigma_t eps) / alpha_t`` with the path's own starting noise (2306.05544); t below
+        the pure noise of a schedule that ends there, where alpha is 0."""
         alpha, sigma = self._coefficients(x_t, t)
-        return ((x_t - sigma * eps) / alpha.clamp(min=ALPHA_MIN)).to(x_t.dtype)
+        return ((x_t - sigma * eps) / alpha).to(x_t.dtype)
 
     def signal_weight(self, t: Tensor, s: Tensor) -> Tensor:
         """``w(t, s) = 1 - alpha_t sigma_s / (sigma_t alpha_s)`` (B,) in float64: how far the signal moves towards the

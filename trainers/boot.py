@@ -78,6 +78,11 @@ class BOOT(DirectTrainer):
     def check_family(cls, settings: BOOTSettings, family: Family) -> None:
         if settings.guidance_scale != 1:
             family.null_condition(1)
+        last = family.schedule.num_levels - 1
+        if settings.min_level + settings.delta > last:
+            raise UserError(
+                f"boot.min_level = {settings.min_level} and delta = {settings.delta}: the teacher's levels end at {last}"
+            )
         if isinstance(family.schedule, VPSchedule) and settings.min_level == 0:
             raise UserError("boot.min_level = 0: the stock scheduler cannot be told timestep 0; set 1 or more")
 

@@ -26,6 +26,8 @@ the offset noise.  Whether a later stage's teacher is the base model or the stag
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -115,8 +117,8 @@ class TSCD(DirectTrainer):
                 "its segment's start, so it moves along the ODE; set sampler.transition=ode"
             )
         grid = cls.grid_times(config, family)
-        starts = {grid[own.grid - edge] for edge in edges(own.grid, own.segments)[1:]}
-        if not starts <= set(sampler.times) <= set(grid):
+        starts = [grid[own.grid - edge] for edge in edges(own.grid, own.segments)[1:]]
+        if not (_among(starts, sampler.times) and _among(sampler.times, grid)):
             raise UserError(
                 f"sampler.steps = {sampler.steps}: its times are not points of tscd.grid = {own.grid} with every edge "
                 f"of the {own.segments} segments among them; take a multiple of the segments that divides the grid, "
@@ -269,6 +271,11 @@ class TSCD(DirectTrainer):
         super().restore(tensors, meta, where)
         for name, role in self._frozen().items():
             role.load_state_dict(tensors.get(name, {}))
+
+
+def _among(times: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether each of ``times`` is one of ``others``, to rounding."""
+    return all(any(math.isclose(time, other, rel_tol=1e-9) for other in others) for time in times)
 
 
 def _joined(features: Tensor, beside: Tensor | None) -> Tensor:

@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import torch
 import yaml
 from console import stepdistill
 from stepdistill.eval.curves import at, curves_table
+from stepdistill.trainers.base import RealSource
 from stepdistill.trainers.compare import CURVE
 from toys import toy_family, toy_trainer
 
 from stepdistill.analytic import GaussianMixture
+from stepdistill.config import merge
+from stepdistill.data import ImageSet
 
 SMALL = {
     "teacher": {"path": "asset:fashion_mnist/teacher", "steps": 2},
@@ -154,7 +158,7 @@ def test_the_budget_ends_with_a_student_update_that_is_watched(limit):
         ("swiftbrush", {"guidance_range": [0.5, 4.0]}, 1, 4 * 1 + 6),
     ],
 )
-def test_passes_of_an_update_are_what_the_readme_says(method, settings, k, expected):
+def test_passes_of_an_update_are_what_the_readme_and_the_plan_say(method, settings, k, expected):
     family = toy_family(GaussianMixture([[-1.0], [1.0]], 0.05, labels=[0, 1]))
     family.teacher_denoiser = lambda: None  # the network is the teacher, so its passes count
     own = {method: {"fake_score_updates": k, **settings}}
@@ -164,6 +168,43 @@ def test_passes_of_an_update_are_what_the_readme_says(method, settings, k, expec
         trainer.iteration()
         trainer.counters["iteration"] += 1
     assert trainer.passes == 8 * expected
+    assert trainer.passes_per_update(trainer.config, trainer.settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "expected"),
+    [
+        ("boot", {}, 9),
+        ("boot", {"boot": {"guidance_scale": 2.0}}, 11),
+        ("boot", {"boot": {"solver": "heun"}}, 10),
+        ("boot", {"boot": {"solver": "heun", "guidance_scale": 2.0}}, 13),
+        ("tscd", {}, 5),
+        ("tscd", {"tscd": {"guidance_scale": 2.0}}, 6),
+        ("tscd", {"tscd": {"adversarial": {"weight": 0.1}}}, 9),
+        ("tscd", {"tscd": {"adversarial": {"weight": 0.1, "conditional": False}}}, 8),
+        ("regression", {"regression": {"count": 16}}, 3),
+        ("enhance", {"dmd2": {"fake_score_updates": 1}, "enhance": {"mse_weight": 1.0, "hold_weight": 1.0}}, 13),
+    ],
+)
+def test_passes_of_the_methods_without_a_fake_score(method, changes, expected, tmp_path):
+    mixture = GaussianMixture([[-1.0], [1.0]], 0.05, labels=[0, 1])
+    family = toy_family(mixture)
+    family.teacher_denoiser = lambda: None  # the network is the teacher, so its passes count
+    real = None
+    if method == "tscd":
+        changes = merge({"data": {"images": {"npz": "unused"}}}, changes)
+        images = ImageSet("noise", None, 32, [0, 1] * 16, "")
+        real = RealSource(family, images, torch.randn(32, 1, 1, 1), 0)
+    if method == "enhance":
+        changes = merge({"sampler": {"steps": 4}}, changes)
+    if method == "regression":
+        changes = merge({"output": str(tmp_path / "run"), "teacher": {"steps": 2}}, changes)
+    trainer = toy_trainer(family, real, method=method, train={"updates": 3}, **changes)
+    trainer.prepare()
+    before = trainer.passes
+    trainer.iteration()
+    assert trainer.passes - before == 8 * expected
+    assert trainer.passes_per_update(trainer.config, trainer.settings) == expected
 
 
 def test_curve_values_are_the_last_at_or_before():
