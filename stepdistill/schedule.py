@@ -171,8 +171,8 @@ class Schedule(abc.ABC):
         return (x_t + (alpha_s - alpha_t) * (at_t + at_s) / 2 + (sigma_s - sigma_t) * eps / 2).to(x_t.dtype)
 
     def to_signal(self, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """BOOT's signal ``y_t = (x_t - sigma_t eps) / alpha_t`` with the path's own starting noise (2306.05544); t below
-        the pure noise of a schedule that ends there, where alpha is 0."""
+        """BOOT's signal ``y_t = (x_t - sigma_t eps) / alpha_t`` with the path's own starting noise (2306.05544), at t
+        below pure noise, where alpha would be 0."""
         alpha, sigma = self._coefficients(x_t, t)
         return ((x_t - sigma * eps) / alpha).to(x_t.dtype)
 

@@ -13,6 +13,10 @@ and T is ever trained.)  The fixed point is the DDIM recursion from ``y_T = f(ep
 the paper's ``delta lambda'_t`` makes each step exactly DDIM's.  ``solver: heun`` takes a second-order step instead
 (``Schedule.trapezoid_step``, in x, then read as a signal).
 
+The floor does not move the fixed point but weighs the labels: where t is clipped to T the steps are tiny, and with a
+floor of 1e-4 the labels next to T hold half of the loss on Stable Diffusion's schedule; on a 2-D mixture 0.1 brought
+the error at the lowest label from 0.11 to 0.065.
+
 The student is a copy of the teacher whose output is read with the coefficients of T for every label
 (``Role.signal``), so it starts with the boundary loss at 0.
 
@@ -49,7 +53,7 @@ class BOOTSettings(Section):
     delta: int = Field(50, ge=1, le=999, description="levels (of 1000) from s up to t")
     min_level: int = Field(1, ge=0, le=998, description="the lowest label, where the student is read")
     boundary_weight: float = Field(0.1, ge=0, description="of L_BC")
-    weight_floor: float = Field(1e-4, gt=0, description="of w^2 in the loss's weight 1/w^2")
+    weight_floor: float = Field(0.1, gt=0, description="of w^2 in the loss's weight 1/w^2")
     solver: Literal["euler", "heun"] = Field("euler", description="the teacher's step: DDIM's, or second order")
     progressive: int = Field(
         0, ge=0, description="student updates over which the range of s grows from T down to min_level; 0: all at once"
@@ -81,7 +85,7 @@ class BOOT(DirectTrainer):
         last = family.schedule.num_levels - 1
         if settings.min_level + settings.delta > last:
             raise UserError(
-                f"boot.min_level = {settings.min_level} and delta = {settings.delta}: the teacher's levels end at {last}"
+                f"boot.min_level = {settings.min_level}, delta = {settings.delta}: the teacher's levels end at {last}"
             )
         if isinstance(family.schedule, VPSchedule) and settings.min_level == 0:
             raise UserError("boot.min_level = 0: the stock scheduler cannot be told timestep 0; set 1 or more")

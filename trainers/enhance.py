@@ -9,7 +9,7 @@ holds it near where the stage began, plus rewards as in ``feedback``:
 800, whose output is less amplified).  The exported student has all of the sampler's steps; the others are not touched
 by this stage but through the shared weights, and ``hold_weight`` keeps them: the squared error to the student as the
 stage began, at noised samples of its own at the other steps' times.  Beyond the paper, ``train_steps: all`` enhances
-them too: every update draws one of the numbers of steps and one of its steps, by DMD2's backward simulation.
+them too: every update draws one step of one of the numbers of steps, all alike, by DMD2's backward simulation.
 
 The paper gives neither the weight nor the target of its MSE term.  Here x0_ref is the student as the stage began, from
 the same noise in ``reference_steps`` steps (1: no drift; more: its own few-step picture).  Which model scores the real
@@ -18,6 +18,7 @@ side is ambiguous there: ``teacher: base``, or ``previous_stage`` for the consis
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -77,7 +78,8 @@ class Enhance(DMD2):
         """DMD2's for one step, x0_ref, and 4 where the other steps are held (its input's pass goes with them)."""
         own, k = config.enhance, settings.fake_score_updates
         rollouts = k * (config.sampler.steps - 1) / 2
-        rollouts -= k * sum((steps - 1) / 2 for steps in cls.counts(config)) / len(cls.counts(config))
+        counts = cls.counts(config)
+        rollouts -= k * sum(steps * (steps - 1) / 2 for steps in counts) / sum(counts)
         reference = own.reference_steps if own.mse_weight else 0
         return super().passes_per_update(config, settings) - rollouts + reference + (4 if own.hold_weight else 0)
 
@@ -106,7 +108,8 @@ class Enhance(DMD2):
         """Pure noise at the first time, or what a rollout in one of the numbers of steps meets."""
         if self.config.enhance.train_steps == "all":
             counts = self.counts(self.config)
-            steps = counts[self.noise.shared_randint(0, len(counts) - 1)]
+            draw = self.noise.shared_randint(0, sum(counts) - 1)
+            steps = next(n for n, last in zip(counts, accumulate(counts), strict=True) if draw < last)
             return self.simulated_input(self.sampler.in_steps(steps), batch)
         return self.first_step.start(batch.noise), self.first_step.time(0, batch.noise)
 

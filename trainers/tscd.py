@@ -118,11 +118,14 @@ class TSCD(DirectTrainer):
             )
         grid = cls.grid_times(config, family)
         starts = [grid[own.grid - edge] for edge in edges(own.grid, own.segments)[1:]]
-        if not (_among(starts, sampler.times) and _among(sampler.times, grid)):
+        for key, steps in [("steps", sampler.steps), *(("also_steps", n) for n in config.sampler.also_steps)]:
+            times = sampler.in_steps(steps).times
+            if _among(starts, times) and _among(times, grid):
+                continue
             raise UserError(
-                f"sampler.steps = {sampler.steps}: its times are not points of tscd.grid = {own.grid} with every edge "
+                f"sampler.{key} = {steps}: its times are not points of tscd.grid = {own.grid} with every edge "
                 f"of the {own.segments} segments among them; take a multiple of the segments that divides the grid, "
-                f"and a grid that divides the {family.schedule.num_levels} levels"
+                "and a grid that divides the schedule's levels up to the start"
             )
         return sampler
 

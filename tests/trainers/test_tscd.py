@@ -478,7 +478,8 @@ def one_line(says, make, **changes):
         ({"segments": 4, "sampler": {"steps": 1}}, r"sampler\.steps = 1"),
         ({"segments": 4, "sampler": {"steps": 16}}, r"sampler\.steps = 16"),
         ({"points": 20, "segments": 4, "sampler": {"steps": 8}}, r"sampler\.steps = 8"),
-        ({"points": 24, "segments": 8}, r"sampler\.steps = 8: .*grid = 24.*1000 levels"),
+        ({"points": 24, "segments": 8}, r"sampler\.steps = 8: .*grid = 24.*schedule's levels"),
+        ({"segments": 4, "sampler": {"steps": 4, "also_steps": [2]}}, r"sampler\.also_steps = 2"),
         ({"points": 40, "sampler": {"steps": 3}}, r"sampler\.steps = 3"),
     ],
 )
@@ -606,7 +607,7 @@ def test_four_stages_in_turn_reach_the_teachers_samples_in_fewer_and_fewer_steps
             last = {k: v.clone() for k, v in trainer.roles.student.state_dict().items()}
         rmse = [(x - wanted).square().mean().sqrt().item() for x in (before, after)]
         found[segments] = (*rmse, energy_distance(before, truth), energy_distance(after, truth))
-    bounds = {8: (0.18, 0.015), 4: (0.18, 0.015), 2: (0.2, 0.02), 1: (0.28, 0.04)}
+    bounds = {8: (0.18, 0.015), 4: (0.18, 0.015), 2: (0.22, 0.025), 1: (0.3, 0.045)}
     for segments, (rmse, distance) in bounds.items():
         before, after, far, near = found[segments]
         assert after < rmse, found
