@@ -102,6 +102,13 @@ class Reward:
         return self.weight * hinge_loss(self(pixels, items), self.hinge)
 
 
+class Brightness(nn.Module):
+    """The mean of a picture's pixels, in [-1, 1], (B,): ``stepdistill.rewards:Brightness``, to try things with."""
+
+    def forward(self, pixels: Tensor, items: list) -> Tensor:
+        return pixels.flatten(1).mean(1)
+
+
 class AestheticHead(nn.Module):
     """LAION's aesthetic predictor: embeddings (B, E) of any length to scores (B,), about 1 to 10.
 
