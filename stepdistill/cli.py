@@ -153,7 +153,8 @@ def _train(job, run, resume: bool, before=None) -> bool:
             run.create(config, config.seed)
         for other in job.unused:
             print(f"note: the section '{other}' is not used by method {job.method.name}")
-        if config.data.images is not None and not job.method.wants_images(job.settings):
+        alone = job.cache is None  # a recipe's sections and images are for some of its stages
+        if alone and config.data.images is not None and not job.method.wants_images(job.settings):
             print(f"note: data.images is not used: these settings of {job.method.name} train without real images")
         accelerator.init_trackers("stepdistill")
     accelerator.wait_for_everyone()

@@ -181,7 +181,7 @@ def make_recipe(raw: dict[str, Any], where: str = "config") -> Recipe:
         stage["evaluation"] = {**(common.get("evaluation") or {}), **(own.get("evaluation") or {})}
         if source is not None:
             stage["roles"] = _taken(settings, stage.get("roles") or {}, stage.get("method"), source, label)
-        job = replace(make_job(stage, f"{label} ({settings.name})"), cache=Path(output) / CACHE)
+        job = replace(make_job(stage, f"{label} ({settings.name})"), cache=Path(output) / CACHE, unused=())
         stages.append(Stage(settings, job, source))
     return Recipe(raw, Path(output), stages)
 
