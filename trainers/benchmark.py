@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from stepdistill.trainers.base import Trainer
@@ -31,22 +32,22 @@ class Call:
     x: Tensor
     time: Tensor
     condition: Condition
-    features: bool
+    how: Literal["prediction", "features", "signal"]
     to_weights: bool
     to_input: bool
 
     @property
     def name(self) -> str:
         backward = "+backward" if self.to_weights else "+backward to input" if self.to_input else ""
-        return f"{self.role.name}{' (encoder)' if self.features else ''} forward{backward}"
+        return f"{self.role.name}{' (encoder)' if self.how == 'features' else ''} forward{backward}"
 
     def replay(self) -> None:
         """The pass alone."""
         x = self.x.detach().requires_grad_(self.to_input)
         with torch.set_grad_enabled(self.to_weights or self.to_input):
-            run = self.role.features if self.features else self.role
+            run = self.role if self.how == "prediction" else getattr(self.role, self.how)
             output = run(x, self.time, self.condition)
-            output = output if self.features else output.output
+            output = output.output if self.how == "prediction" else output
         if self.to_weights:
             output.backward(torch.ones_like(output))
             for parameter in self.role.parameters().values():
@@ -59,14 +60,21 @@ def record(trainer: Trainer, run: Callable[[], None]) -> list[Call]:
     """The network passes that ``run`` makes."""
     calls: list[Call] = []
     inside = {"features": False}
-    own_call, own_features = Role.__call__, Role.features
+    own_call, own_features, own_signal = Role.__call__, Role.features, Role.signal
+
+    def note(role: Role, x: Tensor, t: Tensor, condition: Condition, how: str) -> None:
+        grad = torch.is_grad_enabled()
+        to_input = grad and x.requires_grad
+        to_weights = grad and role.trains and not to_input
+        calls.append(Call(role, x.detach(), t, condition, how, to_weights, to_input))
 
     def call(role: Role, x_t: Tensor, t: Tensor, condition: Condition):
-        grad = torch.is_grad_enabled()
-        to_input = grad and x_t.requires_grad
-        to_weights = grad and role.trains and not to_input
-        calls.append(Call(role, x_t.detach(), t, condition, inside["features"], to_weights, to_input))
+        note(role, x_t, t, condition, "features" if inside["features"] else "prediction")
         return own_call(role, x_t, t, condition)
+
+    def signal(role: Role, eps: Tensor, t: Tensor, condition: Condition):
+        note(role, eps, t, condition, "signal")
+        return own_signal(role, eps, t, condition)
 
     def features(role: Role, *arguments):
         inside["features"] = True
@@ -75,11 +83,11 @@ def record(trainer: Trainer, run: Callable[[], None]) -> list[Call]:
         finally:
             inside["features"] = False
 
-    Role.__call__, Role.features = call, features
+    Role.__call__, Role.features, Role.signal = call, features, signal
     try:
         run()
     finally:
-        Role.__call__, Role.features = own_call, own_features
+        Role.__call__, Role.features, Role.signal = own_call, own_features, own_signal
     return calls
 
 
