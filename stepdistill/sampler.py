@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stepdistill.denoiser import Condition, Denoiser
 from stepdistill.errors import UserError
-from stepdistill.schedule import EDMSchedule, FlowSchedule, Schedule, VPSchedule, expand
+from stepdistill.schedule import EDMSchedule, FlowSchedule, Schedule, VPSchedule, noise_up
 
 if TYPE_CHECKING:
     from stepdistill.roles import Role
@@ -144,17 +144,8 @@ def strategic_step(
 
 
 def renoised(schedule: Schedule, x_s: Tensor, s: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_s (B, ...) taken up to the higher noise level t (B,) by fresh noise: x_t given x_s in the forward process.
-
-    ``x_t = r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) noise`` with ``r = alpha_t / alpha_s``.
-    """
+    """x_s (B, ...) at time s (B,) taken up to the noisier time t (B,) by fresh noise: ``schedule.noise_up``."""
     return noise_up(x_s, schedule.alpha_sigma(s), schedule.alpha_sigma(t), noise)
-
-
-def noise_up(x_s: Tensor, low: tuple[Tensor, Tensor], high: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
-    ratio = high[0] / low[0]
-    spread = (high[1] ** 2 - (ratio * low[1]) ** 2).clamp(min=0).sqrt()
-    return (expand(ratio, x_s) * x_s + expand(spread, x_s) * noise).to(x_s.dtype)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,17 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.to(device=like.device, dtype=dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def noise_up(x_s: Tensor, low: tuple[Tensor, Tensor], high: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
+    """x_t given x_s in the forward process, for a noisier t: ``x_t = r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) noise``
+    with ``r = alpha_t / alpha_s`` (2006.11239, eq. 2 from s in place of 0).
+
+    x_s and unit normal noise: (B, ...); low, high: alpha and sigma (B,) at s and at t.
+    """
+    ratio = high[0] / low[0]
+    spread = (high[1] ** 2 - (ratio * low[1]) ** 2).clamp(min=0).sqrt()
+    return (expand(ratio, x_s) * x_s + expand(spread, x_s) * noise).to(x_s.dtype)
+
+
 class Schedule(abc.ABC):
     """alpha and sigma as functions of t, and how a network is fed at t.
 

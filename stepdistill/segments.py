@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepdistill.sampler import FewStepSampler, noise_up
-from stepdistill.schedule import expand
+from stepdistill.sampler import FewStepSampler
+from stepdistill.schedule import expand, noise_up
 
 
 def edges(points: int, segments: int) -> list[int]:

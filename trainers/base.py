@@ -221,11 +221,17 @@ class Trainer(abc.ABC):
         Raises:
             UserError: steps or a start that the schedule has not.
         """
-        own, start = config.sampler, config.sampler.start
-        if own.init_sigma is not None:
-            start = family.schedule.at_noise_ratio(torch.tensor([own.init_sigma])).item()
-        times = few_step_times(family.schedule, own.steps, start)
+        own = config.sampler
+        times = few_step_times(family.schedule, own.steps, cls.first_time(config, family))
         return FewStepSampler(family.schedule, times, own.transition, own.eta)
+
+    @staticmethod
+    def first_time(config: RunSettings, family: Family) -> float | None:
+        """The first step's time as the config names it, None for the schedule's own."""
+        own = config.sampler
+        if own.init_sigma is None:
+            return own.start
+        return family.schedule.at_noise_ratio(torch.tensor([own.init_sigma])).item()
 
     @classmethod
     @abc.abstractmethod

@@ -68,7 +68,7 @@ class Feedback(DirectTrainer):
     title = "human feedback: rewards with hinges on the student's pictures, a LoRA of its own (2404.13686)"
     Settings = FeedbackSettings
     settings: FeedbackSettings
-    defaults = {"roles": {"weights": "shared"}, "feedback": {}}
+    defaults = {"roles": {"weights": "shared"}}
 
     @classmethod
     def wants_images(cls, settings: FeedbackSettings) -> bool:

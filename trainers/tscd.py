@@ -132,10 +132,7 @@ class TSCD(DirectTrainer):
     @classmethod
     def grid_times(cls, config: RunSettings, family: Family) -> tuple[float, ...]:
         """The grid's times, descending: those of the sampler with as many steps."""
-        schedule, start = family.schedule, config.sampler.start
-        if config.sampler.init_sigma is not None:
-            start = schedule.at_noise_ratio(torch.tensor([config.sampler.init_sigma])).item()
-        return few_step_times(schedule, config.tscd.grid, start)
+        return few_step_times(family.schedule, config.tscd.grid, cls.first_time(config, family))
 
     @classmethod
     def passes_per_update(cls, config: RunSettings, settings: TSCDSettings) -> float:

@@ -2,6 +2,7 @@
 and that four stages in turn arrive.  Closed forms and the adversarial part have files of their own."""
 
 import math
+import re
 
 import pytest
 import scipy.stats
@@ -484,7 +485,10 @@ def one_line(says, make, **changes):
     ],
 )
 def test_settings_that_do_not_go_together(changes, says):
-    one_line(says, trainer_of, **changes)
+    with pytest.raises(UserError) as error:
+        trainer_of(**changes)
+    assert re.search(says, str(error.value))
+    assert "\n" not in str(error.value)
 
 
 def test_data_and_weights_that_do_not_do():
