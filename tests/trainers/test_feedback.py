@@ -278,6 +278,9 @@ def test_the_other_steps_are_held_to_where_the_stage_began(teacher, tmp_path):
 def test_the_real_score_may_be_the_stage_before(teacher, tmp_path):
     trainer = enhance(teacher, tmp_path, teacher="previous_stage")
     shake(trainer.roles.student)
+    with torch.no_grad():  # a stage before that is not the teacher
+        for parameter in trainer.start.switch.parameters("stage_start").values():
+            parameter.add_(0.1)
     x0 = torch.randn(4, *trainer.family.sample_shape)
     batch = trainer.next_batch()
     state = trainer.noise.get_state()
@@ -287,7 +290,9 @@ def test_the_real_score_may_be_the_stage_before(teacher, tmp_path):
     x_t = trainer.family.schedule.add_noise(x0, trainer.noise.randn_like(x0), t)
     with torch.no_grad():
         said = [role(x_t, t, batch.condition).x0 for role in (trainer.start, trainer.roles.fake_score)]
+        base = trainer.family.denoiser()(x_t, t, batch.condition).x0
     torch.testing.assert_close(found, distribution_matching_gradient(x0, *said))
+    assert (said[0] - base).abs().max() > 1e-2
 
 
 def test_pure_noise_under_the_label_800():
