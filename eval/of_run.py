@@ -26,12 +26,14 @@ def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
     scale = own["teacher_guidance_scale"]
     if scale is None and own_scale(config) != 1:
         scale = own_scale(config)
+    also = sorted(config["sampler"].get("also_steps") or [], reverse=True)
+    students = [Target("student", run / "student", n) for n in [None, *also]]
+    if config["method"] == "pso":  # its teacher is a few-step model already, the one that was tuned
+        return [*(Target("untuned", path, n) for n in (config["sampler"]["steps"], *also)), *students]
     full = Target("teacher", path, teacher["steps"], scale)
     fewer = [
         Target("teacher", path, n, scale) for n in sorted(set(own["teacher_steps"]) - {teacher["steps"]}, reverse=True)
     ]
-    also = sorted(config["sampler"].get("also_steps") or [], reverse=True)
-    students = [Target("student", run / "student", n) for n in [None, *also]]
     stages = config.get("stages") if own.get("stages") else None
     for number, stage in enumerate(stages or [], 1):
         name = stage["name"]
@@ -94,7 +96,7 @@ def evaluate_run(run: Path, device: torch.device | str, samples: int | None = No
         lines = [f"{metric}, {settings.samples} samples each", table(rows, metric)]
     else:
         lines = ["no distance was measured: evaluation.extractor and evaluation.reference are not set"]
-    shown = [t for t in targets if t.name == "student" or (t.name == "teacher" and t.steps in (targets[0].steps, 1))]
+    shown = [t for t in targets if t.name in ("student", "untuned") or t.steps in (targets[0].steps, 1)]
     texts = Path(prompts).read_text(encoding="utf-8").split("\n")[:4] if prompts else None
     grid(
         shown,

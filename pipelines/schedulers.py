@@ -7,6 +7,7 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     LCMScheduler,
     TCDScheduler,
 )
@@ -30,8 +31,8 @@ def student_scheduler(family: Family, sampler: FewStepSampler):
     """A stock scheduler for the student of a teacher of ``family``.
 
     - VP: LCMScheduler with ``original_inference_steps`` = N: N steps give the sampler's times, more steps raise; for
-      ``ode`` DDIM with trailing timesteps, for ``tcd`` TCDScheduler.  A start below the last timestep cuts the betas
-      there.
+      ``ode`` DDIM with trailing timesteps, for ``tcd`` TCDScheduler, for ``ancestral`` Euler's.  A start
+      below the last timestep cuts the betas there.
     - flow: first-order DPM-Solver on flow sigmas: the deterministic Euler grid 0.999 k/N.
     - EDM: the consistency scheduler with sigma_min = 0.
     - BOOT's students see pure noise under another time's label: one timestep, with the coefficients of the last.
@@ -69,7 +70,8 @@ def check_expressible(family: Family, sampler: FewStepSampler) -> None:
 
     Raises:
         UserError: an N-step flow student with fresh noise, an N-step EDM student without it, tcd in a pipeline that
-            passes no eta, an EDM teacher whose time label is not the consistency scheduler's, BOOT on an EDM teacher.
+            passes no eta, ancestral for an x0 network or a schedule that ends in pure noise,
+            an EDM teacher whose time label is not the consistency scheduler's, BOOT on an EDM teacher.
     """
     schedule, several = sampler.schedule, sampler.steps > 1
     if isinstance(schedule, FlowSchedule) and several and sampler.transition != "ode":
@@ -87,6 +89,9 @@ def check_expressible(family: Family, sampler: FewStepSampler) -> None:
             f"sampler.eta = {sampler.eta}: this family's pipeline passes no eta, so the stock scheduler uses "
             f"{TCD_ETA}; set that, or transition renoise (eta 1) or ode (0)"
         )
+    if sampler.transition == "ancestral" and (family.kind == "x0" or schedule.alphas_cumprod[-1] == 0):
+        what = "an x0 network" if family.kind == "x0" else "a schedule whose last alpha is 0"
+        raise UserError(f"sampler.transition = ancestral: the stock Euler scheduler has none for {what}; use renoise")
     if isinstance(sampler, SignalSampler) and isinstance(schedule, EDMSchedule):
         raise UserError(
             "method = boot: no stock scheduler gives an EDM network one time's label with another's noise, so its "
@@ -110,6 +115,9 @@ def _vp(scheduler, kind: PredictionType, sampler: FewStepSampler):
             made, own = DDIMScheduler, {"timestep_spacing": "trailing"}
         case "tcd":
             made, own = TCDScheduler, {"original_inference_steps": steps}
+        case "ancestral":
+            made, own = EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}
+            common = {k: common[k] for k in ("steps_offset", "prediction_type")}
     table = sampler.schedule.alphas_cumprod
     length = int(sampler.times[0]) + 1 if steps == 1 else (int(sampler.times[0]) + 1) // steps * steps
     if length == len(table):

@@ -222,6 +222,11 @@ def _column(dataset, column: str, name: str) -> list:
     return list(dataset[column])
 
 
+def read_column(name: str, column: str, split: str = "train", revision: str | None = None) -> list:
+    """One column of a Hugging Face dataset."""
+    return _column(_dataset(name, split, revision), column, name)
+
+
 def read_dataset(
     name: str,
     shape: tuple[int, int, int],
@@ -270,7 +275,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def read_prompt_column(name: str, column: str, split: str = "train", revision: str | None = None) -> list[str]:
     """One text column of a Hugging Face dataset."""
-    prompts = [str(x).strip() for x in _column(_dataset(name, split, revision), column, name) if x is not None]
+    prompts = [str(x).strip() for x in read_column(name, column, split, revision) if x is not None]
     prompts = [x for x in prompts if x]
     if not prompts:
         raise UserError(f"dataset {name!r}: column {column!r} has no text in it")

@@ -7,7 +7,11 @@ times sigma on EDM schedules), predicts x0, moves to the next time, and ends wit
 - ``ode``: the deterministic DDIM or Euler move along the student's own prediction;
 - ``tcd``: strategic stochastic sampling (2402.19159), VP only: the deterministic move to a time s below the next one,
   then noise from s up to it, ``s = floor((1 - eta) t_(k+1))``.  eta = 0 is ``ode`` and 1 nearly ``renoise``, but for
-  the last time, which is timestep 0 and not the clean sample, as in the stock scheduler.
+  the last time, which is timestep 0 and not the clean sample, as in the stock scheduler;
+- ``ancestral``: the deterministic move to less noise than the next time has, then fresh noise up to it (Euler
+  ancestral, which is DDIM with eta = 1), VP only; it starts from ``sigma`` times unit noise, as SDXL-Turbo does.
+
+A move that draws is a Gaussian of the next sample, :meth:`FewStepSampler.transition_kernel`.
 
 Which times and transitions exist is decided by what a stock diffusers scheduler can be told by its config alone,
 since the exported student must sample with nothing else (:func:`few_step_times`).
@@ -24,12 +28,12 @@ from torch import Tensor
 
 from stepdistill.denoiser import Condition, Denoiser
 from stepdistill.errors import UserError
-from stepdistill.schedule import EDMSchedule, FlowSchedule, Schedule, VPSchedule, noise_up
+from stepdistill.schedule import EDMSchedule, FlowSchedule, Schedule, VPSchedule, expand, noise_up
 
 if TYPE_CHECKING:
     from stepdistill.roles import Role
 
-Transition = Literal["renoise", "ode", "tcd"]
+Transition = Literal["renoise", "ode", "tcd", "ancestral"]
 Draw = Callable[[Tensor], Tensor]
 """Standard normal noise of the shape, dtype and device of its argument."""
 
@@ -71,6 +75,22 @@ def few_step_times(schedule: Schedule, steps: int, start: float | None = None) -
     raise TypeError(f"no few-step times for {type(schedule).__name__}")
 
 
+def transition_of(scheduler) -> Transition | None:
+    """How a stock scheduler moves between steps; None where its kind says nothing of it."""
+    match type(scheduler).__name__:
+        case "LCMScheduler" | "CMStochasticIterativeScheduler" | "FlowMatchLCMScheduler":
+            return "renoise"
+        case "TCDScheduler":
+            return "tcd"
+        case "EulerAncestralDiscreteScheduler":
+            return "ancestral"
+        case "FlowMatchEulerDiscreteScheduler":
+            return "renoise" if scheduler.config.get("stochastic_sampling") else "ode"
+        case "DDIMScheduler" | "EulerDiscreteScheduler" | "DPMSolverMultistepScheduler":
+            return "ode"
+    return None
+
+
 @dataclass(frozen=True)
 class FewStepSampler:
     """N-step generation with any denoiser; ``times`` descending, in the schedule's unit."""
@@ -81,8 +101,8 @@ class FewStepSampler:
     eta: float = 0.3
 
     def __post_init__(self):
-        if self.transition == "tcd" and not isinstance(self.schedule, VPSchedule):
-            raise UserError("sampler.transition = tcd: only VP teachers have it; use renoise or ode")
+        if self.transition in ("tcd", "ancestral") and not isinstance(self.schedule, VPSchedule):
+            raise UserError(f"sampler.transition = {self.transition}: only VP teachers have it; use renoise or ode")
 
     def in_steps(self, steps: int) -> FewStepSampler:
         """The same sampler in fewer steps, a divisor of its own: every so many of its times."""
@@ -99,6 +119,8 @@ class FewStepSampler:
 
     def start(self, noise: Tensor) -> Tensor:
         """Unit noise (B, ...) to the first input."""
+        if self.transition == "ancestral":
+            return noise * self.schedule.alpha_sigma(self.time(0, noise)[:1])[1].to(noise)
         return noise * self.schedule.start_scale(self.times[0])
 
     def move(self, x0: Tensor, x_t: Tensor, index: int, draw: Draw) -> Tensor:
@@ -108,7 +130,34 @@ class FewStepSampler:
             return self.schedule.add_noise(x0, draw(x0), following)
         if self.transition == "tcd" and self.eta > 0:
             return strategic_step(self.schedule, x0, x_t, self.time(index, x0), following, self.eta, draw)
+        if self.transition == "ancestral":
+            mean, std = self.transition_kernel(x0, x_t, index)
+            return (mean + expand(std, x0) * draw(x0)).to(x0.dtype)
         return self.schedule.step(x0, x_t, self.time(index, x0), following)
+
+    def transition_kernel(self, x0: Tensor, x_t: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Mean (B, ...) and standard deviation (B,) of the move from ``times[index]`` to ``times[index + 1]``.
+
+        ``N(alpha' x0 + down eps, up^2 I)`` with ``down^2 + up^2 = sigma'^2`` and eps what x0 says of x_t: down = 0 for
+        ``renoise``; ``up^2 = 1 - (alpha'/alpha_s)^2`` for ``tcd``, s its lower time; ``down = sigma'^2 alpha / (alpha'
+        sigma)`` for ``ancestral``, in VE units ``sigma_up^2 = s'^2 (s^2 - s'^2) / s^2``.  up = 0 for ``ode``.
+        """
+        t, following = self.time(index, x0), self.time(index + 1, x0)
+        alpha_next, sigma_next = self.schedule.alpha_sigma(following)
+        if self.transition == "renoise":
+            return expand(alpha_next, x0) * x0, sigma_next
+        eps = self.schedule.from_x0(x0, "eps", x_t, t)
+        if self.transition == "tcd":
+            ratio = alpha_next / self.schedule.alpha_sigma(lower_time(following, self.eta))[0]
+            up = (1 - ratio**2).clamp(min=0).sqrt()
+            down = (sigma_next**2 - up**2).clamp(min=0).sqrt()
+        elif self.transition == "ancestral":
+            alpha, sigma = self.schedule.alpha_sigma(t)
+            down = sigma_next**2 * alpha / (alpha_next * sigma)
+            up = (sigma_next**2 - down**2).clamp(min=0).sqrt()
+        else:
+            up, down = torch.zeros_like(sigma_next), sigma_next
+        return expand(alpha_next, x0) * x0 + expand(down, x0) * eps, up
 
     def rollout(
         self, student: Denoiser, noise: Tensor, condition: Condition, exit_index: int, draw: Draw
@@ -139,8 +188,13 @@ def strategic_step(
     ``x_s = alpha_s x0 + sigma_s eps`` at ``s = floor((1 - eta) following)``, then from s up with fresh noise z:
     ``(alpha/alpha_s) x_s + sqrt(1 - (alpha/alpha_s)^2) z``.
     """
-    s = torch.floor((1 - eta) * following).to(following.dtype)  # in float32, as the stock scheduler has it
+    s = lower_time(following, eta)
     return renoised(schedule, schedule.step(x0, x_t, t, s), s, following, draw(x0))
+
+
+def lower_time(following: Tensor, eta: float) -> Tensor:
+    """TCD's s of the next time (B,), (B,)."""
+    return torch.floor((1 - eta) * following).to(following.dtype)  # in float32, as the stock scheduler has it
 
 
 def renoised(schedule: Schedule, x_s: Tensor, s: Tensor, t: Tensor, noise: Tensor) -> Tensor:

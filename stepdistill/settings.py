@@ -73,7 +73,8 @@ class SamplerSettings(Section):
         None, gt=0, description="the first step's time named by its sigma/alpha in place of start (SIM: 2.5)"
     )
     transition: Transition = Field(
-        "renoise", description="between steps: fresh noise (LCM), the student's own ODE (DDIM, Euler), or tcd between"
+        "renoise",
+        description="between steps: fresh noise (LCM), the student's own ODE (DDIM, Euler), tcd or ancestral between",
     )
     eta: float = Field(0.3, ge=0, le=1, description="of tcd (its gamma): 0 is the ODE, 1 fresh noise")
     also_steps: list[int] = Field([], description="other numbers of steps it is meant for; divisors of steps")

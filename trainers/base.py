@@ -89,29 +89,60 @@ class ConditionSource:
 
 
 class RealSource:
-    """Real samples (latents where there is a VAE) with their own conditions, in a seeded order."""
+    """Real samples (latents where there is a VAE) with their own conditions, in a seeded order.
 
-    def __init__(self, family: Family, images: ImageSet, latents: Tensor | None, seed: int):
-        self.family, self.images, self.latents = family, images, latents
-        self.order = Order(len(images), seed)
+    ``subset``: the indices of the images that are drawn; all of them by default.
+    """
+
+    def __init__(
+        self, family: Family, images: ImageSet, latents: Tensor | None, seed: int, subset: list[int] | None = None
+    ):
+        self.family, self.images, self.latents, self.seed = family, images, latents, seed
+        self.restrict(list(range(len(images))) if subset is None else subset)
+
+    def restrict(self, subset: list[int]) -> None:
+        """Draw these images alone from now on."""
+        self.subset, self.order = subset, Order(len(subset), self.seed)
+
+    def indices(self, position: int, count: int) -> list[int]:
+        """The images at ``position .. position + count - 1`` of the order."""
+        return [self.subset[i] for i in self.order.indices(position, count)]
 
     def batch(self, position: int, count: int) -> tuple[Tensor, Condition]:
         """Samples (count, C, H, W) and their conditions."""
-        return self.at(self.order.indices(position, count))
+        return self.at(self.indices(position, count))
 
     def items(self, index: list[int]) -> list:
         """The labels or captions of images ``index``; [] where the teacher takes none."""
         return [] if self.family.condition_kind == "none" else [self.images.labels[i] for i in index]
 
+    def samples(self, index: list[int]) -> Tensor:
+        """The samples ``index`` (len(index), C, H, W)."""
+        if self.latents is not None:
+            return self.latents[index].float().to(self.family.device)
+        return self.family.encode_images(self.images.batch(index).to(self.family.device))
+
     def at(self, index: list[int]) -> tuple[Tensor, Condition]:
         """The samples ``index`` (len(index), C, H, W) and their conditions."""
-        if self.latents is not None:
-            samples = self.latents[index].float().to(self.family.device)
-        else:
-            samples = self.family.encode_images(self.images.batch(index).to(self.family.device))
-        if self.family.condition_kind == "none":
-            return samples, {}
-        return samples, self.family.encode_conditions(self.items(index))
+        items = self.items(index)
+        return self.samples(index), self.family.encode_conditions(items) if items else {}
+
+
+def check_labels(labels: list | None, source: str, key: str, family: Family) -> None:
+    """Refuse images without the labels or captions that the teacher's conditions need.
+
+    Raises:
+        UserError: they have none, of another kind, or out of range.
+    """
+    if family.condition_kind == "none":
+        return
+    wanted, kind = (str, "captions") if family.condition_kind == "prompt" else (int, "labels")
+    if labels is None or not all(isinstance(label, wanted) for label in labels):
+        raise UserError(f"{key}: {source} has no {kind}, which this teacher's images need")
+    if wanted is int and not 0 <= min(labels) <= max(labels) < family.num_labels:
+        raise UserError(
+            f"{key}: {source} has labels {min(labels)}..{max(labels)}, outside the teacher's 0..{family.num_labels - 1}"
+        )
 
 
 class Trainer(abc.ABC):

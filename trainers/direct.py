@@ -30,6 +30,6 @@ class DirectTrainer(Trainer):
         count = self.config.train.batch_size
         start = self.counters["real"] + self.rank * count
         self.counters["real"] += count * self.world
-        index = self.real.order.indices(start, count)
+        index = self.real.indices(start, count)
         real, condition = self.real.at(index)
         return Batch(condition, self.noise.randn_like(real), self.real.items(index), real, tuple(index))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from pydantic import create_model
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from stepdistill.trainers import METHODS
-from stepdistill.trainers.base import ConditionSource, RealSource, Trainer
-from torch import Tensor
-from tqdm import tqdm
+from stepdistill.trainers.base import ConditionSource, RealSource, Trainer, check_labels
 
 from stepdistill import assets, checkpoint, data
 from stepdistill.config import Section, apply_overrides, check, merge, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
+from stepdistill.latents import cached_latents
 from stepdistill.roles import Roles
 from stepdistill.run import CACHE, RunFolder
 from stepdistill.settings import ImagesSettings, RunSettings
@@ -147,19 +142,6 @@ def condition_items(config: RunSettings, family: Family) -> list:
     return labels
 
 
-def _check_image_labels(images: data.ImageSet, family: Family) -> None:
-    if family.condition_kind == "none":
-        return
-    wanted, kind = (str, "captions") if family.condition_kind == "prompt" else (int, "labels")
-    if images.labels is None or not all(isinstance(label, wanted) for label in images.labels):
-        raise UserError(f"data.images: {images.source} has no {kind}, which this teacher's images need")
-    if wanted is int and not 0 <= min(images.labels) <= max(images.labels) < family.num_labels:
-        raise UserError(
-            f"data.images: {images.source} has labels {min(images.labels)}..{max(images.labels)}, outside "
-            f"the teacher's 0..{family.num_labels - 1}"
-        )
-
-
 def check_fit(job: Job, family: Family) -> tuple[list, data.ImageSet | None]:
     """The condition items and real images of a job, once they and its settings are known to fit the teacher.
 
@@ -171,46 +153,8 @@ def check_fit(job: Job, family: Family) -> tuple[list, data.ImageSet | None]:
     images = None
     if job.method.wants_images(job.settings):
         images = load_images(job.config.data.images, family.image_shape)
-        _check_image_labels(images, family)
+        check_labels(images.labels, images.source, "data.images", family)
     return items, images
-
-
-def cached_latents(family: Family, images: data.ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
-    """All images as latents (N, C, H, W), from ``folder`` if they lie there; None for a family without a VAE.
-
-    The file is keyed by a fingerprint of the images, the VAE's weights and the size, so that a stale one is
-    never used.
-    """
-    vae = getattr(family, "vae", None)
-    if vae is None:
-        return None
-    digest = hashlib.sha256(repr((images.fingerprint, len(images), family.image_shape)).encode())
-    for value in vae.state_dict().values():
-        digest.update(value.detach().float().cpu().numpy().tobytes())
-    key = digest.hexdigest()
-    file = folder / f"latents-{key[:16]}.safetensors"
-    if file.exists():
-        try:
-            with safe_open(file, "pt") as opened:
-                if (opened.metadata() or {}).get("fingerprint") == key:
-                    return opened.get_tensor("latents")
-        except SafetensorError:
-            pass
-    bar = tqdm(range(0, len(images), batch), desc="latents", unit="batch")
-    parts = [
-        family.encode_images(images.batch(list(range(i, min(i + batch, len(images))))).to(family.device)).cpu()
-        for i in bar
-    ]
-    latents = torch.cat(parts).contiguous()
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")  # every process of a run may be here
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": latents}, temporary, {"fingerprint": key})
-        temporary.replace(file)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{folder}: the latents cannot be written ({error}); free space or change output") from None
-    return latents
 
 
 def make_accelerator(**arguments: Any) -> Accelerator:

@@ -1,0 +1,55 @@
+"""Real images as latents, encoded once and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from stepdistill.data import ImageSet
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+
+
+def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
+    """All images as latents (N, C, H, W), from ``folder`` if they lie there; None for a family without a VAE.
+
+    The file is keyed by a fingerprint of the images, the VAE's weights and the size, so that a stale one is
+    never used.
+    """
+    vae = getattr(family, "vae", None)
+    if vae is None:
+        return None
+    digest = hashlib.sha256(repr((images.fingerprint, len(images), family.image_shape)).encode())
+    for value in vae.state_dict().values():
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    key = digest.hexdigest()
+    file = folder / f"latents-{key[:16]}.safetensors"
+    if file.exists():
+        try:
+            with safe_open(file, "pt") as opened:
+                if (opened.metadata() or {}).get("fingerprint") == key:
+                    return opened.get_tensor("latents")
+        except SafetensorError:
+            pass
+    bar = tqdm(range(0, len(images), batch), desc="latents", unit="batch")
+    parts = [
+        family.encode_images(images.batch(list(range(i, min(i + batch, len(images))))).to(family.device)).cpu()
+        for i in bar
+    ]
+    latents = torch.cat(parts).contiguous()
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")  # every process of a run may be here
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": latents}, temporary, {"fingerprint": key})
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{folder}: the latents cannot be written ({error}); free space or change output") from None
+    return latents

@@ -1,0 +1,100 @@
+"""Preference pairs: of two pictures of one condition, which is preferred.  A folder, or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from stepdistill.config import Section
+from stepdistill.data import IMAGE_SUFFIXES, ImageSet, read_column, read_dataset, read_folder
+from stepdistill.errors import UserError
+
+
+class PreferenceSettings(Section):
+    """Where pairs are.
+
+    A folder holds ``winner`` and ``loser`` with pictures of equal names, each as ``data.images.folder`` is read: a
+    caption ``NAME.txt`` beside each winner, or a sub-folder for each label.  A dataset has a column of each.
+    """
+
+    folder: str | None = None
+    dataset: str | None = Field(None, description="a save_to_disk folder or a hub id")
+    split: str = "train"
+    revision: str | None = None
+    winner_column: str = Field("winner", description="pictures; Pick-a-Pic: jpg_0")
+    loser_column: str = Field("loser", description="pictures; Pick-a-Pic: jpg_1")
+    prompt_column: str | None = Field("prompt", description="captions or labels; null for none; Pick-a-Pic: caption")
+    preference_column: str | None = Field(
+        None,
+        description="how much winner_column's picture is preferred: above 0.5 it is, below the other, 0.5 is a tie, "
+        "left out; Pick-a-Pic: label_0",
+    )
+    resize: bool = Field(False, description="centre-crop and Lanczos-resize what has another size")
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        given = [k for k in ("folder", "dataset") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"set exactly one of folder, dataset (set: {', '.join(given) or 'none'})")
+        return self
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """``order``: (picture of the winner, picture of the loser), as (which set, index), for each pair; ``labels`` the
+    pairs' conditions (None without)."""
+
+    sets: tuple[ImageSet, ImageSet]
+    order: list[tuple[tuple[int, int], tuple[int, int]]]
+    labels: list | None
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def read_preferences(settings: PreferenceSettings, shape: tuple[int, int, int]) -> PreferencePairs:
+    """The pairs that the settings name, for pictures (C, H, W); ties are left out.
+
+    Raises:
+        UserError: not there, pictures without a partner, another size, or no pair that is not a tie.
+    """
+    if settings.folder is not None:
+        return _folder(Path(settings.folder), shape, settings.resize)
+    first, second = (
+        read_dataset(
+            settings.dataset,
+            shape,
+            settings.split,
+            settings.revision,
+            image_column=column,
+            label_column=settings.prompt_column if column == settings.winner_column else None,
+            resize=settings.resize,
+        )
+        for column in (settings.winner_column, settings.loser_column)
+    )
+    wins = [1.0] * len(first)
+    if settings.preference_column is not None:
+        wins = read_column(settings.dataset, settings.preference_column, settings.split, settings.revision)
+        if not all(isinstance(value, int | float) for value in wins):
+            raise UserError(f"pso.pairs.preference_column = {settings.preference_column}: its values are no numbers")
+    kept = [i for i, value in enumerate(wins) if value != 0.5]
+    if not kept:
+        raise UserError(f"pso.pairs: {settings.dataset} holds no pair that is not a tie")
+    order = [((0, i), (1, i)) if wins[i] > 0.5 else ((1, i), (0, i)) for i in kept]
+    return PreferencePairs((first, second), order, None if first.labels is None else [first.labels[i] for i in kept])
+
+
+def _folder(root: Path, shape: tuple[int, int, int], resize: bool) -> PreferencePairs:
+    names = []
+    for part in ("winner", "loser"):
+        if not (root / part).is_dir():
+            raise UserError(f"pso.pairs.folder = {root}: it has no folder '{part}'; pairs are winner/NAME, loser/NAME")
+        files = (p for p in (root / part).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        names.append(sorted(str(p.relative_to(root / part)) for p in files))
+    odd = sorted(set(names[0]) ^ set(names[1]))
+    if odd:
+        raise UserError(f"pso.pairs.folder = {root}: {odd[0]} is in one of winner and loser alone; pair or remove it")
+    sets = tuple(read_folder(root / part, shape, resize) for part in ("winner", "loser"))
+    return PreferencePairs(sets, [((0, i), (1, i)) for i in range(len(sets[0]))], sets[0].labels)
