@@ -160,9 +160,9 @@ def evaluate(
         out: the file, or a folder for ``evaluation.json``.
 
     Returns:
-        One row a target, in their order.  Keys: name, path, steps, guidance_scale, passes_per_image, samples,
-        frechet, kid_mean, kid_std, clip_score, seconds, images_per_second, latency, fingerprint (None where not
-        asked for).
+        One row a target, in their order.  Keys: name, path, steps, guidance_scale, passes_per_image, parameters,
+        samples, frechet, kid_mean, kid_std, clip_score, seconds, images_per_second, latency,
+        fingerprint (None where not asked for).
 
     Raises:
         UserError: a target, extractor, reference or setting that does not fit.
@@ -279,6 +279,7 @@ def _measure(target: Target, tools: _Tools) -> dict[str, Any]:
         "steps": steps,
         "guidance_scale": guidance,
         "passes_per_image": passes,
+        "parameters": [sum(p.numel() for p in network.parameters()) for network in stock.denoisers],
         "samples": settings.samples,
         "frechet": tools.reference.frechet(features),
         "kid_mean": kid_mean,
@@ -301,7 +302,7 @@ def _draw(
         first = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         passed += len(first)
 
-    handle = stock.denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in stock.denoisers]
     batches = samples(stock, steps, guidance, tools.settings, tools.prompts)
     try:
         with tqdm(total=tools.settings.samples, desc=f"{target.name}, {plural(steps)}", unit="img") as bar:
@@ -320,7 +321,8 @@ def _draw(
                 bar.update(len(pixels))
                 started = time.perf_counter()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return torch.cat(features), torch.cat(scores) if scores else None, seconds, passed / tools.settings.samples
 
 

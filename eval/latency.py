@@ -71,12 +71,12 @@ class _Clock:
 
 def parts_of(stock: StockPipeline) -> dict[str, list[nn.Module]]:
     """The pipeline's modules by part.  A VAE is entered through ``decode``, so its decoder is the one watched."""
-    components = stock.pipeline.components
+    components = stock.first.components
     encoders = [m for name, m in components.items() if name.startswith("text_encoder") and m is not None]
     decoder = getattr(components.get("vae"), "decoder", None)
     return {
         "text_encoder": encoders,
-        "denoiser": [stock.denoiser],
+        "denoiser": stock.denoisers,
         "decoder": [] if decoder is None else [decoder],
     }
 

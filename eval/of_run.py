@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import yaml
+from stepdistill.pipelines.msd import is_msd_folder
 
 from stepdistill import assets
 from stepdistill.errors import UserError
 
 from .evaluate import EvaluationSettings, Target, evaluate
 from .pictures import grid, table
+from .stock import is_pipeline
 
 
 def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
@@ -84,7 +86,7 @@ def evaluate_run(run: Path, device: torch.device | str, samples: int | None = No
         raise UserError(f"{run}: not a run folder (no config.yaml in it)") from None
     except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
         raise UserError(f"{run / 'config.yaml'}: damaged; it is not a run's config") from None
-    if not (run / "student" / "model_index.json").is_file():
+    if not is_pipeline(run / "student"):
         raise UserError(f"{run}: there is no student in it yet; finish the run, or: stepdistill export {run}")
     targets = run_targets(run, config)
     prompts = config["data"].get("prompts")
@@ -111,6 +113,8 @@ def evaluate_run(run: Path, device: torch.device | str, samples: int | None = No
 
 def label_names(pipeline: Path) -> list[str] | None:
     """What a folder's labels are called, where its UNet's config says so."""
+    if is_msd_folder(pipeline):
+        pipeline = pipeline / "student-0"
     try:
         config = json.loads((pipeline / "unet" / "config.json").read_text(encoding="utf-8"))
         return (config.get("_stepdistill") or {}).get("label_names")

@@ -37,6 +37,8 @@ def table_cells(rows: list[dict[str, Any]], metric: str = "frechet") -> list[lis
         (metric, lambda r: f"{r['frechet']:.3f}"),
         ("ratio", lambda r: f"{r['frechet'] / max(first['frechet'], 1e-12):.2f}"),
     ]
+    if any(r.get("parameters") for r in rows):
+        columns.append(("params", lambda r: _parameters(r["parameters"])))
     if any(r.get("kid_mean") is not None for r in rows):
         columns.append(("KID x1000", lambda r: f"{1000 * r['kid_mean']:.2f} ± {1000 * r['kid_std']:.2f}"))
     if any(r.get("clip_score") is not None for r in rows):
@@ -54,6 +56,12 @@ def _cell(cell, row: dict[str, Any]) -> str:
         return cell(row)
     except (KeyError, TypeError):  # this row was not measured for that column
         return "-"
+
+
+def _parameters(counts: list[int]) -> str:
+    """``0.69M``, or ``4 x 0.39M`` of several students, one of which draws a picture."""
+    size = f"{max(counts) / 1e6:.2f}M"
+    return size if len(counts) == 1 else f"{len(counts)} x {size}"
 
 
 def _shares(shares: dict[str, float]) -> str:

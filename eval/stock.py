@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from stepdistill.pipelines.calls import callable_with_noise
+from stepdistill.pipelines.msd import MSDPipeline, is_msd_folder
 from torch import Tensor, nn
 
 from stepdistill import assets
@@ -25,22 +27,25 @@ class StockPipeline:
     """A loaded pipeline with what evaluation must know of it.
 
     Attributes:
-        pipeline: the diffusers pipeline.
+        pipeline: the diffusers pipeline, or several students' (``MSDPipeline``).
+        first: the pipeline itself, or the first student's.
         path: where it came from.
         provenance: the ``_stepdistill`` mapping of its scheduler's config, {} for a folder that is not ours.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, path: str):
+    def __init__(self, pipeline: DiffusionPipeline | MSDPipeline, path: str):
         self.path = path
-        self.pipeline = _callable_with_noise(pipeline)
+        several = isinstance(pipeline, MSDPipeline)
+        self.pipeline = pipeline if several else callable_with_noise(pipeline)
         self.pipeline.set_progress_bar_config(disable=True)
-        self._arguments = set(inspect.signature(type(self.pipeline).__call__).parameters)
+        self.first = pipeline.student(0) if several else self.pipeline
+        self._arguments = set(inspect.signature(type(self.first).__call__).parameters)
         if not {"latents", "num_inference_steps"} <= self._arguments:
             raise UserError(
                 f"{path}: {type(pipeline).__name__} cannot be given its noise or its number of steps, so it "
                 "cannot be compared; use a pipeline that takes latents= and num_inference_steps="
             )
-        self.provenance: dict = dict(self.pipeline.scheduler.config.get("_stepdistill") or {})
+        self.provenance: dict = dict(self.first.scheduler.config.get("_stepdistill") or {})
 
     @classmethod
     def load(
@@ -54,6 +59,9 @@ class StockPipeline:
         folder = pipeline_folder(path)
         # float32 is the default; the argument's older name works in every version that we allow, but warns in some
         precision = {} if dtype == torch.float32 else {"dtype": dtype}
+        if is_msd_folder(folder):
+            with _quiet():
+                return cls(MSDPipeline.from_pretrained(folder, dtype, device), str(path))
         try:
             with _quiet():
                 pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **precision)
@@ -66,11 +74,18 @@ class StockPipeline:
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that is called at every step."""
-        network = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
+        """The network that is called at every step; of several students the first's."""
+        network = getattr(self.first, "unet", None) or getattr(self.first, "transformer", None)
         if network is None:
             raise UserError(f"pipeline {self.path}: has neither a unet nor a transformer; it cannot be measured")
         return network
+
+    @property
+    def denoisers(self) -> list[nn.Module]:
+        """The same of every student."""
+        if isinstance(self.pipeline, MSDPipeline):
+            return [self.pipeline.student(k).unet for k in range(self.pipeline.students)]
+        return [self.denoiser]
 
     @property
     def condition_kind(self) -> ConditionKind:
@@ -153,6 +168,8 @@ class StockPipeline:
             "output_type": "pt",
         }
         accepted = {k: v for k, v in given.items() if k in self._arguments and v is not None}
+        if isinstance(self.pipeline, MSDPipeline):
+            accepted.pop("batch_size", None)
         images = self.pipeline(**accepted).images
         return images.float().clamp(0, 1) if images.isfinite().all() else images.float()
 
@@ -176,6 +193,11 @@ class StockPipeline:
             )
 
 
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder holds a stock pipeline, or several students."""
+    return (folder / "model_index.json").is_file() or is_msd_folder(folder)
+
+
 def pipeline_folder(path: str | Path) -> Path:
     """The folder that ``path`` (or ``asset:NAME``) names.
 
@@ -185,31 +207,12 @@ def pipeline_folder(path: str | Path) -> Path:
     folder = Path(assets.resolve(str(path)))
     if not folder.is_dir():
         raise UserError(f"pipeline {path}: no such folder; name a folder that save_pretrained wrote")
-    if not (folder / "model_index.json").is_file():
+    if not is_pipeline(folder):
         raise UserError(
             f"pipeline {path}: has no model_index.json, so it is not a diffusers folder; name one that "
             "save_pretrained wrote"
         )
     return folder
-
-
-def _callable_with_noise(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline, made to take its noise by hand where its class does not let one.
-
-    DDPM's and DDIM's pipelines have no ``latents``; with the same network and scheduler the consistency pipeline
-    runs the same loop and has.  That one's input check in turn demands three channels whatever its network has,
-    which nothing after the check does, so latents are kept from the check.
-    """
-    if isinstance(pipeline, DDPMPipeline | DDIMPipeline):
-        pipeline = ConsistencyModelPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler)
-    if isinstance(pipeline, ConsistencyModelPipeline):
-        stock_check = pipeline.check_inputs
-
-        def check_inputs(steps, timesteps, latents, batch_size, img_size, callback_steps):
-            stock_check(steps, timesteps, None, batch_size, img_size, callback_steps)
-
-        pipeline.check_inputs = check_inputs
-    return pipeline
 
 
 @contextlib.contextmanager

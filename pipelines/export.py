@@ -50,7 +50,7 @@ def export_student(
     facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times), "call": call, **provenance}
     if also_steps:
         facts["also_steps"] = list(also_steps)
-    network = family.fresh_network()
+    network = family.fresh_network(role.network)
     network.load_state_dict(role.plain_state_dict())
     if dtype not in (None, torch.float32):
         network.to(dtype)

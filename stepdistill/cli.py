@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -57,19 +56,6 @@ def _fail(message: str, code: int = 2) -> None:
     sys.exit(code)
 
 
-def _quiet_libraries() -> None:
-    import warnings
-
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
 # -- distill -----------------------------------------------------------------------------------------------
 
 
@@ -79,212 +65,18 @@ def distill(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the output folder")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
+    student: Annotated[str | None, typer.Option(help="of several students (msd): this one alone, 0.., shared")] = None,
 ) -> None:
     """Distil a teacher: train, export the student, evaluate it, write the report."""
     from stepdistill.config import apply_overrides, read_yaml
-    from stepdistill.run import RunFolder
-    from stepdistill.trainers.job import make_job
-    from stepdistill.trainers.recipe import is_recipe, make_recipe
+    from stepdistill.trainers import launch
+    from stepdistill.trainers.base import Interrupted
 
     raw = apply_overrides(read_yaml(config), overrides or [])
-    if is_recipe(raw):
-        recipe = make_recipe(raw, str(config))
-        _print_recipe(recipe) if dry_run else _run_recipe(recipe, resume)
-        return
-    job = make_job(raw, str(config))
-    if dry_run:
-        _quiet_libraries()
-        _print_plan(job)
-        return
-    run = RunFolder(job.config.output)
-    main_process = _train(job, run, resume)
-    _end_processes()
-    if main_process:
-        _evaluate_and_report(job.config.evaluation.enabled, run)
-
-
-def _run_recipe(recipe, resume: bool) -> None:
-    """Every stage that is not finished, then the recipe's student, evaluation and report."""
-    from stepdistill.trainers.job import make_accelerator
-    from stepdistill.trainers.recipe import write_config
-
-    exists = recipe.check_folder(resume)
-    accelerator = make_accelerator()
-    accelerator.wait_for_everyone()
-    main_process = accelerator.is_main_process
-    for number, stage in enumerate(recipe.stages, 1):
-        title = f"stage {number} of {len(recipe.stages)}, {stage.name}"
-        if stage.finished:
-            if main_process:
-                print(f"{title}: finished before, in {stage.run.path}")
-            continue
-        if main_process:
-            print(f"{title}: {stage.job.method.title}")
-        accelerator.wait_for_everyone()  # no process writes before all have seen which stages are finished
-        _train(stage.job, stage.run, resume=True, before=None if exists else lambda: write_config(recipe))
-        accelerator.wait_for_everyone()
-    _end_processes()
-    if main_process:
-        write_config(recipe)
-        recipe.finish()
-        _evaluate_and_report(recipe.last.job.config.evaluation.enabled, recipe.run)
-
-
-def _train(job, run, resume: bool, before=None) -> bool:
-    """One run up to its exported student; whether this is the main process.  ``before``: called before it writes."""
-    from stepdistill.trainers.base import Interrupted
-    from stepdistill.trainers.job import build_trainer, load_teacher, make_accelerator
-    from stepdistill.trainers.job import resume as resume_run
-
-    config = job.config
-    trackers = list(config.train.trackers) or None
-    accelerator = make_accelerator(log_with=trackers, project_dir=str(run.path / "logs"))
-    exists = run.check(config, resume)
-    accelerator.wait_for_everyone()  # no process writes before all have looked
-    _quiet_libraries()
-    family = load_teacher(config)
-    _check_export(job, family)
-    trainer = build_trainer(job, run, accelerator, family)
-    main_process = accelerator.is_main_process
-    if main_process:
-        if before is not None:
-            before()
-        if not exists:
-            run.create(config, config.seed)
-        for other in job.unused:
-            print(f"note: the section '{other}' is not used by method {job.method.name}")
-        alone = job.cache is None  # a recipe's sections and images are for some of its stages
-        if alone and config.data.images is not None and not job.method.wants_images(job.settings):
-            print(f"note: data.images is not used: these settings of {job.method.name} train without real images")
-        accelerator.init_trackers("stepdistill")
-    accelerator.wait_for_everyone()
-    if exists:
-        resumed = resume_run(trainer, run)
-        if main_process:
-            run.write_config(config)  # what may change on the way (train.updates, evaluation) counts from here
-            if resumed:
-                print(f"resumed at student update {trainer.counters['student']}")
     try:
-        trainer.fit()
+        launch.distill(raw, str(config), resume, dry_run, student, (str(config), *(overrides or [])))
     except Interrupted as stop:
-        if main_process:
-            print(f"{stop}: saved at student update {trainer.counters['student']}; go on with --resume")
-        accelerator.end_training()
-        _end_processes()
         raise typer.Exit(stop.exit_code) from None
-    if main_process:
-        _export(job, trainer, run)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return main_process
-
-
-def _end_processes() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _check_export(job, family):
-    """The student's sampler; one that could not be exported is refused before it is trained."""
-    from stepdistill.pipelines import check_expressible
-
-    sampler = job.method.make_sampler(job.config, family)
-    check_expressible(family, sampler)
-    return sampler
-
-
-def _print_plan(job) -> None:
-    """What a run would do, from the config and the teacher; nothing is written."""
-    from stepdistill.config import dump_yaml
-    from stepdistill.trainers.job import check_fit, load_teacher
-
-    config = job.config
-    print(dump_yaml(config).rstrip())
-    family = load_teacher(config)
-    sampler = _check_export(job, family)
-    items, _ = check_fit(job, family)
-    parameters = sum(p.numel() for p in family.network.parameters())
-    train = config.train
-    kind = {"none": "no conditions", "label": f"{len(items)} labels", "prompt": f"{len(items)} prompts"}
-    print(f"""
-# the plan
-teacher   {config.teacher.path}: family {family.name}, {parameters / 1e6:.2f}M parameters, predicts {family.kind},
-          samples {"x".join(map(str, family.sample_shape))}, {kind[family.condition_kind]}
-student   {sampler.steps} step{"s" * (sampler.steps > 1)} at t = {", ".join(f"{t:g}" for t in sampler.times)}
-method    {job.method.name}: {job.method.title}
-training  {train.updates} student updates of {train.batch_size * train.gradient_accumulation} samples a process,
-          {job.method.planned_passes(config):,} network passes on one (one picture each; backward is two)
-{"".join(f"          {line}{chr(10)}" for line in job.method.plan(config))}writes    {config.output}""")
-
-
-def _print_recipe(recipe) -> None:
-    """What a recipe would do, stage by stage, with its cost; nothing is written."""
-    from stepdistill.config import dump_yaml
-    from stepdistill.trainers.job import check_fit, load_teacher
-
-    _quiet_libraries()
-    print(f"# the recipe: {len(recipe.stages)} stages in {recipe.output}")
-    total = sum(stage.passes for stage in recipe.stages)
-    for number, stage in enumerate(recipe.stages, 1):
-        job, config = stage.job, stage.job.config
-        family = load_teacher(config)
-        sampler = _check_export(job, family)
-        check_fit(job, family)
-        taken = "the teacher's weights" if stage.source is None else f"{stage.settings.take} of {stage.source.name}"
-        samples = config.train.updates * config.train.batch_size * config.train.gradient_accumulation
-        print(f"""
-{number:2d}. {stage.name}{"  (finished)" if stage.finished else ""}
-    method    {job.method.name}: {job.method.title}
-    takes     {taken}; weights {config.roles.weights}
-    student   {sampler.steps} step{"s" * (sampler.steps > 1)} at t = {", ".join(f"{t:g}" for t in sampler.times)}
-    training  {config.train.updates} updates, {samples:,} samples a process
-{"".join(f"              {line}{chr(10)}" for line in job.method.plan(config))}    cost      \
-{stage.passes:,} network passes ({stage.passes / total:.0%})""")
-        if number == len(recipe.stages):
-            print(f"\ncost of all  {total:,} network passes (one picture each; backward is two)\n")
-            print(f"# the last stage's config, resolved\n{dump_yaml(config).rstrip()}")
-
-
-# -- after training ----------------------------------------------------------------------------------------
-
-
-def _export(job, trainer, run) -> None:
-    from stepdistill.pipelines import export_student
-    from stepdistill.trainers.job import provenance
-
-    with trainer.averaged():
-        facts, also = provenance(job, trainer), job.config.sampler.also_steps
-        export_student(trainer.family, trainer.roles.student, trainer.sampler, run.student, facts, also_steps=also)
-
-
-def _evaluate_and_report(enabled: bool, run) -> None:
-    """Evaluate in a fresh process that loads the student as anyone would, then write the report."""
-    if enabled:
-        command = [sys.executable, "-P", "-m", "stepdistill", "evaluate", str(run.path)]
-        done = subprocess.run(command, check=False)
-        if done.returncode:
-            raise UserError(
-                f"the evaluation ended with exit code {done.returncode}; try: stepdistill evaluate {run.path}"
-            )
-    from stepdistill.eval.report import write_report
-
-    write_report(run.path)
-    _last_screen(run)
-
-
-def _last_screen(run) -> None:
-    call = f'DiffusionPipeline.from_pretrained("{run.student}")'
-    grid = f"\n  pictures   {run.path / 'grid.png'}" if (run.path / "grid.png").exists() else ""
-    print(f"""
-Done.
-  student    {run.student}  (a stock diffusers folder: {call})
-  report     {run.path / "report.html"}{grid}
-Next:
-  stepdistill sample {run.student} --count 40         more pictures
-  stepdistill distill CONFIG method=...              the same with another method (stepdistill methods)
-  stepdistill distill CONFIG teacher.path=FOLDER       your own teacher""")
 
 
 @app.command("evaluate", epilog="Example: stepdistill evaluate runs/quickstart")
@@ -302,7 +94,9 @@ def evaluate_command(
     """Fréchet and kernel distance, latency, CLIP score.  A run's teacher and student, or any pipelines."""
     import torch
 
-    _quiet_libraries()
+    from stepdistill.trainers import launch
+
+    launch.quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = [t for t in targets if (Path(t) / "config.yaml").is_file()]
     if runs:
@@ -344,13 +138,14 @@ def export(
 
     from stepdistill.pipelines import export_student
     from stepdistill.run import RunFolder
+    from stepdistill.trainers import launch
     from stepdistill.trainers.job import DTYPES, build_trainer, provenance, read_job
     from stepdistill.trainers.job import resume as resume_run
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
     folder = _run_folder(run)
-    _quiet_libraries()
+    launch.quiet_libraries()
     job = read_job(folder / "config.yaml")
     trainer = build_trainer(job, None)
     if not resume_run(trainer, RunFolder(folder)):
@@ -374,6 +169,7 @@ def pairs(
     """Make the teacher's noise-sample pairs that a regression trains on; goes on where it stopped."""
     from stepdistill.config import apply_overrides, read_yaml
     from stepdistill.pairs import make_pairs
+    from stepdistill.trainers import launch
     from stepdistill.trainers.job import check_fit, load_teacher, make_accelerator, make_job
     from stepdistill.trainers.recipe import is_recipe, make_recipe
     from stepdistill.trainers.regression import Regression
@@ -386,11 +182,11 @@ def pairs(
     index, _, count = part.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f"--part {part}: give i/n with i below n, such as 0/4")
-    _quiet_libraries()
+    launch.quiet_libraries()
     for job in jobs:
         family = load_teacher(job.config)
         family.to(make_accelerator().device)
-        items, _ = check_fit(job, family)
+        items = check_fit(job, family).all_items
         folder, own = Regression.folder(job.config), job.config.regression
         make_pairs(family, items, Regression.recipe(job.config), folder, own.pair_batch, (int(index), int(count)))
         print(f"pairs {folder}")
@@ -406,8 +202,9 @@ def merge(
     """Interpolate two students' weights: weight A + (1 - weight) B (SwiftBrush version 2)."""
     from stepdistill import assets
     from stepdistill.pipelines import merge_students
+    from stepdistill.trainers import launch
 
-    _quiet_libraries()
+    launch.quiet_libraries()
     print(f"student {merge_students(assets.resolve(first), assets.resolve(second), weight, output)}")
 
 
@@ -433,9 +230,10 @@ def sample(
 
     from stepdistill import assets
     from stepdistill.eval.stock import StockPipeline
+    from stepdistill.trainers import launch
     from stepdistill.trainers.grids import save_grid
 
-    _quiet_libraries()
+    launch.quiet_libraries()
     path = assets.resolve(pipeline)
     if (Path(path) / "student" / "model_index.json").is_file():
         path = str(Path(path) / "student")
@@ -484,12 +282,13 @@ def compare(
     import torch
 
     from stepdistill.config import apply_overrides, check, read_yaml
+    from stepdistill.trainers import launch
     from stepdistill.trainers.base import Interrupted
     from stepdistill.trainers.compare import CompareSettings
     from stepdistill.trainers.compare import compare as run_all
 
     settings = check(CompareSettings, apply_overrides(read_yaml(config), overrides or []), str(config))
-    _quiet_libraries()
+    launch.quiet_libraries()
     try:
         print(run_all(settings, config.parent, only, "cuda" if torch.cuda.is_available() else "cpu"))
     except Interrupted as stop:
@@ -523,9 +322,10 @@ def teacher_train(config: Annotated[Path, typer.Argument(help="a YAML config")],
     import torch
 
     from stepdistill.config import apply_overrides, check, read_yaml
+    from stepdistill.trainers import launch
     from stepdistill.trainers.teacher import TeacherConfig, train_teacher
 
-    _quiet_libraries()
+    launch.quiet_libraries()
     checked = check(TeacherConfig, apply_overrides(read_yaml(config), overrides or []), str(config))
     path = train_teacher(checked, "cuda" if torch.cuda.is_available() else "cpu")
     print(f"teacher {path}")
@@ -559,11 +359,12 @@ def benchmark_step(
     random_size: Annotated[str | None, typer.Option(help="random weights instead: sd-small, sd15")] = None,
 ) -> None:
     """What an update costs over its floor: the same networks' passes alone, timed in the same run."""
+    from stepdistill.trainers import launch
     from stepdistill.trainers.benchmark import measure_step
     from stepdistill.trainers.job import read_job
 
     job = read_job(config, overrides)
-    _quiet_libraries()
+    launch.quiet_libraries()
     print(measure_step(job, seconds, random_size))
 
 

@@ -1,16 +1,20 @@
 """Reward models as differentiable functions of pixels: human feedback learning's r_d (Hyper-SD, 2404.13686, eq. 13).
 
 ``aesthetic`` is LAION's predictor on a CLIP model's picture embeddings, ``image_reward`` is ImageReward through its own
-library, ``clip`` is the cosine of picture and prompt, and ``module:attribute`` is your own.  All are frozen.  No pixel
-is clamped on the way, so values outside [-1, 1] keep their gradient; ReFL's released code clamps and loses it.
+library, ``pick_score`` (Pick-a-Pic, 2305.01569) and ``hps`` (Human Preference Score v2, 2306.09341) are the cosine of
+picture and prompt by a CLIP that people's choices tuned, ``clip`` is that of any other CLIP, and ``module:attribute``
+is your own.  All are frozen.  No pixel is clamped on the way, so values outside [-1, 1] keep their gradient; ReFL's
+released code clamps and loses it.
 
 ``aesthetic`` was run with random weights against a hand-written forward, not with LAION's file, whose layout is that of
-its author's ``simple_inference.py``.  For ``image_reward`` see :func:`load_reward`.
+its author's ``simple_inference.py``.  ``pick_score`` and ``hps`` were run with small models of random weights, against
+transformers, open_clip and the pictures' own transforms, not with the released weights.  :func:`load_reward` says more.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +26,7 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.transforms.v2.functional import center_crop, pad, resize
 
 from stepdistill.clip import ClipScorer, ClipSettings, load_clip
 from stepdistill.config import Section
@@ -39,25 +43,53 @@ NEEDS = {
         "weights": "the file ImageReward.pt",
         "config": "the file med_config.json from beside the weights",
     },
+    "pick_score": {"weights": "the folder of PickScore_v1, with config.json and model.safetensors"},
+    "hps": {"weights": "the file HPS_v2.1_compressed.pt, or HPS_v2_compressed.pt"},
     "clip": {"clip": "a CLIP model"},
 }
 """What each kind of reward needs of the settings, and what that is."""
+
+OPTIONAL = {"pick_score": ("config",), "hps": ("clip",)}
+"""What a kind of reward takes beside that."""
+
+HPS_MODEL = "ViT-H-14"
+"""open_clip's name of the model that HPS v2 is."""
 
 
 class RewardSettings(Section):
     """One reward: which, how much of it, from which files."""
 
     reward: str = Field(
-        description="aesthetic, image_reward, clip, or module:attribute: an nn.Module or another callable of pixels "
-        "and items, or a class or function without arguments that gives one"
+        description="aesthetic, image_reward, pick_score, hps, clip, or module:attribute: an nn.Module or another "
+        "callable of pixels and items, or a class or function without arguments that gives one"
     )
     weight: float = Field(1.0, gt=0)
     hinge: float | None = Field(
         None, description="a picture whose reward is this or more is left alone; without it the reward is maximised"
     )
-    weights: str | None = Field(None, description="a local file: aesthetic's predictor, image_reward's .pt")
-    config: str | None = Field(None, description="image_reward's med_config.json")
-    clip: ClipSettings | None = Field(None, description="the model of clip, and of aesthetic's embeddings")
+    weights: str | None = Field(
+        None, description="a local file: aesthetic's predictor, image_reward's or hps's .pt; pick_score's folder"
+    )
+    config: str | None = Field(
+        None,
+        description="image_reward's med_config.json; pick_score's tokenizer folder, that of "
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K, where the weights' folder has none",
+    )
+    clip: ClipSettings | None = Field(
+        None,
+        description="the model of clip, and of aesthetic's embeddings; hps's is ViT-H-14 unless clip.model names "
+        "another of open_clip's, its file is weights and its prefix is empty",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hps_file(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("reward") == "hps" and isinstance(raw.get("clip"), dict):
+            return {
+                **raw,
+                "clip": {"model": HPS_MODEL, "pretrained": raw.get("weights") or "", "prefix": ""} | raw["clip"],
+            }
+        return raw
 
     @model_validator(mode="after")
     def _its_own(self) -> RewardSettings:
@@ -68,8 +100,16 @@ class RewardSettings(Section):
             given = getattr(self, key) is not None
             if key in needs and not given:
                 raise ValueError(f"{key} is missing: reward = {self.reward} needs {needs[key]}")
-            if given and key not in needs:
+            if given and key not in (*needs, *OPTIONAL.get(self.reward, ())):
                 raise ValueError(f"{key} has no use with reward = {self.reward}; remove it")
+        if self.reward == "hps" and self.clip is not None:
+            if ":" in self.clip.model or self.clip.hub:
+                raise ValueError(
+                    f"clip.model = {self.clip.model}: reward = hps loads its weights into one of open_clip's model "
+                    "names, without hub"
+                )
+            if self.clip.pretrained != self.weights:
+                raise ValueError("clip.pretrained has no use with reward = hps, whose file is weights; remove it")
         return self
 
 
@@ -141,13 +181,33 @@ def load_reward(settings: RewardSettings, device: str | torch.device = "cpu") ->
     standard deviation) on tensors instead of PIL images.  image-reward 1.5 itself was run beside transformers 4.55.4,
     with random weights of its architecture: rewards and gradients.  It was not run with ImageReward's weights, and it
     does not import beside the transformers that this package needs (4.56 and later dropped what it imports): there the
-    library must be a patched copy, else this kind is refused.  A function or object of your own that holds a module
-    inside freezes that itself.
+    library must be a patched copy, else this kind is refused.
+
+    ``pick_score`` is the raw cosine, without the authors' factor of the exponential of ``logit_scale``, about 100: on
+    a scale of 0.2, not of 20.  Its pictures are prepared as its processor does it, which is the same as
+    ``image_reward``'s at the model's size.  It was checked on a small CLIPModel of random weights against transformers'
+    own features and CLIPImageProcessor.
+
+    ``hps`` is the cosine too, as ``hpsv2.score`` gives it.  Its pictures are prepared as that does it: longer side to
+    the model's size by bicubic, then black at the two other sides.  A picture whose longer side is that size already
+    is padded too; the library leaves it and cannot take it unless it is square.  It was checked on a small model of
+    random weights in a file of HPS v2's layout: against open_clip, and against hpsv2 1.2's own model, tokenizer and
+    transform, with the antialiasing that torchvision has had by default since 0.17.  The names and shapes of the two
+    ViT-H-14 were compared at two layers.  The library runs in half precision, this does not.
+
+    Neither was run with its released weights.  A function or object of your own that holds a module inside freezes that
+    itself.
 
     Raises:
         UserError: files or packages are missing, or are not what the reward needs.
     """
-    loaders = {"aesthetic": _aesthetic, "image_reward": _image_reward, "clip": _clip}
+    loaders = {
+        "aesthetic": _aesthetic,
+        "image_reward": _image_reward,
+        "pick_score": _pick_score,
+        "hps": _hps,
+        "clip": _clip,
+    }
     score = loaders.get(settings.reward, _own)(settings, device)
     return Reward(settings.reward, settings.weight, settings.hinge, score)
 
@@ -214,6 +274,8 @@ def _read_weights(path: str, name: str) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # unpickling raises many kinds; the user needs the file and the reason
         raise UserError(f"reward {name}: weights {path} cannot be read ({_reason(error)}); replace the file") from None
+    if name == "hps" and isinstance(state, dict) and "state_dict" in state:
+        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"reward {name}: weights {path} holds no state dict; download {NEEDS[name]['weights']}")
     return state
@@ -262,9 +324,116 @@ def _image_reward(settings: RewardSettings, device: str | torch.device):
 
 def image_reward_pixels(pixels: Tensor) -> Tensor:
     """ImageReward's preprocessing, differentiable: (B, 1 or 3, H, W) in [-1, 1] to (B, 3, 224, 224), normalised."""
-    images = resize(pixels.float().expand(-1, 3, -1, -1), [224], InterpolationMode.BICUBIC, antialias=True)
     mean, std = (torch.tensor(v, device=pixels.device).reshape(1, 3, 1, 1) for v in (ClipScorer.mean, ClipScorer.std))
-    return ((center_crop(images, [224]) + 1) / 2 - mean) / std
+    return ((cropped_square(pixels, 224) + 1) / 2 - mean) / std
+
+
+def cropped_square(pixels: Tensor, size: int) -> Tensor:
+    """(B, 1 or 3, H, W) to (B, 3, size, size), differentiable: shorter side to ``size`` by bicubic, centre crop."""
+    images = resize(pixels.float().expand(-1, 3, -1, -1), [size], InterpolationMode.BICUBIC, antialias=True)
+    return center_crop(images, [size])
+
+
+def padded_square(pixels: Tensor, size: int) -> Tensor:
+    """(B, 1 or 3, H, W) to (B, 3, size, size), differentiable: longer side to ``size`` by bicubic, black around it."""
+    sides = [max(1, round(side * size / max(pixels.shape[-2:]))) for side in pixels.shape[-2:]]
+    images = resize(pixels.float().expand(-1, 3, -1, -1), sides, InterpolationMode.BICUBIC, antialias=True)
+    high, wide = (size - side for side in sides)
+    return pad(images, [wide // 2, high // 2, wide - wide // 2, high - high // 2], fill=-1.0)
+
+
+class _TransformersClip(nn.Module):
+    """A transformers CLIPModel with the two methods that a ClipScorer calls; tokens are a tokenizer's output."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.model.get_image_features(pixel_values=images).pooler_output
+
+    def encode_text(self, tokens: Any) -> Tensor:
+        return self.model.get_text_features(**tokens).pooler_output
+
+
+def _pick_score(settings: RewardSettings, device: str | torch.device):
+    model = _pick_score_model(settings.weights)
+    tokenizer = _pick_score_tokenizer(settings, model.config.text_config)
+    size, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
+
+    def tokens(prompts: list[str]):
+        return tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+
+    towers = _frozen(_TransformersClip(model), device)
+    scorer = ClipScorer(towers, None, tokens, f"PickScore {settings.weights}", device=device, size=(size, size))
+    return lambda pixels, items: scorer.cosine(cropped_square(pixels, size), _prompts(items, pixels, "pick_score"))
+
+
+def _pick_score_model(folder: str) -> Any:
+    from transformers import CLIPModel
+
+    remedy = f"download {NEEDS['pick_score']['weights']}, to that path"
+    if not Path(folder).is_dir():
+        raise UserError(f"reward pick_score: weights {folder} is no folder; {remedy}")
+    try:
+        kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"reward pick_score: {folder} has no config.json of a model ({_reason(error)}); {remedy}"
+        ) from None
+    if kind != "clip":
+        raise UserError(f"reward pick_score: {folder} is a model of type {kind}, not clip; {remedy}")
+    try:
+        model, found = CLIPModel.from_pretrained(
+            folder,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:  # transformers raises many kinds; the user needs the folder and the reason
+        raise UserError(f"reward pick_score: transformers cannot load {folder} ({_reason(error)}); {remedy}") from None
+    wrong = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
+    if wrong:  # transformers gives these random values, and goes on
+        raise UserError(
+            f"reward pick_score: {folder} has no {wrong[0]} as its config.json wants it ({len(wrong)} such tensors); "
+            f"{remedy}"
+        )
+    return model
+
+
+def _pick_score_tokenizer(settings: RewardSettings, text: Any) -> Any:
+    """The tokenizer in ``config``, else in ``weights``; transformers makes an empty one of a folder without files."""
+    from transformers import CLIPTokenizer
+
+    folder = Path(settings.config or settings.weights)
+    remedy = "name the folder of laion/CLIP-ViT-H-14-laion2B-s32B-b79K's tokenizer as config"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"reward pick_score: {folder} has no tokenizer (tokenizer.json, or vocab.json); {remedy}")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as above
+        raise UserError(
+            f"reward pick_score: the tokenizer in {folder} cannot be read ({_reason(error)}); {remedy}"
+        ) from None
+    if len(tokenizer) != text.vocab_size or text.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: it is the last
+        raise UserError(
+            f"reward pick_score: the tokenizer in {folder} has {len(tokenizer)} tokens, end at "
+            f"{tokenizer.eos_token_id}, and the model {text.vocab_size}, end at {text.eos_token_id}; {remedy}"
+        )
+    return tokenizer
+
+
+def _hps(settings: RewardSettings, device: str | torch.device):
+    _read_weights(settings.weights, "hps")
+    try:
+        scorer = load_clip(
+            settings.clip or ClipSettings(model=HPS_MODEL, pretrained=settings.weights, prefix=""), device
+        )
+    except UserError as error:
+        raise UserError(f"reward hps (weights: {NEEDS['hps']['weights']}): {error}") from None
+    size = scorer.size[0]
+    return lambda pixels, items: scorer.cosine(padded_square(pixels, size), _prompts(items, pixels, "hps"))
 
 
 def _image_reward_library() -> Any:

@@ -13,7 +13,8 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -23,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stepdistill.checkpoint import latest, load
 from stepdistill.config import Section
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser, Prediction
 from stepdistill.discriminator import features_at
@@ -56,6 +58,14 @@ class RolesSettings(Section):
     lora: LoRASettings = LoRASettings()
     student_lora: LoRASettings | None = Field(None, description="the student's own; lora by default")
     student_from: str | None = Field(None, description="start the student from this folder (an earlier student)")
+    fake_score_from: str | None = Field(
+        None, description="a run folder: go on with the fake score of its newest checkpoint"
+    )
+    network: dict[str, Any] | None = Field(
+        None,
+        description="a student of another size: keys of the teacher's network config that differ, e.g. "
+        "block_out_channels, layers_per_block; random weights (train them by tsm first)",
+    )
     lora_from: str | None = Field(None, description="go on with this LoRA (a file, or a student exported with one)")
     lora_under: str | None = Field(
         None, description="a frozen LoRA that stays on below the student's new one; both are exported as one"
@@ -66,6 +76,10 @@ class RolesSettings(Section):
         for key in ("student_lora", "lora_from", "lora_under"):
             if getattr(self, key) is not None and self.weights != "shared":
                 raise ValueError(f"{key} needs a LoRA student; set weights to shared or remove it")
+        if self.network is not None and self.weights == "shared":
+            raise ValueError(
+                "network: a student of another size is no LoRA on the teacher; set weights to full or mixed"
+            )
         if self.lora_from is not None and self.student_lora is not None:
             raise ValueError("student_lora and lora_from: a LoRA that is gone on with has its own rank; remove one")
         return self
@@ -345,6 +359,8 @@ class Roles:
             self.fake_score = self._full("fake_score")
         elif fake_score:
             self.fake_score = self._adapted("fake_score", base, self.switch, settings.lora)
+        if self.fake_score is not None and settings.fake_score_from is not None:
+            self._go_on_with_fake_score(settings.fake_score_from)
         own_teacher = family.teacher_denoiser()
         teacher = self._role("teacher", base, self.switch, None, False)
         self.teacher: Denoiser = teacher if own_teacher is None else own_teacher
@@ -354,13 +370,15 @@ class Roles:
             if weights == "full":
                 enable_checkpointing(base, None)  # SIM differentiates through the teacher
 
-    def _full(self, name: str) -> Role:
-        return self._role(name, copy.deepcopy(self.family.network).float().requires_grad_(True), None, None, True)
+    def _full(self, name: str, network: nn.Module | None = None) -> Role:
+        network = copy.deepcopy(self.family.network) if network is None else network
+        return self._role(name, network.float().requires_grad_(True), None, None, True)
 
     def _full_student(self) -> Role:
-        student, start = self._full("student"), self.settings.student_from
+        start, changes = self.settings.student_from, self.settings.network
+        student = self._full("student", None if changes is None else self.family.altered_network(changes).eval())
         if start is not None:
-            student.network.load_state_dict(self.family.read_weights(start))
+            student.network.load_state_dict(self.family.read_weights(start, student.network))
         return student
 
     def _lora_student(self) -> Role:
@@ -397,6 +415,19 @@ class Roles:
         except UserError as error:
             raise UserError(f"{key} = {path}: it is not a LoRA for this teacher ({error})") from None
         return role
+
+    def _go_on_with_fake_score(self, run: str) -> None:
+        key = f"roles.fake_score_from = {run}"
+        last = latest(Path(run) / "checkpoints")
+        if last is None:
+            raise UserError(f"{key}: no whole checkpoint there; name the folder of a run with a fake score")
+        tensors, _ = load(last)
+        if "fake_score" not in tensors:
+            raise UserError(f"{key}: its method has no fake score; remove the key")
+        try:
+            self.fake_score.load_state_dict(tensors["fake_score"])
+        except UserError as error:
+            raise UserError(f"{key}: {error}; hold both runs' roles in the same way") from None
 
     def to(self, device: torch.device | str) -> Roles:
         for network in {id(r.network): r.network for r in self.trained()}.values():

@@ -86,9 +86,14 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+def comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """A raw config without what may change on the way."""
     kept = {k: v for k, v in config.items() if k not in FREE_KEYS}
-    kept["train"] = {k: v for k, v in config.get("train", {}).items() if k not in FREE_TRAIN_KEYS}
+    if "train" in kept:
+        kept["train"] = {k: v for k, v in (kept["train"] or {}).items() if k not in FREE_TRAIN_KEYS}
+    part = (kept.get("data") or {}).get("part")
+    if part:  # the folder of several students may be moved
+        kept["data"] = {**kept["data"], "part": {k: v for k, v in part.items() if k != "router"}}
     return kept
 
 
@@ -135,7 +140,7 @@ class RunFolder:
             )
         try:
             before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-            odd = differences(_comparable(before), _comparable(config.model_dump(mode="json")))
+            odd = differences(comparable(before), comparable(config.model_dump(mode="json")))
         except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
             raise UserError(f"{saved}: damaged; choose another output folder") from None
         if odd:

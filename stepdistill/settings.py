@@ -47,6 +47,13 @@ class PromptColumnSettings(Section):
     revision: str | None = None
 
 
+class PartSettings(Section):
+    """One of several students: it trains on the conditions that the router gives it."""
+
+    router: str = Field(description="the router's file (stepdistill.partition)")
+    student: int = Field(ge=0)
+
+
 class DataSettings(Section):
     """Conditions, and real images for the methods that want them."""
 
@@ -54,6 +61,7 @@ class DataSettings(Section):
     prompts: str | None = Field(None, description="a text file, one prompt a line")
     prompt_dataset: PromptColumnSettings | None = None
     images: ImagesSettings | None = None
+    part: PartSettings | None = Field(None, description="set for each student by msd; not by hand")
 
     @model_validator(mode="after")
     def _one_kind(self):

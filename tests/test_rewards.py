@@ -2,20 +2,30 @@
 
 import builtins
 import inspect
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from stepdistill.clip import ClipScorer
-from stepdistill.config import check
+from stepdistill.config import check, dump_yaml
 from stepdistill.errors import UserError
-from stepdistill.rewards import AestheticHead, Reward, RewardSettings, image_reward_pixels, load_reward
+from stepdistill.rewards import (
+    AestheticHead,
+    Reward,
+    RewardSettings,
+    cropped_square,
+    image_reward_pixels,
+    load_reward,
+    padded_square,
+)
 
 F64 = torch.float64
 WIDTH = 6
@@ -89,7 +99,18 @@ def some_pixels(count=3, size=4, channels=3, spread=0.5):
         ({"reward": "clip"}, "clip is missing"),
         ({"reward": "clip", "clip": CLIP, "weights": "x"}, "weights has no use with reward = clip; remove it"),
         ({"reward": "own:net", "weights": "x"}, "weights has no use with reward = own:net"),
-        ({"reward": "hps"}, "reward = hps: write aesthetic, image_reward, clip or module:attribute"),
+        ({"reward": "hpsv3"}, "hpsv3: write aesthetic, image_reward, pick_score, hps, clip or module:attribute"),
+        ({"reward": "pick_score"}, "weights is missing: reward = pick_score needs the folder of PickScore_v1"),
+        ({"reward": "pick_score", "weights": "x", "clip": CLIP}, "clip has no use with reward = pick_score"),
+        ({"reward": "hps"}, "weights is missing: reward = hps needs the file HPS_v2.1_compressed.pt"),
+        ({"reward": "hps", "clip": {"model": "ViT-B-32"}}, "weights is missing: reward = hps"),
+        ({"reward": "hps", "weights": "x", "config": "y"}, "config has no use with reward = hps"),
+        ({"reward": "hps", "weights": "x", "clip": CLIP}, "clip.model = own_clip:make: reward = hps loads"),
+        ({"reward": "hps", "weights": "x", "clip": {"hub": True}}, "without hub"),
+        (
+            {"reward": "hps", "weights": "x", "clip": {"pretrained": "y"}},
+            "clip.pretrained has no use with reward = hps",
+        ),
         ({"reward": "own:net", "weight": 0}, "weight = 0: should be greater than 0"),
     ],
 )
@@ -403,6 +424,292 @@ def test_a_missing_library_is_one_line(library, image_reward, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+# -- pick_score: transformers itself on a model made here ---------------------------------------------------------
+
+
+LETTERS = ["a red bus", "z", "dog " * 20]
+
+
+def small_clip_config(size=32, **text):
+    from transformers import CLIPConfig
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"vocab_size": 190, "max_position_embeddings": 16, "bos_token_id": 188, "eos_token_id": 189}
+    vision = {"image_size": size, "patch_size": 16, **small}
+    return CLIPConfig(projection_dim=8, text_config={**small, **ends, **text}, vision_config=vision)
+
+
+def save_pick_score(folder, words=True, dtype=torch.float32, **text):
+    """A tiny CLIPModel with random weights, and the tokenizer of its letters, as transformers' own folder."""
+    from tiny import tokenizer
+    from transformers import CLIPModel
+
+    torch.manual_seed(0)
+    model = CLIPModel(small_clip_config(**text))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+    if words:
+        tokenizer(folder)
+    return folder
+
+
+def pick_score_by_hand(folder, words, pictures, prompts):
+    """transformers' own features, their cosine by hand; no logit_scale."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    tokens = CLIPTokenizer.from_pretrained(words)(
+        prompts, padding=True, truncation=True, max_length=16, return_tensors="pt"
+    )
+    seen = model.get_image_features(pixel_values=pictures).pooler_output
+    read = model.get_text_features(**tokens).pooler_output.detach()
+    return ((seen / seen.norm(dim=1, keepdim=True)) * (read / read.norm(dim=1, keepdim=True))).sum(1)
+
+
+@pytest.mark.parametrize(("dtype", "eos"), [(torch.float32, 189), (torch.float16, 2)])
+def test_pick_score_is_the_raw_cosine_of_transformers(dtype, eos, tmp_path):
+    """Pictures cropped by hand: twice the model's size, so 64 x 96 halves to 32 x 48; values and slopes."""
+    folder = save_pick_score(tmp_path / "model", dtype=dtype, eos_token_id=eos)
+    reward = load_reward(RewardSettings(reward="pick_score", weights=str(folder), hinge=10.0))
+    leaf = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    half = nn.functional.interpolate(leaf, (32, 48), mode="bicubic", antialias=True)[..., 8:40]
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (ClipScorer.mean, ClipScorer.std))
+    expected = pick_score_by_hand(folder, folder, (half / 2 + 0.5 - mean) / std, LETTERS)
+    found = reward(leaf, LETTERS)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert found.std() > 0.01
+    slopes = [torch.autograd.grad(score.sum(), leaf)[0] for score in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
+    assert (slopes[0].abs().sum((1, 2, 3)) > 0).all()
+    gray = reward(leaf[:, :1], LETTERS)
+    assert torch.equal(gray, reward(leaf[:, :1].expand(-1, 3, -1, -1), LETTERS))
+    with pytest.raises(UserError, match="reward pick_score: needs a prompt for each picture"):
+        reward(leaf, [])
+
+
+def test_pick_score_is_frozen_and_takes_the_tokenizer_from_config(tmp_path):
+    both, alone = save_pick_score(tmp_path / "both"), save_pick_score(tmp_path / "alone", words=False)
+    pixels, scores = some_pixels(size=40), []
+    for folder, extra in ((both, {}), (alone, {"config": str(both)})):
+        reward = load_reward(RewardSettings(reward="pick_score", weights=str(folder), **extra))
+        scorer = inspect.getclosurevars(reward.score).nonlocals["scorer"]
+        scores.append(reward(pixels, LETTERS))
+        scores[-1].sum().backward()
+        assert not scorer.model.training
+        for parameter in scorer.model.parameters():
+            assert parameter.dtype == torch.float32
+            assert not parameter.requires_grad
+            assert parameter.grad is None
+    assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 97), (75, 40), (20, 30)])
+def test_cropped_square_is_the_processors(size):
+    """CLIPImageProcessor on 8-bit pictures; both round the crop's place alike."""
+    from transformers import CLIPImageProcessor
+
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    coarse = np.random.default_rng(0).integers(40, 216, (5, 6, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+    theirs = processor(images=[picture], return_tensors="pt")["pixel_values"]
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (ClipScorer.mean, ClipScorer.std))
+    torch.testing.assert_close((cropped_square(pixels, 32) / 2 + 0.5 - mean) / std, theirs, rtol=0, atol=0.02)
+
+
+def without_a_tensor(folder):
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if "_projection" not in k}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def other_shape(folder):
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "model.safetensors")
+    state["visual_projection.weight"] = torch.zeros(3, 3)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def other_words(folder):
+    words = json.loads((folder / "vocab.json").read_text())
+    words["new"] = len(words)
+    (folder / "vocab.json").write_text(json.dumps(words))
+
+
+def other_end(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda f: (f / "config.json").unlink(), "has no config.json of a model"),
+        (lambda f: (f / "config.json").write_text("{"), "has no config.json of a model"),
+        (lambda f: (f / "config.json").write_text("[]"), "has no config.json of a model"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "is a model of type bert, not clip"),
+        (lambda f: (f / "model.safetensors").unlink(), "transformers cannot load"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 20), "transformers cannot load"),
+        (without_a_tensor, "has no text_projection.weight as its config.json wants it (2 such tensors)"),
+        (other_shape, "has no visual_projection.weight as its config.json wants it (1 such tensors)"),
+        (lambda f: (f / "vocab.json").unlink(), "has no tokenizer (tokenizer.json, or vocab.json)"),
+        (lambda f: (f / "vocab.json").write_text("{"), "cannot be read"),
+        (other_words, "has 191 tokens, end at 189, and the model 190, end at 189"),
+        (other_end, "has 190 tokens, end at 189, and the model 190, end at 7"),
+    ],
+)
+def test_a_wrong_pick_score_folder_is_one_line(spoil, says, tmp_path):
+    folder = save_pick_score(tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(UserError, match="reward pick_score: ") as error:
+        load_reward(RewardSettings(reward="pick_score", weights=str(folder)))
+    assert says in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "PickScore_v1, with config.json" in str(error.value) or "as config" in str(error.value)
+
+
+def test_no_pick_score_folder_is_one_line(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path / "file"):
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(UserError, match=f"weights {path} is no folder; download the folder of PickScore_v1"):
+            load_reward(RewardSettings(reward="pick_score", weights=str(path)))
+
+
+# -- hps: open_clip itself on a model made here ------------------------------------------------------------------
+
+
+SMALL = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A tiny model with random weights, under the name small of open_clip's models."""
+    import open_clip
+    from open_clip import factory
+
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "small", SMALL)
+    torch.manual_seed(0)
+    return open_clip.CLIP(**SMALL).eval()
+
+
+@pytest.fixture
+def hps(small, tmp_path):
+    """The file's layout is HPS v2's, with more beside the tensors and at half precision."""
+    state = {name: value.half() for name, value in small.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state, "optimizer": {"step": 1}}, tmp_path / "hps.pt")
+    small.load_state_dict(state)
+    return check(
+        RewardSettings, {"reward": "hps", "weights": str(tmp_path / "hps.pt"), "clip": {"model": "small"}}, "rewards"
+    )
+
+
+def hpsv2_transform(picture, size):
+    """hpsv2's ``ResizeMaxSize`` with torchvision's functions, in a picture in [0, 1], and its normalisation."""
+    from torchvision.transforms import functional
+
+    high, wide = picture.shape[1:]
+    scale = size / float(max(high, wide))
+    if scale != 1.0:
+        new = tuple(round(side * scale) for side in (high, wide))
+        picture = functional.resize(picture, new, InterpolationMode.BICUBIC)
+        below, beside = size - new[0], size - new[1]
+        picture = functional.pad(picture, [beside // 2, below // 2, beside - beside // 2, below - below // 2], fill=0)
+    return functional.normalize(picture, ClipScorer.mean, ClipScorer.std)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 46), (46, 64), (20, 15), (9, 70)])
+def test_hps_is_the_cosine_of_open_clip(size, small, hps):
+    """The model called directly on pictures of hpsv2's transform; values and slopes, no prefix, no clamp."""
+    from open_clip import SimpleTokenizer
+
+    reward, prompts = load_reward(hps), ["A red bus", "cat", "dog " * 40]
+    leaf = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    pictures = torch.stack([hpsv2_transform((picture + 1) / 2, 32) for picture in leaf])
+    tokens = SimpleTokenizer(context_length=16)(prompts)
+    expected = torch.diagonal(
+        small.encode_image(pictures, normalize=True) @ small.encode_text(tokens, normalize=True).detach().T
+    )
+    found = reward(leaf, prompts)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert found.std() > 0.01
+    slopes = [torch.autograd.grad(score.sum(), leaf)[0] for score in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-5)
+    assert (slopes[0].abs().sum((1, 2, 3)) > 0).all()
+    assert torch.equal(reward(leaf[:, :1], prompts), reward(leaf[:, :1].expand(-1, 3, -1, -1), prompts))
+    model = inspect.getclosurevars(reward.score).nonlocals["scorer"].model
+    assert not model.training
+    assert all(p.dtype == torch.float32 and not p.requires_grad and p.grad is None for p in model.parameters())
+    with pytest.raises(UserError, match="reward hps: needs a prompt for each picture"):
+        reward(leaf, [])
+
+
+def test_padded_square_pads_a_picture_of_the_size_too():
+    """Where the library gives back a picture that is not square."""
+    pixels = torch.full((1, 1, 32, 20), 0.5)
+    expected = torch.full((1, 3, 32, 32), -1.0)
+    expected[..., 6:26] = 0.5
+    torch.testing.assert_close(padded_square(pixels, 32), expected)
+    assert padded_square(torch.zeros(1, 1, 1, 100), 32).shape == (1, 3, 32, 32)
+
+
+def test_hps_is_vit_h_14_without_a_prefix_unless_the_settings_say_otherwise(hps, monkeypatch):
+    asked = []
+
+    def load(settings, device):
+        asked.append(settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr("stepdistill.rewards.load_clip", load)
+    for clip in ({}, {"clip": {}}, {"clip": {"model": "ViT-B-32", "prefix": "a "}}):
+        settings = check(RewardSettings, {"reward": "hps", "weights": hps.weights, **clip}, "rewards")
+        with pytest.raises(UserError, match="enough"):
+            load_reward(settings)
+    assert [(s.model, s.prefix) for s in asked] == [("ViT-H-14", ""), ("ViT-H-14", ""), ("ViT-B-32", "a ")]
+    assert all(s.pretrained == hps.weights and not s.hub for s in asked)
+    assert check(RewardSettings, yaml.safe_load(dump_yaml(hps)), "rewards") == hps  # what a run writes, it reads
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "is missing; download the file HPS_v2.1_compressed.pt"),
+        (b"<!DOCTYPE html>", "cannot be read"),
+        ([1, 2], "holds no state dict"),
+        ({"state_dict": [1]}, "holds no state dict"),
+        ({"epoch": 3}, "holds no state dict"),
+        ({"state_dict": {"visual.proj": torch.zeros(16, 8)}}, "open_clip cannot load it"),
+        ({"state_dict": {}}, "open_clip cannot load it"),
+    ],
+)
+def test_a_wrong_hps_file_is_one_line(content, says, small, tmp_path):
+    path = tmp_path / "hps.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    settings = {"reward": "hps", "weights": str(path), "clip": {"model": "small"}}
+    with pytest.raises(UserError, match="reward hps") as error:
+        load_reward(check(RewardSettings, settings, "rewards"))
+    assert says in str(error.value)
+    assert path.name in str(error.value)
+    assert "HPS_v2" in str(error.value) or "replace the file" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 # -- one's own ---------------------------------------------------------------------------------------------------
 
 
@@ -475,11 +782,12 @@ def test_what_is_no_reward_is_one_line(own, attribute, says):
 # -- no clamp ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["aesthetic", "clip", "image_reward"])
-def test_values_outside_the_range_keep_their_gradient(kind, tower, aesthetic, library, image_reward):
+@pytest.mark.parametrize("kind", ["aesthetic", "clip", "image_reward", "pick_score", "hps"])
+def test_values_outside_the_range_keep_their_gradient(kind, tower, aesthetic, library, image_reward, hps, tmp_path):
     """The slope at a picture that is wholly out of range is the slope of a smooth function: by finite differences."""
     settings = {"aesthetic": aesthetic, "clip": RewardSettings(reward="clip", clip=CLIP), "image_reward": image_reward}
-    reward = load_reward(settings[kind])
+    settings["pick_score"] = RewardSettings(reward="pick_score", weights=str(save_pick_score(tmp_path / "pick")))
+    reward = load_reward({**settings, "hps": hps}[kind])
     pixels = (1.5 + some_pixels(spread=0.1).detach().abs()).requires_grad_()
     (slope,) = torch.autograd.grad(reward(pixels, ["a", "k", "z"]).sum(), pixels)
     assert (slope.abs().sum((1, 2, 3)) > 0).all()

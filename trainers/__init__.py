@@ -11,9 +11,11 @@ from stepdistill.trainers.regression import Regression
 from stepdistill.trainers.sim import SIM
 from stepdistill.trainers.swiftbrush import SwiftBrush
 from stepdistill.trainers.tscd import TSCD
+from stepdistill.trainers.tsm import TSM
 
 METHODS: dict[str, type[Trainer]] = {
-    method.name: method for method in (DMD2, SIM, SwiftBrush, DisBack, BOOT, TSCD, PSO, Feedback, Enhance, Regression)
+    method.name: method
+    for method in (DMD2, SIM, SwiftBrush, DisBack, BOOT, TSCD, PSO, Feedback, Enhance, Regression, TSM)
 }
 
 __all__ = ["METHODS", "Trainer", *(method.__name__ for method in METHODS.values())]

@@ -66,12 +66,16 @@ class Batch:
 
 
 class ConditionSource:
-    """Encoded conditions in a seeded order; prompts up to ``KEEP`` are encoded once and kept."""
+    """Encoded conditions in a seeded order; prompts up to ``KEEP`` are encoded once and kept.
+
+    ``items`` are the student's own; ``all_items`` those of every student, where there are several.
+    """
 
     KEEP = 20_000
 
-    def __init__(self, family: Family, items: list, seed: int):
+    def __init__(self, family: Family, items: list, seed: int, all_items: list | None = None):
         self.family, self.items, self.order = family, items, Order(max(1, len(items)), seed)
+        self.all_items = items if all_items is None else all_items
         self._encoded: Condition | None = None
         if family.condition_kind == "prompt" and len(items) <= self.KEEP:
             parts = [family.encode_conditions(items[i : i + 64]) for i in range(0, len(items), 64)]
@@ -182,6 +186,7 @@ class Trainer(abc.ABC):
         self.accelerator = accelerator or Accelerator(cpu=family.device.type == "cpu")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.noise = Noise(config.seed, family.device, self.rank, self.world)
+        self.router: str | None = None  # of several students: the hash of what gave this one its conditions
         self.extra: dict[str, nn.Module] = {}  # networks of the method's own, besides the roles
         self.counters = {"iteration": 0, "conditions": 0, "real": 0}
         self.seconds = 0.0
@@ -291,6 +296,11 @@ class Trainer(abc.ABC):
     def wants_images(cls, settings: Section) -> bool:
         """Whether these settings train with real images."""
         return False
+
+    @classmethod
+    def divides_images(cls, settings: Section) -> bool:
+        """Whether one of several students sees the real images of its own conditions alone."""
+        return True
 
     # -- batches -------------------------------------------------------------------------------------------
 

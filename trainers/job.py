@@ -19,6 +19,7 @@ from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
 from stepdistill.latents import cached_latents
+from stepdistill.partition import Router
 from stepdistill.roles import Roles
 from stepdistill.run import CACHE, RunFolder
 from stepdistill.settings import ImagesSettings, RunSettings
@@ -142,19 +143,61 @@ def condition_items(config: RunSettings, family: Family) -> list:
     return labels
 
 
-def check_fit(job: Job, family: Family) -> tuple[list, data.ImageSet | None]:
+@dataclass(frozen=True)
+class Fit:
+    """What a job trains on: its condition items (of all students: ``all_items``), its real images and which of them,
+    and the hash of the router that gave it its part."""
+
+    items: list
+    all_items: list
+    images: data.ImageSet | None = None
+    subset: list[int] | None = None
+    router: str | None = None
+
+
+def check_fit(job: Job, family: Family) -> Fit:
     """The condition items and real images of a job, once they and its settings are known to fit the teacher.
 
     Raises:
         UserError: they do not.  Nothing has been written then.
     """
-    job.method.check_family(job.settings, family)
-    items = condition_items(job.config, family)
-    images = None
-    if job.method.wants_images(job.settings):
-        images = load_images(job.config.data.images, family.image_shape)
+    config, method, settings = job.config, job.method, job.settings
+    method.check_family(settings, family)
+    if config.roles.network is not None:
+        with torch.device("meta"):
+            family.altered_network(config.roles.network)
+    items, images = condition_items(config, family), None
+    if method.wants_images(settings):
+        images = load_images(config.data.images, family.image_shape)
         check_labels(images.labels, images.source, "data.images", family)
-    return items, images
+    if config.data.part is None:
+        return Fit(items, items, images)
+    return _part(job, family, items, images)
+
+
+def _part(job: Job, family: Family, items: list, images: data.ImageSet | None) -> Fit:
+    """One student's share of items and images."""
+    part = job.config.data.part
+    router = Router.load(Path(part.router))
+    if part.student >= router.students:
+        raise UserError(f"data.part.student = {part.student}: {part.router} has students 0..{router.students - 1}")
+    encoder = None
+    if router.encoder is not None:
+        encoder = family.prompt_encoder
+        if encoder.fingerprint != router.encoder:
+            raise UserError(f"{part.router}: made with another text encoder or tokenizer; make it anew in a new folder")
+
+    def own(values: list) -> list[int]:
+        routes = router.route(values, None if encoder is None else lambda prompts: encoder(prompts)[1])
+        return [index for index, route in enumerate(routes) if route == part.student]
+
+    mine = [items[index] for index in own(items)]
+    subset = None
+    if images is not None and job.method.divides_images(job.settings):
+        subset = own(images.labels)
+        if not subset:
+            raise UserError(f"data.images: none of its images is of student {part.student}'s conditions; add some")
+    return Fit(mine, items, images, subset, router.hash)
 
 
 def make_accelerator(**arguments: Any) -> Accelerator:
@@ -186,7 +229,7 @@ def build_trainer(
     family = family or load_teacher(config)
     family.to(accelerator.device)
     sampler = job.method.make_sampler(config, family)
-    items, images = check_fit(job, family)
+    fit = check_fit(job, family)
     torch.manual_seed(config.seed)
     roles = Roles(
         family,
@@ -196,11 +239,13 @@ def build_trainer(
         job.method.has_fake_score,
     ).to(accelerator.device)
     real = None
-    if images is not None:
-        latents = cached_latents(family, images, job.cache or Path(config.output) / CACHE)
-        real = RealSource(family, images, latents, config.seed + 2)
-    conditions = ConditionSource(family, items, config.seed + 1)
-    return job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)
+    if fit.images is not None:
+        latents = cached_latents(family, fit.images, job.cache or Path(config.output) / CACHE)
+        real = RealSource(family, fit.images, latents, config.seed + 2, fit.subset)
+    conditions = ConditionSource(family, fit.items, config.seed + 1, fit.all_items)
+    trainer = job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)
+    trainer.router = fit.router
+    return trainer
 
 
 def resume(trainer: Trainer, run: RunFolder) -> bool:
@@ -223,7 +268,9 @@ def resume(trainer: Trainer, run: RunFolder) -> bool:
 
 def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:
     """What an exported student says of how it was made."""
-    config = job.config
+    config, part = job.config, job.config.data.part
+    msd = {} if part is None else {"msd": {"router": trainer.router, "student": part.student}}
+    changed = {} if config.roles.network is None else {"network": config.roles.network}
     return {
         "method": job.method.name,
         "teacher": config.teacher.path,
@@ -232,4 +279,6 @@ def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:
         "weights": config.roles.weights,
         "seed": config.seed,
         "settings": {section: getattr(config, section).model_dump(mode="json") for section in job.method.sections()},
+        **changed,
+        **msd,
     }

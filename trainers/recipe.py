@@ -5,6 +5,7 @@ A recipe's file is a run's config with a list of ``stages``.  A stage's own keys
 
     nothing   the teacher's weights, as any run
     student   the last student: its LoRA is gone on with, or its weights are
+    both      the same, and the fake score of its run's newest checkpoint
     under     a new LoRA on top of the last student, which stays frozen below
 
 Every stage's folder is a run folder (``distill --resume`` goes on with the one that was stopped; finished ones, those
@@ -25,18 +26,19 @@ from stepdistill.trainers.job import Job, make_job
 
 from stepdistill.config import Section, check, merge
 from stepdistill.errors import UserError
-from stepdistill.run import CACHE, FREE_KEYS, FREE_TRAIN_KEYS, RunFolder, differences, write_atomically
+from stepdistill.run import CACHE, RunFolder, comparable, differences, write_atomically
 
 STAGES = "stages"
-OWN = ("name", "take", "of")
+OWN = ("name", "take", "of", "shared")
 
 
 class StageSettings(Section):
     """What a stage says besides a run's own keys."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its folder is NN-name")
-    take: Literal["nothing", "student", "under"] = Field("student", description="from the stage named in of")
+    take: Literal["nothing", "student", "both", "under"] = Field("student", description="from the stage named in of")
     of: str | None = Field(None, description="an earlier stage; the last one by default")
+    shared: bool = Field(False, description="of several students (msd): run once, on every condition, before them")
 
 
 @dataclass(frozen=True)
@@ -142,22 +144,15 @@ class Recipe:
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """Without what may change on the way, in the stages too."""
-
-    def kept(part: dict[str, Any]) -> dict[str, Any]:
-        own = {k: v for k, v in part.items() if k not in FREE_KEYS}
-        if "train" in own:
-            own["train"] = {k: v for k, v in (own["train"] or {}).items() if k not in FREE_TRAIN_KEYS}
-        return own
-
-    return {**kept(config), STAGES: [kept(stage) for stage in config.get(STAGES) or []]}
+    return {**comparable(config), STAGES: [comparable(stage) for stage in config.get(STAGES) or []]}
 
 
 def is_recipe(raw: dict[str, Any]) -> bool:
     return STAGES in raw
 
 
-def make_recipe(raw: dict[str, Any], where: str = "config") -> Recipe:
-    """Check a recipe, every stage of it, before anything is loaded.
+def make_recipe(raw: dict[str, Any], where: str = "config", before: list[Stage] | None = None) -> Recipe:
+    """Check a recipe, every stage of it, before anything is loaded; ``before``: stages of another that it goes on from.
 
     Raises:
         UserError: one line that names the stage and the key.
@@ -173,9 +168,10 @@ def make_recipe(raw: dict[str, Any], where: str = "config") -> Recipe:
     for number, own in enumerate(listed, 1):
         label = f"{where}: stages[{number}]"
         settings = check(StageSettings, {k: own[k] for k in OWN if k in own}, label)
-        if any(stage.name == settings.name for stage in stages):
+        earlier = [*(before or []), *stages]
+        if any(stage.name == settings.name for stage in earlier):
             raise UserError(f"{label}: a second stage named {settings.name}; give it another name")
-        source = _source(settings, stages, label)
+        source = _source(settings, earlier, label)
         stage = merge(common, {k: v for k, v in own.items() if k not in OWN})
         stage["output"] = str(Path(output) / f"{number:02d}-{settings.name}")
         stage["evaluation"] = {**(common.get("evaluation") or {}), **(own.get("evaluation") or {})}
@@ -205,9 +201,14 @@ def _taken(settings: StageSettings, roles: dict, method: Any, source: Stage, lab
     """The roles section that starts from the source's student."""
     student, is_lora = str(source.run.student), source.job.config.roles.weights == "shared"
     weights = roles.get("weights") or _default_weights(method)
-    for key in ("student_from", "lora_from", "lora_under"):
+    for key in ("student_from", "lora_from", "lora_under", "fake_score_from"):
         if key in roles:
             raise UserError(f"{label}: roles.{key} is what take = {settings.take} sets; remove one of them")
+    if settings.take == "both":
+        for name, job_method in (("this stage", _method(method)), (source.name, source.job.method)):
+            if job_method is not None and not job_method.has_fake_score:
+                raise UserError(f"{label}: take = both: {name}'s method has no fake score; use take = student")
+        roles = {**roles, "fake_score_from": str(source.run.path)}
     if settings.take == "under" and weights != "shared":
         raise UserError(f"{label}: take = under needs a LoRA on top; set roles.weights=shared")
     if is_lora and weights == "shared":
@@ -215,10 +216,14 @@ def _taken(settings: StageSettings, roles: dict, method: Any, source: Stage, lab
     return {**roles, "student_from": student}
 
 
-def _default_weights(method: Any) -> str:
+def _method(name: Any) -> type[Trainer] | None:
     from stepdistill.trainers import METHODS
 
-    found: type[Trainer] | None = METHODS.get(method) if isinstance(method, str) else None
+    return METHODS.get(name) if isinstance(name, str) else None
+
+
+def _default_weights(method: Any) -> str:
+    found = _method(method)
     return "full" if found is None else found.defaults.get("roles", {}).get("weights", "full")
 
 

@@ -5,7 +5,8 @@ to warm up a one-step student before score distillation (2405.14867, appendix; S
 
 ``distance``: LPIPS (VGG) on decoded pictures enlarged to at least ``lpips_size``, the papers' choice, or a squared
 error on samples.  Pairs are made by ``stepdistill pairs CONFIG``, or when the run starts.  The warm-up of DMD2 on SDXL
-is 10,000 pairs at guidance 8, a batch of 256, lr 1e-5, about 2,000 to 3,000 updates.
+is 10,000 pairs at guidance 8, a batch of 256, lr 1e-5, about 2,000 to 3,000 updates.  One of several students sees the
+pairs of all (MSD, 2410.23274: with its own alone coverage is lost).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class RegressionSettings(Section):
     shard: int = Field(1000, ge=1, description="pairs a file")
     pair_batch: int = Field(64, ge=1, description="pairs made at a time")
     guidance_scale: float = Field(1.0, ge=0, description="of the teacher's samples; baked into the student")
+    seed: int | None = Field(None, ge=0, description="of the pairs' noise; the run's by default")
     distance: Literal["mse", "lpips"] = "mse"
     lpips_size: int = Field(224, ge=16, description="smaller pictures are enlarged to this side for LPIPS")
     decoder: str | None = Field(None, description="an AutoencoderTiny for LPIPS on latents; the teacher's by default")
@@ -73,7 +75,13 @@ class Regression(DirectTrainer):
     @classmethod
     def recipe(cls, config: RunSettings) -> PairRecipe:
         own = config.regression
-        return PairRecipe(own.count, own.shard, config.teacher.steps, own.guidance_scale, config.seed)
+        return PairRecipe(
+            own.count,
+            own.shard,
+            config.teacher.steps,
+            own.guidance_scale,
+            own.seed if own.seed is not None else config.seed,
+        )
 
     @classmethod
     def folder(cls, config: RunSettings) -> Path:
@@ -89,7 +97,7 @@ class Regression(DirectTrainer):
     def prepare(self) -> None:
         if self.pairs is not None:
             return
-        recipe, folder, items = self.recipe(self.config), self.folder(self.config), self.conditions.items
+        recipe, folder, items = self.recipe(self.config), self.folder(self.config), self.conditions.all_items
         make_pairs(self.family, items, recipe, folder, self.settings.pair_batch, (self.rank, self.world))
         self.accelerator.wait_for_everyone()
         self.pairs = PairSet(folder, self.family, items, recipe)

@@ -58,8 +58,8 @@ class AnalyticFamily(Family):
             raise UserError("this analytic family names no feature_module for a discriminator")
         return network.get_submodule(self.feature_module)
 
-    def fresh_network(self) -> nn.Module:
-        return copy.deepcopy(self.network)
+    def fresh_network(self, like: nn.Module | None = None) -> nn.Module:
+        return copy.deepcopy(self.network if like is None else like)
 
     def encode_conditions(self, items: list) -> Condition:
         return {"label": torch.as_tensor(items, device=self.device)} if self.num_labels else {}

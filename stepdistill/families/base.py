@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class Family(abc.ABC):
 
     name: ClassVar[str]
     lora_targets: ClassVar[list[str] | str]
+    architecture_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of the network's config that a smaller student may change."""
     passes_eta: ClassVar[bool] = False
     """Whether the stock pipeline hands its scheduler an ``eta``."""
     network: nn.Module
@@ -62,28 +64,49 @@ class Family(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def fresh_network(self) -> nn.Module:
-        """A new network of the teacher's architecture; its weights are arbitrary."""
+    def fresh_network(self, like: nn.Module | None = None) -> nn.Module:
+        """A new network of the architecture of ``like`` (the teacher's by default); its weights are arbitrary."""
 
-    def read_weights(self, path: str) -> dict[str, Tensor]:
-        """The network's weights of another diffusers folder (or hub id), e.g. an earlier student.
+    def altered_network(self, changes: dict[str, Any]) -> nn.Module:
+        """A new network of the teacher's class with random weights, some keys of its config changed.
+
+        Raises:
+            UserError: a key that is not of the architecture, or values that the class cannot be built from.
+        """
+        odd = sorted(changes.keys() - self.architecture_keys)
+        if odd:
+            raise UserError(f"roles.network: {odd[0]} cannot be changed; keys are {', '.join(self.architecture_keys)}")
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        try:
+            return type(self.network).from_config({**self.network.config, **lists}).requires_grad_(False)
+        except Exception as error:  # of torch or diffusers, many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"roles.network: no {type(self.network).__name__} can be built so ({reason}); channels must be "
+                "divisible by norm_num_groups and by the heads"
+            ) from None
+
+    def read_weights(self, path: str, like: nn.Module | None = None) -> dict[str, Tensor]:
+        """The network's weights of another diffusers folder (or hub id), e.g. an earlier student; ``like``: the network
+        that they must fit, the teacher's by default.
 
         Raises:
             UserError: not there, or a network of another shape.
         """
+        like = self.network if like is None else like
         try:
             found = type(self.network).from_pretrained(path, subfolder="unet").state_dict()
         except Exception as error:  # diffusers raises many kinds
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"roles.student_from = {path}: its unet cannot be loaded: {reason}") from None
-        found, own = self.complete_weights(found), self.network.state_dict()
+        found, own = self.complete_weights(found, like), like.state_dict()
         odd = [k for k in own.keys() | found.keys() if k not in own or k not in found or own[k].shape != found[k].shape]
         if odd:
-            raise UserError(f"roles.student_from = {path}: its unet is not the teacher's architecture ({min(odd)})")
+            raise UserError(f"roles.student_from = {path}: its unet is not of the student's architecture ({min(odd)})")
         return found
 
-    def complete_weights(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Put back what an export leaves out."""
+    def complete_weights(self, found: dict[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
+        """Put back what an export leaves out, from ``like``."""
         return found
 
     # -- conditions ----------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 from collections.abc import Callable
 
 import torch
@@ -11,7 +14,46 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.nodes import digest
 from stepdistill.schedule import from_scheduler
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer, text_encoder: nn.Module, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Last hidden states (B, tokens, width), as the stock pipeline makes them, and which tokens are no padding."""
+    tokens = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    device = text_encoder.device
+    mask = tokens.attention_mask.to(device)
+    seen = mask if getattr(text_encoder.config, "use_attention_mask", False) else None
+    return text_encoder(tokens.input_ids.to(device), attention_mask=seen)[0], mask
+
+
+class PromptEncoder:
+    """Prompts as vectors for a router: float32 whatever the pipeline computes in, so that training and serving route
+    alike (in bfloat16 about one prompt in a thousand would change sides)."""
+
+    def __init__(self, tokenizer, text_encoder: nn.Module):
+        self.tokenizer = tokenizer
+        whole = all(p.dtype == torch.float32 for p in text_encoder.parameters())
+        self.network = text_encoder if whole else copy.deepcopy(text_encoder).float()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the encoder's weights and the tokenizer's vocabulary."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(f"{digest(self.network.state_dict())} {vocabulary}".encode()).hexdigest()
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, tokens, width), and their means over the tokens that are no padding, (B, width)."""
+        hidden, mask = encode_prompts(self.tokenizer, self.network, prompts)
+        mask = mask.to(hidden).unsqueeze(-1)
+        return hidden, (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 class StableDiffusionFamily(Family):
@@ -33,6 +75,16 @@ class StableDiffusionFamily(Family):
         "upsamplers.0.conv",
         "time_emb_proj",
     ]
+    architecture_keys = (
+        "block_out_channels",
+        "layers_per_block",
+        "down_block_types",
+        "up_block_types",
+        "mid_block_type",
+        "transformer_layers_per_block",
+        "attention_head_dim",
+        "norm_num_groups",
+    )
     condition_kind = "prompt"
     has_null = True
     passes_eta = True
@@ -84,25 +136,16 @@ class StableDiffusionFamily(Family):
     def mid_block(self, network: nn.Module) -> nn.Module:
         return network.mid_block
 
-    def fresh_network(self) -> UNet2DConditionModel:
-        return UNet2DConditionModel.from_config(self.network.config)
+    def fresh_network(self, like: nn.Module | None = None) -> UNet2DConditionModel:
+        return UNet2DConditionModel.from_config((self.network if like is None else like).config)
 
-    @torch.no_grad()
     def encode_conditions(self, items: list) -> Condition:
         """Prompts to CLIP's last hidden states, (B, tokens, width); too long ones are cut, as stock does."""
-        tokens = self.tokenizer(
-            list(items),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        device = self.text_encoder.device
-        mask = None
-        if getattr(self.text_encoder.config, "use_attention_mask", False):
-            mask = tokens.attention_mask.to(device)
-        hidden = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
-        return {"text": hidden.to(self.device)}
+        return {"text": encode_prompts(self.tokenizer, self.text_encoder, items)[0].to(self.device)}
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.tokenizer, self.text_encoder)
 
     def null_condition(self, count: int) -> Condition:
         if self._null is None:

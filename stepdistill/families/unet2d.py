@@ -21,6 +21,14 @@ from stepdistill.schedule import FlowSchedule, from_scheduler
 
 class UNet2DFamily(Family):
     name = "unet2d"
+    architecture_keys = (
+        "block_out_channels",
+        "layers_per_block",
+        "down_block_types",
+        "up_block_types",
+        "attention_head_dim",
+        "norm_num_groups",
+    )
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 
     def __init__(self, network: UNet2DModel, scheduler):
@@ -62,8 +70,8 @@ class UNet2DFamily(Family):
     def mid_block(self, network: nn.Module) -> nn.Module:
         return network.mid_block
 
-    def fresh_network(self) -> UNet2DModel:
-        return UNet2DModel.from_config(self.network.config)
+    def fresh_network(self, like: nn.Module | None = None) -> UNet2DModel:
+        return UNet2DModel.from_config((self.network if like is None else like).config)
 
     def encode_conditions(self, items: list) -> Condition:
         if self.condition_kind == "none":
@@ -78,10 +86,10 @@ class UNet2DFamily(Family):
             )
         return {"label": torch.full((count,), self.null_label, dtype=torch.long, device=self.device)}
 
-    def complete_weights(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An exported student has no null label: the teacher's is put back."""
+    def complete_weights(self, found: dict[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
+        """An exported student has no null label: that of ``like`` is put back."""
         key = "class_embedding.weight"
-        own = self.network.state_dict().get(key)
+        own = like.state_dict().get(key)
         if self.has_null and key in found and len(found[key]) == len(own) - 1 and self.null_label == len(own) - 1:
             return {**found, key: torch.cat([found[key], own[-1:]])}
         return found

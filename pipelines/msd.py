@@ -1,0 +1,408 @@
+"""Several students as one pipeline (MSD, 2410.23274): each sample is routed to its student and drawn by it alone.
+
+    pipe = MSDPipeline.from_pretrained("runs/msd/student", memory="2GB")
+    images = pipe(class_labels=[3, 7]).images            # or pipe(["a cat", "a bus"]).images
+
+The folder holds ``msd.json``, ``router.json`` and a stock diffusers folder for each student, which loads by itself
+too; this class is needed for routing alone.  Students are loaded when they are first asked for; what exceeds ``memory``
+is dropped, the longest unused first.  What all have in common (text encoder, tokenizer, VAE) is loaded once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError, safe_open
+from stepdistill.pipelines.calls import callable_with_noise
+from torch import Tensor
+
+from stepdistill import __version__
+from stepdistill.errors import UserError
+from stepdistill.families.stable_diffusion import PromptEncoder
+from stepdistill.partition import FILE, Router
+
+MANIFEST = "msd.json"
+COMMON = ("text_encoder", "tokenizer", "vae")
+
+
+def is_msd_folder(path: str | Path) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+class MSDPipeline:
+    """K students behind one call; see the module."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        router: Router,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        memory: int | None = None,
+    ):
+        self.folder, self.manifest, self.router = folder, manifest, router
+        self.dtype, self.device, self.memory = dtype, torch.device(device), memory
+        self.loaded: OrderedDict[int, DiffusionPipeline] = OrderedDict()
+        self._common: dict[str, Any] = {}
+        self._encoder: PromptEncoder | None = None
+        self._bar: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        memory: int | str | None = None,
+        revision: str | None = None,
+    ) -> MSDPipeline:
+        """Check a folder (or hub id) of several students; no student is loaded yet.
+
+        Args:
+            dtype: of the students' networks.  Prompts are routed in float32 whatever it is.
+            memory: the most that students' networks may take, bytes or "2GB"; None keeps all that were asked for.
+
+        Raises:
+            UserError: no such folder, a student is missing, the router is not the one that they were trained with, or
+                one student alone is larger than ``memory``.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            folder = _from_hub(str(path), revision)
+        manifest = read_manifest(folder)
+        router = Router.load(folder / FILE)
+        if router.hash != manifest["router"]:
+            raise UserError(
+                f"{folder}: its students were trained with router {manifest['router'][:12]}, and {FILE} is "
+                f"{router.hash[:12]}; take the router that they were trained with"
+            )
+        for k in range(manifest["students"]):
+            check_student(folder / f"student-{k}", router, k)
+        budget = _bytes(memory)
+        size = max(manifest["parameters"]) * torch.empty((), dtype=dtype).element_size()
+        if budget is not None and size > budget:
+            raise UserError(f"memory = {memory}: one student alone takes {size:,} bytes; give at least that")
+        return cls(folder, manifest, router, dtype, device, budget)
+
+    # -- students ------------------------------------------------------------------------------------------
+
+    @property
+    def students(self) -> int:
+        """K."""
+        return self.manifest["students"]
+
+    def student(self, k: int) -> DiffusionPipeline:
+        """Student k's stock pipeline, loaded if it is not."""
+        if k not in self.loaded:
+            self._make_room(k)
+            arguments = {} if self.dtype == torch.float32 else {"dtype": self.dtype}
+            path = self.folder / f"student-{k}"
+            try:
+                pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **self.common, **arguments)
+            except Exception as error:  # diffusers raises many kinds
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(f"{path}: diffusers cannot load this student ({reason}); export it again") from None
+            pipeline = callable_with_noise(pipeline).to(self.device)
+            pipeline.set_progress_bar_config(**self._bar)
+            self.loaded[k] = pipeline
+        self.loaded.move_to_end(k)
+        return self.loaded[k]
+
+    def _make_room(self, k: int) -> None:
+        """Drop the students that were not used for longest until student k fits."""
+        if self.memory is None:
+            return
+        width = torch.empty((), dtype=self.dtype).element_size()
+        sizes = [count * width for count in self.manifest["parameters"]]
+        while self.loaded and sum(sizes[j] for j in self.loaded) + sizes[k] > self.memory:
+            self.loaded.popitem(last=False)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What every student has alike, loaded once; {} for pixels."""
+        if self.router.kind != "labels" and not self._common:
+            found = DiffusionPipeline.from_pretrained(self.folder / "student-0", local_files_only=True, unet=None)
+            self._common = {name: found.components[name] for name in COMMON}
+            self._common["text_encoder"].to(self.device)
+        return dict(self._common)
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The text encoder that routes.
+
+        Raises:
+            UserError: it is not the one that the router was made with.
+        """
+        if self._encoder is None:
+            common = self.common
+            encoder = PromptEncoder(common["tokenizer"], common["text_encoder"])
+            if encoder.fingerprint != self.router.encoder:
+                raise UserError(
+                    f"{self.folder}: its text encoder or tokenizer is not the one that the router was made with, so "
+                    "prompts would go to other students; put the teacher's back"
+                )
+            self._encoder = encoder
+        return self._encoder
+
+    def to(self, device: str | torch.device) -> MSDPipeline:
+        self.device = torch.device(device)
+        for pipeline in self.loaded.values():
+            pipeline.to(device)
+        if self._common:
+            self._common["text_encoder"].to(device)
+        return self
+
+    def set_progress_bar_config(self, **arguments: Any) -> None:
+        self._bar = arguments
+        for pipeline in self.loaded.values():
+            pipeline.set_progress_bar_config(**arguments)
+
+    # -- drawing -------------------------------------------------------------------------------------------
+
+    def route(self, items: list) -> list[int]:
+        """The student of each label or prompt.
+
+        Raises:
+            UserError: a label that no student draws.
+        """
+        return self.router.route(items, lambda prompts: self.encoder(prompts)[1])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: int | list[int] | Tensor | None = None,
+        latents: Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        num_images_per_prompt: int = 1,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **arguments: Any,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw pictures, one student's call for each student that is needed; in the order of the conditions.
+
+        Args:
+            prompt, class_labels: what to draw, as the students take it.
+            latents: (B, C, H, W) unit normal; drawn for the whole batch otherwise, so that a sample's noise does not
+                depend on which others are drawn with it.
+            generator: one, or one a sample.  Noise between an N-step student's steps comes from one of each sample's.
+            arguments: passed on to the students' own class; the number of steps and guidance are theirs by default.
+
+        Raises:
+            UserError: a label that no student draws, conditions of the wrong kind, or noise of another shape.
+        """
+        items = self._items(prompt, class_labels, num_images_per_prompt)
+        steps = num_inference_steps or self.manifest["call"]["num_inference_steps"]
+        call = {**self.manifest["call"], **arguments, "num_inference_steps": steps, "output_type": output_type}
+        hidden, embeddings = self.encoder(items) if self.router.kind != "labels" else (None, None)
+        routes = self.router.route_labels(items) if embeddings is None else self.router.route_embeddings(embeddings)
+        noise = self._noise(latents, generator, len(items))
+        own = self._generators(generator, len(items)) if steps > 1 else None
+        images: list[Any] = [None] * len(items)
+        waiting = sorted(set(routes), key=lambda k: (k not in self.loaded, k))  # those at hand first
+        for k in waiting:
+            index = [i for i, route in enumerate(routes) if route == k]
+            pipeline = self.student(k)
+            given = {"latents": noise[index], **call}
+            if own is not None:
+                given["generator"] = [own[i] for i in index]
+            if hidden is not None:
+                given["prompt_embeds"] = hidden[index].to(self.device, self.dtype)
+            else:
+                given |= {"class_labels": [items[i] for i in index], "batch_size": len(index)}
+            for i, image in zip(index, pipeline(**given).images, strict=True):
+                images[i] = image
+        drawn = _together(images)
+        return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
+
+    def _items(self, prompt, class_labels, repeats: int) -> list:
+        labels = self.router.kind == "labels"
+        given, other = (class_labels, prompt) if labels else (prompt, class_labels)
+        if given is None or other is not None:
+            right, wrong = ("class_labels", "prompt") if labels else ("prompt", "class_labels")
+            raise UserError(f"{self.folder}: these students draw from {right}; give {right} and no {wrong}")
+        if isinstance(given, Tensor):
+            given = given.tolist()
+        given = [given] if isinstance(given, str | int) else list(given)
+        return [item for item in given for _ in range(repeats)]
+
+    def _noise(self, latents: Tensor | None, generator, count: int) -> Tensor:
+        shape = (count, *self.manifest["noise_shape"])
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
+        if tuple(latents.shape) != shape:
+            raise UserError(f"latents: {tuple(latents.shape)} for {count} samples of {shape[1:]}")
+        return latents.to(self.device, self.dtype)
+
+    @staticmethod
+    def _generators(generator, count: int) -> list[torch.Generator]:
+        """One generator a sample, seeded by the one that was given."""
+        if isinstance(generator, list):
+            return generator
+        device = "cpu" if generator is None else generator.device
+        seeds = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
+        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def _together(images: list) -> Any:
+    """One tensor or array where the pictures are such, else their list."""
+    if isinstance(images[0], Tensor):
+        return torch.stack(images)
+    return np.stack(images) if isinstance(images[0], np.ndarray) else images
+
+
+def _bytes(memory: int | str | None) -> int | None:
+    if memory is None or isinstance(memory, int):
+        return memory
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B?\s*", memory, re.I)
+    try:
+        return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+    except (TypeError, ValueError):
+        raise UserError(f"memory = {memory!r}: write bytes, or such as 500MB or 2GB") from None
+
+
+def _from_hub(path: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision))
+    except Exception as error:  # many kinds; the user needs the name and the reason
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: no such folder here, and the hub did not give it: {reason}") from None
+
+
+# -- the folder --------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``msd.json``.
+
+    Raises:
+        UserError: not there, or damaged.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        needed = ("students", "router", "parameters", "call", "noise_shape")
+        if not all(key in manifest for key in needed) or len(manifest["parameters"]) != manifest["students"]:
+            raise ValueError
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {MANIFEST} in it, so it is not a folder of several students") from None
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{folder / MANIFEST}: damaged; gather the students again") from None
+    return manifest
+
+
+def check_student(folder: Path, router: Router, k: int) -> dict[str, Any]:
+    """What student k's folder says of itself, once it is known to be there and of this router.
+
+    Raises:
+        UserError: it is missing, or another's.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: student {k} of {router.students} is missing; train it with --student {k}")
+    try:
+        said = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_stepdistill"]
+        own = said["msd"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder}: says nothing of a router, so it is not one of several students") from None
+    if own["router"] != router.hash or own["student"] != k:
+        raise UserError(
+            f"{folder}: is student {own['student']} of router {own['router'][:12]}, not {k} of {router.hash[:12]}; put "
+            "back the student and the router that belong together"
+        )
+    return said
+
+
+def export_students(folders: list[Path], router: Router, path: Path) -> Path:
+    """Copy the students' exported folders and the router to ``path``, whole or not at all.
+
+    Raises:
+        UserError: a student is missing or of another router, or the folder cannot be written.
+    """
+    said = [check_student(folder, router, k) for k, folder in enumerate(folders)]
+    if path.is_dir() and any(path.iterdir()) and not is_msd_folder(path):
+        raise UserError(f"{path}: the folder is not empty and holds no students; choose another")
+    unet = json.loads((folders[0] / "unet" / "config.json").read_text(encoding="utf-8"))
+    size = unet["sample_size"]
+    manifest = {
+        "version": __version__,
+        "students": len(folders),
+        "router": router.hash,
+        "teacher": said[0].get("teacher"),
+        "method": said[0].get("method"),
+        "steps": said[0]["steps"],
+        "call": said[0]["call"],
+        "noise_shape": [unet["in_channels"], *(size if isinstance(size, list) else [size, size])],
+        "parameters": [_parameters(folder / "unet") for folder in folders],
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for k, folder in enumerate(folders):
+            shutil.copytree(folder, temporary / f"student-{k}")
+        router.save(temporary / FILE)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(path.name, manifest, router), encoding="utf-8")
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{path}: the students cannot be written ({error.strerror or error})") from None
+    return path
+
+
+def _parameters(folder: Path) -> int:
+    """Numbers in a network's weight files."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                total += sum(int(np.prod(opened.get_slice(k).get_shape())) for k in opened.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not readable ({error}); export the student again") from None
+    return total
+
+
+def _card(name: str, manifest: dict[str, Any], router: Router) -> str:
+    labels = router.kind == "labels"
+    what = "class_labels=[0, 1]" if labels else '["a photo of a cat", "a red bus"]'
+    parts = "" if not labels else "".join(f"- `student-{k}`: {p}\n" for k, p in enumerate(router.parameters["labels"]))
+    first = "class_labels=[LABEL]" if labels else '"a photo of a cat"'
+    call = ", ".join(f"{k}={v}" for k, v in manifest["call"].items())
+    return f"""---
+library_name: diffusers
+tags: [stepdistill, distillation, few-step]
+---
+# {name}: {manifest["students"]} students of one teacher
+
+Distilled from `{manifest["teacher"]}` by {manifest["method"]} with stepdistill {manifest["version"]}; each student
+draws a part of the conditions. All of them, routed:
+
+```python
+from stepdistill.pipelines import MSDPipeline
+pipe = MSDPipeline.from_pretrained("PATH_OF_THIS_FOLDER", memory="2GB")
+images = pipe({what}).images
+```
+
+One of them, for its own conditions alone, with diffusers and nothing else:
+
+```python
+from diffusers import DiffusionPipeline
+image = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER/student-0")({first}, {call}).images[0]
+```
+
+{parts}
+The teacher's licence applies.
+"""

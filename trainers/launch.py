@@ -1,0 +1,388 @@
+"""Running what a config says, whole: train, export, evaluate in a fresh process, report.  One run, a recipe of stages,
+or several students."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch.distributed as dist
+import transformers
+from stepdistill.eval.report import write_report
+from stepdistill.pipelines import check_expressible, export_student, export_students
+from stepdistill.pipelines.msd import is_msd_folder
+from stepdistill.trainers.base import Interrupted, Trainer
+from stepdistill.trainers.job import (
+    Job,
+    build_trainer,
+    check_fit,
+    condition_items,
+    load_teacher,
+    make_accelerator,
+    make_job,
+    provenance,
+    resume,
+)
+from stepdistill.trainers.msd import SHARED, MultiStudent, is_multi_student, make_multi_student
+from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe, write_config
+
+from stepdistill.config import dump_yaml
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.partition import Router
+from stepdistill.run import RunFolder
+from stepdistill.sampler import FewStepSampler
+
+
+def quiet_libraries() -> None:
+    """No bars and notices of other libraries between ours."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def distill(
+    raw: dict[str, Any],
+    where: str,
+    go_on: bool = False,
+    dry_run: bool = False,
+    student: str | None = None,
+    command: tuple[str, ...] = (),
+) -> None:
+    """What ``stepdistill distill`` does with a raw config.
+
+    Args:
+        where: the config's name, for errors.
+        student: of several students, the one to train, ``shared`` for what comes before them; all in turn by default.
+        command: the config and overrides as typed, for the commands that ``dry_run`` prints.
+
+    Raises:
+        UserError: anything wrong with the config, teacher, data or folder.
+        Interrupted: stopped; what there is is saved.
+    """
+    quiet_libraries()
+    if is_multi_student(raw):
+        several = make_multi_student(raw, where)
+        if student not in (None, SHARED) and not (student.isdigit() and int(student) < several.settings.students):
+            raise UserError(f"--student {student}: students are 0..{several.settings.students - 1}, or {SHARED}")
+        if student == SHARED and several.shared is None:
+            raise UserError(f"--student {SHARED}: no stage has shared = true")
+        print_students(several, command) if dry_run else run_students(several, go_on, student)
+        return
+    if student is not None:
+        raise UserError(f"--student {student}: the config has one student; add a section msd for several")
+    if is_recipe(raw):
+        recipe = make_recipe(raw, where)
+        print_recipe(recipe) if dry_run else run_recipe(recipe, go_on)
+        return
+    job = make_job(raw, where)
+    if dry_run:
+        print_plan(job)
+        return
+    run = RunFolder(job.config.output)
+    main_process = train(job, run, go_on)
+    end_processes()
+    if main_process:
+        evaluate_and_report(job.config.evaluation.enabled, run)
+
+
+# -- one run -----------------------------------------------------------------------------------------------
+
+
+def train(job: Job, run: RunFolder, go_on: bool, before: Callable[[], None] | None = None) -> bool:
+    """One run up to its exported student; whether this is the main process.  ``before``: called before it writes."""
+    config = job.config
+    trackers = list(config.train.trackers) or None
+    accelerator = make_accelerator(log_with=trackers, project_dir=str(run.path / "logs"))
+    exists = run.check(config, go_on)
+    accelerator.wait_for_everyone()  # no process writes before all have looked
+    family = load_teacher(config)
+    exportable_sampler(job, family)
+    trainer = build_trainer(job, run, accelerator, family)
+    main_process = accelerator.is_main_process
+    if main_process:
+        if before is not None:
+            before()
+        if not exists:
+            run.create(config, config.seed)
+        for other in job.unused:
+            print(f"note: the section '{other}' is not used by method {job.method.name}")
+        alone = job.cache is None  # a recipe's sections and images are for some of its stages
+        if alone and config.data.images is not None and not job.method.wants_images(job.settings):
+            print(f"note: data.images is not used: these settings of {job.method.name} train without real images")
+        accelerator.init_trackers("stepdistill")
+    accelerator.wait_for_everyone()
+    if exists:
+        resumed = resume(trainer, run)
+        if main_process:
+            run.write_config(config)  # what may change on the way (train.updates, evaluation) counts from here
+            if resumed:
+                print(f"resumed at student update {trainer.counters['student']}")
+    try:
+        trainer.fit()
+    except Interrupted as stop:
+        if main_process:
+            print(f"{stop}: saved at student update {trainer.counters['student']}; go on with --resume")
+        accelerator.end_training()
+        end_processes()
+        raise
+    if main_process:
+        export(job, trainer, run)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return main_process
+
+
+def end_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exportable_sampler(job: Job, family: Family) -> FewStepSampler:
+    """The student's sampler; one that could not be exported is refused before it is trained."""
+    sampler = job.method.make_sampler(job.config, family)
+    check_expressible(family, sampler)
+    return sampler
+
+
+def export(job: Job, trainer: Trainer, run: RunFolder) -> None:
+    with trainer.averaged():
+        facts, also = provenance(job, trainer), job.config.sampler.also_steps
+        export_student(trainer.family, trainer.roles.student, trainer.sampler, run.student, facts, also_steps=also)
+
+
+def print_plan(job: Job) -> None:
+    """What a run would do, from the config and the teacher; nothing is written."""
+    config = job.config
+    print(dump_yaml(config).rstrip())
+    family = load_teacher(config)
+    sampler = exportable_sampler(job, family)
+    items = check_fit(job, family).items
+    parameters = sum(p.numel() for p in family.network.parameters())
+    train = config.train
+    kind = {"none": "no conditions", "label": f"{len(items)} labels", "prompt": f"{len(items)} prompts"}
+    print(f"""
+# the plan
+teacher   {config.teacher.path}: family {family.name}, {parameters / 1e6:.2f}M parameters, predicts {family.kind},
+          samples {"x".join(map(str, family.sample_shape))}, {kind[family.condition_kind]}
+student   {_student_line(job, sampler, family)}
+method    {job.method.name}: {job.method.title}
+training  {train.updates} student updates of {train.batch_size * train.gradient_accumulation} samples a process,
+          {job.method.planned_passes(config):,} network passes on one (one picture each; backward is two)
+{"".join(f"          {line}{chr(10)}" for line in job.method.plan(config))}writes    {config.output}""")
+
+
+def _student_line(job: Job, sampler: FewStepSampler, family: Family) -> str:
+    changes = job.config.roles.network
+    size = ""
+    if changes is not None:
+        own, whole = (sum(p.numel() for p in n.parameters()) for n in (family.altered_network(changes), family.network))
+        size = f", {own / 1e6:.2f}M parameters ({own / whole - 1:+.0%})"
+    return f"{sampler.steps} step{'s' * (sampler.steps > 1)} at t = {', '.join(f'{t:g}' for t in sampler.times)}{size}"
+
+
+# -- recipes -----------------------------------------------------------------------------------------------
+
+
+def run_recipe(recipe: Recipe, go_on: bool) -> None:
+    """Every stage that is not finished, then the recipe's student, evaluation and report."""
+    main_process = train_recipe(recipe, recipe.check_folder(go_on))
+    end_processes()
+    if main_process:
+        evaluate_and_report(recipe.last.job.config.evaluation.enabled, recipe.run)
+
+
+def train_recipe(recipe: Recipe, exists: bool) -> bool:
+    """The stages up to the recipe's student; whether this is the main process."""
+    accelerator = make_accelerator()
+    accelerator.wait_for_everyone()
+    main_process = accelerator.is_main_process
+    for number, stage in enumerate(recipe.stages, 1):
+        title = f"stage {number} of {len(recipe.stages)}, {stage.name}"
+        if stage.finished:
+            if main_process:
+                print(f"{title}: finished before, in {stage.run.path}")
+            continue
+        if main_process:
+            print(f"{title}: {stage.job.method.title}")
+        accelerator.wait_for_everyone()  # no process writes before all have seen which stages are finished
+        train(stage.job, stage.run, True, None if exists else lambda: write_config(recipe))
+        accelerator.wait_for_everyone()
+    if main_process:
+        write_config(recipe)
+        recipe.finish()
+    return main_process
+
+
+def print_recipe(recipe: Recipe) -> None:
+    """What a recipe would do, stage by stage, with its cost; nothing is written."""
+    print(f"# the recipe: {len(recipe.stages)} stages in {recipe.output}")
+    total = sum(stage.passes for stage in recipe.stages)
+    for number, stage in enumerate(recipe.stages, 1):
+        job, config = stage.job, stage.job.config
+        family = load_teacher(config)
+        sampler = exportable_sampler(job, family)
+        check_fit(job, family)
+        taken = "the teacher's weights" if stage.source is None else f"{stage.settings.take} of {stage.source.name}"
+        samples = config.train.updates * config.train.batch_size * config.train.gradient_accumulation
+        print(f"""
+{number:2d}. {stage.name}{"  (finished)" if stage.finished else ""}
+    method    {job.method.name}: {job.method.title}
+    takes     {taken}; weights {config.roles.weights}
+    student   {_student_line(job, sampler, family)}
+    training  {config.train.updates} updates, {samples:,} samples a process
+{"".join(f"              {line}{chr(10)}" for line in job.method.plan(config))}    cost      \
+{stage.passes:,} network passes ({stage.passes / total:.0%})""")
+        if number == len(recipe.stages):
+            print(f"\ncost of all  {total:,} network passes (one picture each; backward is two)\n")
+            print(f"# the last stage's config, resolved\n{dump_yaml(config).rstrip()}")
+
+
+# -- several students --------------------------------------------------------------------------------------
+
+
+def run_students(several: MultiStudent, go_on: bool, only: str | None) -> None:
+    """The shared stages, then every student that is not finished, then all of them together; or one of these alone.
+
+    A student of its own (``only``) may start while others are trained elsewhere.
+    """
+    exists = several.check_folder(go_on or only is not None)
+    accelerator = make_accelerator()
+    accelerator.wait_for_everyone()
+    family = load_teacher(several.job.config)
+    exportable_sampler(several.job, family)
+    router = several.make_router(family)
+    main_process = accelerator.is_main_process
+    if main_process and not several.router_file.exists():
+        check_fit(several.job, family)
+        router.save(several.router_file)
+    accelerator.wait_for_everyone()
+    if main_process and not exists:
+        several.write_config()
+    if several.shared is not None and (only is None or only == SHARED):
+        _one(several.shared, RunFolder(several.shared.output), "what all share", True, main_process)
+    if several.shared is not None and not several.shared.last.finished:
+        raise UserError(f"--student {only}: the shared stages come first; run them with --student {SHARED}")
+    if only == SHARED:
+        end_processes()
+        return
+    count = several.settings.students
+    for k in range(count) if only is None else [int(only)]:
+        title = f"student {k} of 0..{count - 1}"
+        _one(several.students[k], several.folder(k), title, go_on or only is None, main_process)
+    end_processes()
+    if not main_process:
+        return
+    done = sum(several.finished(k) for k in range(count))
+    if only is not None:
+        print(f"{done} of {count} students are finished" + ("; gather them without --student, with --resume"))
+        return
+    several.write_config()
+    export_students([several.folder(k).student for k in range(count)], router, several.run.student)
+    evaluate_and_report(several.job.config.evaluation.enabled, several.run)
+
+
+def _one(work: Job | Recipe, run: RunFolder, title: str, go_on: bool, main_process: bool) -> None:
+    """A run or recipe of one student, unless it is finished."""
+    if (run.student / "model_index.json").is_file():
+        if main_process:
+            print(f"{title}: finished before, in {run.path}")
+        return
+    if main_process:
+        print(f"{title}, in {run.path}")
+    if isinstance(work, Recipe):
+        train_recipe(work, work.check_folder(go_on))
+    else:
+        train(work, run, go_on)
+
+
+def print_students(several: MultiStudent, command: tuple[str, ...]) -> None:
+    """Who draws what, what it costs, and a command for each; nothing is written."""
+    job = several.job
+    family = load_teacher(job.config)
+    sampler = exportable_sampler(job, family)
+    check_fit(job, family)
+    router = several.make_router(family)
+    works = [*several.students] if several.shared is None else [several.shared, *several.students]
+    costs = [_cost(work) for work in works]
+    own = several.settings
+    print(f"""# {own.students} students of {job.config.teacher.path}, in {several.output}
+partition {own.partition}, router {router.hash[:12]}
+student   {_student_line(job, sampler, family)}
+cost      {sum(costs):,} network passes in all, {costs[-1]:,} a student{_shared_cost(several, costs)}""")
+    sizes = _sizes(router, several, family)
+    for k in range(own.students):
+        print(f"  student {k}: {sizes[k]}{'  (finished)' if several.finished(k) else ''}")
+    print("\n# one after the other\n" + _command(command))
+    print("# or one job each" + (", the shared stages first" if several.shared else ""))
+    if several.shared is not None:
+        print(_command(command, "--student", SHARED))
+    for k in range(own.students):
+        print(_command(command, "--student", str(k)))
+    print("# then, to gather and measure them\n" + _command(command, "--resume"))
+    print(f"\n# student 0's config, resolved\n{dump_yaml(_last_job(several.students[0]).config).rstrip()}")
+
+
+def _last_job(work: Job | Recipe) -> Job:
+    return work if isinstance(work, Job) else work.last.job
+
+
+def _cost(work: Job | Recipe) -> int:
+    if isinstance(work, Recipe):
+        return sum(stage.passes for stage in work.stages)
+    return work.method.planned_passes(work.config)
+
+
+def _shared_cost(several: MultiStudent, costs: list[int]) -> str:
+    return "" if several.shared is None else f", {costs[0]:,} shared"
+
+
+def _sizes(router: Router, several: MultiStudent, family: Family) -> list[str]:
+    """What each student draws, in words."""
+    if router.kind == "labels":
+        return [f"labels {', '.join(map(str, part))}" for part in router.parameters["labels"]]
+    encoder = family.prompt_encoder
+    routes = router.route(condition_items(several.job.config, family), lambda prompts: encoder(prompts)[1])
+    return [f"{routes.count(k):,} prompts ({routes.count(k) / len(routes):.1%})" for k in range(router.students)]
+
+
+def _command(command: tuple[str, ...], *more: str) -> str:
+    return shlex.join(["stepdistill", "distill", *command, *more])
+
+
+# -- after training ----------------------------------------------------------------------------------------
+
+
+def evaluate_and_report(enabled: bool, run: RunFolder) -> None:
+    """Evaluate in a fresh process that loads the student as anyone would, then write the report."""
+    if enabled:
+        command = [sys.executable, "-P", "-m", "stepdistill", "evaluate", str(run.path)]
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            raise UserError(
+                f"the evaluation ended with exit code {done.returncode}; try: stepdistill evaluate {run.path}"
+            )
+    write_report(run.path)
+    _last_screen(run)
+
+
+def _last_screen(run: RunFolder) -> None:
+    several = is_msd_folder(run.student)
+    what = "several students, each a stock diffusers folder" if several else "a stock diffusers folder"
+    call = f'{"MSD" if several else "Diffusion"}Pipeline.from_pretrained("{run.student}")'
+    grid = f"\n  pictures   {run.path / 'grid.png'}" if (run.path / "grid.png").exists() else ""
+    print(f"""
+Done.
+  student    {run.student}  ({what}: {call})
+  report     {run.path / "report.html"}{grid}
+Next:
+  stepdistill sample {run.student} --count 40         more pictures
+  stepdistill distill CONFIG method=...              the same with another method (stepdistill methods)
+  stepdistill distill CONFIG teacher.path=FOLDER       your own teacher""")

@@ -1,0 +1,202 @@
+"""Several students of one teacher, each for a part of the conditions (MSD, 2410.23274).
+
+A section ``msd`` beside any method, or recipe of stages, makes K runs of it.  Student k trains alone, with its own fake
+score and discriminator, on the conditions that the router gives it:
+
+    G_k = Distill(teacher, F(D, Y_k)),   k = 1..K
+
+What is filtered: the conditions of student and fake score, and real images (a discriminator that sees all classes
+tells them apart by class); not the teacher's noise-sample pairs of ``regression``, which every student sees in full
+(filtered, coverage is lost), nor the images of ``tsm`` unless asked for.  Stages with ``shared: true`` come first and
+run once, on everything.  Student 0 has the run's own seed, so K = 1 is its base method to the bit.
+
+The paper released no code; rates, lengths and the handling of optimizer state between stages are not known.  Folders:
+
+    OUTPUT/router.json  shared/  student-0/  ...  runs, one each;  student/  all of them, served by MSDPipeline
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from stepdistill.trainers.job import Job, condition_items, make_job
+from stepdistill.trainers.recipe import STAGES, Recipe, make_recipe
+
+from stepdistill.config import check, merge
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.partition import FILE, PartitionSettings, Router, make_router
+from stepdistill.run import CACHE, PAIRS, RunFolder, comparable, differences, write_atomically
+
+MSD = "msd"
+SHARED = "shared"
+SEED_STEP = 100
+"""Between students' seeds: more than a run's own offsets."""
+
+
+@dataclass(frozen=True)
+class MultiStudent:
+    """K checked runs or recipes and what comes before them; ``base`` is the same for all conditions at once."""
+
+    raw: dict[str, Any]
+    settings: PartitionSettings
+    output: Path
+    base: Job | Recipe
+    shared: Recipe | None
+    students: list[Job | Recipe]
+
+    @property
+    def job(self) -> Job:
+        """The last run of ``base``: its teacher, data and evaluation are the whole's."""
+        return self.base if isinstance(self.base, Job) else self.base.last.job
+
+    @property
+    def run(self) -> RunFolder:
+        """The whole's folder: config, router, the students together, evaluation, report."""
+        return RunFolder(self.output)
+
+    def folder(self, k: int) -> RunFolder:
+        return RunFolder(self.output / f"student-{k}")
+
+    def finished(self, k: int) -> bool:
+        return (self.folder(k).student / "model_index.json").is_file()
+
+    @property
+    def router_file(self) -> Path:
+        return self.output / FILE
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``config.yaml`` says: the base's last run under the whole's folder, and ``msd`` and stages as given."""
+        said = {**self.job.config.model_dump(mode="json"), "output": str(self.output), MSD: self.settings.model_dump()}
+        return {**said, STAGES: self.raw[STAGES]} if STAGES in self.raw else said
+
+    def make_router(self, family: Family) -> Router:
+        """The router of the run's conditions; the one that lies in the folder where there is one.
+
+        Raises:
+            UserError: a partition that does not fit the teacher, or the folder's router is of another one.
+        """
+        if self.router_file.exists():
+            router = Router.load(self.router_file)
+            if router.students != self.settings.students:
+                raise UserError(f"{self.router_file}: of {router.students} students; choose another output folder")
+            return router
+        encoder = family.prompt_encoder if family.condition_kind == "prompt" else None
+        return make_router(self.settings, condition_items(self.job.config, family), family.condition_kind, encoder)
+
+    def check_folder(self, resume: bool) -> bool:
+        """Whether the folder holds this multi-student run already; nothing is written.
+
+        Raises:
+            UserError: it holds something else, another run, or one that ``--resume`` was not said for.
+        """
+        saved = self.output / "config.yaml"
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"output = {self.output}: that is a file; name a folder")
+        if not saved.exists():
+            held = {path.name for path in self.output.iterdir()} if self.output.is_dir() else set()
+            if held - {FILE, CACHE, PAIRS}:
+                raise UserError(f"output = {self.output}: the folder is not empty and holds no run; choose another")
+            return False
+        try:
+            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+            odd = differences(_comparable(before), _comparable(self.config))
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError, TypeError):
+            raise UserError(f"{saved}: damaged; choose another output folder") from None
+        if odd:
+            raise UserError(
+                f"output = {self.output}: its config differs: {'; '.join(odd[:3])}; give it the same, or choose "
+                "another folder with output=FOLDER"
+            )
+        if not resume:
+            raise UserError(
+                f"output = {self.output}: the folder holds a run; add --resume to go on with it, or choose another "
+                "with output=FOLDER"
+            )
+        return True
+
+    def write_config(self) -> None:
+        """``config.yaml`` in the whole's folder.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+            write_atomically(self.output / "config.yaml", text)
+        except OSError as error:
+            raise UserError(f"output = {self.output}: cannot be written ({error.strerror or error})") from None
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    stages = [comparable(stage) for stage in config.get(STAGES) or []]
+    return {**comparable(config), STAGES: stages}
+
+
+def is_multi_student(raw: dict[str, Any]) -> bool:
+    return MSD in raw
+
+
+def make_multi_student(raw: dict[str, Any], where: str = "config") -> MultiStudent:
+    """Check everything, every student's run, before anything is loaded.
+
+    Raises:
+        UserError: one line that names the key, and the stage where there are stages.
+    """
+    section = raw[MSD]
+    settings = check(PartitionSettings, section if isinstance(section, dict) else {}, f"{where}: {MSD}")
+    common = {k: v for k, v in raw.items() if k != MSD}
+    if not isinstance(common.get("output"), str):
+        raise UserError(f"{where}: key 'output' is missing: the folder of all students")
+    output = Path(common["output"])
+    shared, own = _split_shared(common.get(STAGES), where)
+    base = make_recipe(common, where) if STAGES in common else make_job(common, where)
+    before = None
+    if shared:
+        part = {**common, STAGES: shared, "output": str(output / SHARED), "evaluation": _unmeasured(common)}
+        before = make_recipe(part, where)
+    students: list[Job | Recipe] = []
+    for k in range(settings.students):
+        student = _of_student(common, k, output)
+        if STAGES in common:
+            student[STAGES] = own
+            students.append(make_recipe(student, where, before.stages if before else None))
+        else:
+            students.append(make_job(student, where))
+    return MultiStudent(raw, settings, output, base, before, students)
+
+
+def _split_shared(stages: Any, where: str) -> tuple[list, list]:
+    """The shared stages and the others."""
+    listed = [stage for stage in stages or [] if isinstance(stage, dict)]
+    shared = [stage for stage in listed if stage.get("shared")]
+    if listed[: len(shared)] != shared:
+        raise UserError(f"{where}: stages: those with shared = true come before the students' own")
+    if listed and len(shared) == len(listed):
+        raise UserError(f"{where}: stages: all are shared; at least the last one must be each student's own")
+    return shared, listed[len(shared) :]
+
+
+def _unmeasured(common: dict[str, Any]) -> dict[str, Any]:
+    return {**(common.get("evaluation") or {}), "enabled": False}
+
+
+def _of_student(common: dict[str, Any], k: int, output: Path) -> dict[str, Any]:
+    """The raw config of student k's run or recipe."""
+    seed = common.get("seed", 0)
+    changed: dict[str, Any] = {
+        "output": str(output / f"student-{k}"),
+        "seed": seed + SEED_STEP * k if isinstance(seed, int) else seed,
+        "data": {"part": {"router": str(output / FILE), "student": k}},
+        "evaluation": {"enabled": False},
+    }
+    methods = [common.get("method"), *(stage.get("method") for stage in common.get(STAGES) or [])]
+    if "regression" in methods:  # the same pairs for all
+        own = common.get("regression") or {}
+        changed["regression"] = {"pairs": str(output / PAIRS), "seed": seed, **own}
+    return merge(common, changed)
