@@ -127,6 +127,8 @@ def _facts(run: Path, config: str | None) -> str:
         ("teacher", ["teacher.path", "teacher"]),
         ("teacher's steps", ["teacher.steps"]),
         ("student's steps", ["sampler.steps", "steps"]),
+        ("students", ["msd.students"]),
+        ("partition", ["msd.partition"]),
         ("seed", ["seed", "train.seed"]),
     ):
         value = next((v for v in (_at(settings, key) for key in keys) if v is not None), None)
@@ -154,26 +156,61 @@ def _at(settings: dict, key: str) -> Any:
 
 
 def _training(run: Path, config: str | None) -> list[tuple[str, str]]:
-    """Curves and samples: of the run, or of every stage of a recipe with what it cost."""
+    """Curves and samples: of the run, or of every stage and student of it with what each cost."""
     try:
-        stages = (yaml.safe_load(config or "") or {}).get("stages")
-    except (yaml.YAMLError, AttributeError):
-        stages = None
-    if not isinstance(stages, list):
-        return [("Curves", _curves(run)), ("Samples over time", _samples(run))]
-    names = [str(stage.get("name")) for stage in stages if isinstance(stage, dict)]
-    folders = {name: run / f"{number:02d}-{name}" for number, name in enumerate(names, 1)}
-    rows = [["stage", "method", "student updates", "network passes", "minutes"]]
-    for (name, folder), stage in zip(folders.items(), stages, strict=True):
+        settings = yaml.safe_load(config or "") or {}
+    except yaml.YAMLError:
+        settings = {}
+    parts = _parts(run, settings) if isinstance(settings, dict) else []
+    if not parts:
+        tuned = _tuned(run)
+        first = [("Reward and distance to the untuned model", tuned)] if tuned else []
+        return [*first, ("Curves", _curves(run)), ("Samples over time", _samples(run))]
+    rows = [["part", "method", "student updates", "network passes", "minutes"]]
+    for name, folder, method in parts:
         last = _last_row(folder / "metrics.jsonl")
         minutes = f"{last['seconds'] / 60:.1f}" if "seconds" in last else "-"
         passes = f"{last['passes']:,}" if "passes" in last else "-"
-        rows.append([name, stage.get("method", "-"), last.get("updates/student", "-"), passes, minutes])
+        rows.append([name, method, last.get("updates/student", "-"), passes, minutes])
     return [
-        ("Stages", _table(rows)),
-        *((f"Curves: {name}", _curves(folder)) for name, folder in folders.items()),
-        *((f"Samples over time: {name}", _samples(folder, 4)) for name, folder in folders.items()),
+        ("Stages" if "msd" not in settings else "Students", _table(rows)),
+        *((f"Curves: {name}", _curves(folder)) for name, folder, _ in parts),
+        *((f"Samples over time: {name}", _samples(folder, 4)) for name, folder, _ in parts),
     ]
+
+
+def _parts(run: Path, settings: dict[str, Any]) -> list[tuple[str, Path, str]]:
+    """(name, run folder, method) of a recipe's stages, of several students, of both; [] for one run."""
+    stages = [stage for stage in settings.get("stages") or [] if isinstance(stage, dict)]
+    method = str(settings.get("method", "-"))
+
+    def listed(own: list[dict], folder: Path, before: str = "") -> list[tuple[str, Path, str]]:
+        return [
+            (f"{before}{stage.get('name')}", folder / f"{number:02d}-{stage.get('name')}", stage.get("method", method))
+            for number, stage in enumerate(own, 1)
+        ]
+
+    msd = settings.get("msd")
+    if not isinstance(msd, dict):
+        return listed(stages, run)
+    found = listed([stage for stage in stages if stage.get("shared")], run / "shared", "shared, ")
+    own = [stage for stage in stages if not stage.get("shared")]
+    for k in range(int(msd.get("students") or 0)):
+        folder = run / f"student-{k}"
+        found += listed(own, folder, f"student {k}, ") if own else [(f"student {k}", folder, method)]
+    return found
+
+
+def _tuned(run: Path) -> str:
+    """What a tuning run measured on fixed noise over training, "" where there is none of it."""
+    curves = {name: own for name, own in read_metrics(run / "metrics.jsonl").items() if name.startswith("probe/")}
+    if not curves:
+        return ""
+    note = (
+        "On fixed noise; @N: in N steps. distance: root mean square to the untuned model's samples of the same noise."
+    )
+    figures = "\n".join(_curve(name.removeprefix("probe/"), *curves[name]) for name in sorted(curves))
+    return f'<div class="curves">{figures}</div><p class="note">{_escape(note)}</p>'
 
 
 def _last_row(path: Path) -> dict[str, Any]:
@@ -266,7 +303,8 @@ def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def _curves(run: Path) -> str:
-    curves = read_metrics(run / "metrics.jsonl")
+    found = read_metrics(run / "metrics.jsonl")
+    curves = {name: own for name, own in found.items() if not name.startswith("probe/")}
     if not curves:
         return _missing("metrics.jsonl, or it has no rows yet")
     first = {"loss": 0, "grad_norm": 1}

@@ -71,6 +71,39 @@ ROWS = {
             "dmd2": {"fake_score_updates": 1},
         },
     },
+    "pso-online": {
+        "method": "pso",
+        "teacher": "pixels",
+        "roles": {"weights": "shared", "lora": {"rank": 2}},
+        "sampler": {"steps": 3, "transition": "ode"},
+        "settings": {
+            "pso": {
+                "rewards": [{"reward": "stepdistill.rewards:Brightness"}],
+                "rollout_transition": "renoise",
+                "clamp": None,
+                "beta": 5.0,
+            }
+        },
+        "gradients": UPDATES,
+    },
+    "pso-targets": {
+        "method": "pso",
+        "teacher": "pixels",
+        "roles": {"weights": "full"},
+        "sampler": {"steps": 2, "transition": "ode"},
+        "settings": {
+            "pso": {"mode": "targets", "likelihood": "transition", "rollout_transition": "renoise", "beta": 5.0},
+            "data": {"images": {"npz": "{root}/images.npz"}},
+        },
+        "gradients": UPDATES,
+    },
+    "tsm-mixed-sizes": {
+        "method": "tsm",
+        "teacher": "pixels",
+        "roles": {"weights": "full", "network": {"block_out_channels": [4, 8]}},
+        "settings": {"tsm": {"guidance_scale": 2.0}, "data": {"images": {"npz": "{root}/images.npz"}}},
+        "gradients": UPDATES,
+    },
     "regression": {
         "method": "regression",
         "teacher": "pixels",

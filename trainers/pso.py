@@ -55,7 +55,7 @@ from stepdistill.preferences import PreferenceSettings, read_preferences
 from stepdistill.rewards import RewardSettings, load_rewards
 from stepdistill.roles import Role
 from stepdistill.run import CACHE
-from stepdistill.sampler import FewStepSampler, Transition, few_step_times, transition_of
+from stepdistill.sampler import Draw, FewStepSampler, Transition, few_step_times, transition_of
 from stepdistill.settings import RunSettings
 
 
@@ -294,7 +294,7 @@ class PSO(DirectTrainer):
         count = len(batch)
         second = batch.noise if self.settings.shared_start else self.noise.randn_like(batch.noise)
         condition = cat_conditions(batch.condition, batch.condition)
-        moves, x0 = self.roll_out(self.roles.student, torch.cat([batch.noise, second]), condition)
+        moves, x0 = self.roll_out(self.roles.student, torch.cat([batch.noise, second]), condition, self.draw_both)
         with torch.no_grad():
             scores = self.judge(self.decode(x0), [*batch.items, *batch.items])
         first, other = clamped(self.move_ratios(moves, condition), self.settings.clamp).chunk(2)
@@ -303,14 +303,18 @@ class PSO(DirectTrainer):
         self.log("ties", (~counts).float().mean())
         return torch.where(better, first, other), torch.where(better, other, first), counts
 
+    def draw_both(self, like: Tensor) -> Tensor:
+        """Noise for both rollouts of each pair (2B, ...), half by half: the same on any number of processes."""
+        return torch.cat([self.noise.randn_like(half) for half in like.chunk(2)])
+
     @torch.no_grad()
-    def roll_out(self, role: Role, noise: Tensor, condition: Condition) -> tuple[list[Move], Tensor]:
+    def roll_out(self, role: Role, noise: Tensor, condition: Condition, draw: Draw) -> tuple[list[Move], Tensor]:
         """A rollout from unit noise (B, ...): its stochastic moves, all but the last, and its x0 (B, ...)."""
         sampler, moves = self.rollout, []
         x_t = sampler.start(noise)
         for index in range(sampler.steps - 1):
             x0 = role(x_t, sampler.time(index, x_t), condition).x0
-            following = sampler.move(x0, x_t, index, self.noise.randn_like)
+            following = sampler.move(x0, x_t, index, draw)
             moves.append(Move(index, x_t, following))
             x_t = following
         return moves, role(x_t, sampler.time(sampler.steps - 1, x_t), condition).x0
@@ -380,7 +384,7 @@ class PSO(DirectTrainer):
 
     def target_and_moves(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log ratios (B, M) of targets noised to the rollout's times, and of the moves of own samples."""
-        moves, _ = self.roll_out(self._sampled(), batch.noise, batch.condition)
+        moves, _ = self.roll_out(self._sampled(), batch.noise, batch.condition, self.noise.randn_like)
         targets = []
         for move in moves:
             noise = self.noise.randn_like(batch.real)

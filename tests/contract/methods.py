@@ -49,6 +49,30 @@ METHODS = {
         "dmd2": {"fake_score_updates": 2},
         "sampler": {"steps": 4},
     },
+    "dmd2_small": {"dmd2": {"fake_score_updates": 2}, "roles": {"network": {"block_out_channels": [4, 8]}}},
+    "pso": {
+        "pso": {
+            "rewards": [{"reward": "judges:Brightness"}],
+            "rollout_transition": "renoise",
+            "clamp": None,
+            "beta": 5.0,
+        },
+        "sampler": {"steps": 4, "also_steps": [1], "transition": "ode"},
+    },
+    "pso_targets_transition": {
+        "pso": {
+            "mode": "targets",
+            "likelihood": "transition",
+            "rollout_transition": "renoise",
+            "over_steps": "sum",
+            "reference_samples": "tuned",
+            "beta": 5.0,
+        },
+        "sampler": {"steps": 2, "transition": "ode"},
+    },
+    "pso_pairs": {"pso": {"mode": "pairs", "pairs": {"folder": "{teacher}-pairs"}}},
+    "tsm": {"tsm": {"guidance_scale": 2.0}, "sampler": {"steps": 5, "transition": "ode"}},
+    "tsm_small": {"roles": {"network": {"block_out_channels": [4, 8], "layers_per_block": 1}}},
     "regression": {"regression": {"count": 6, "shard": 4, "guidance_scale": 2.0}, "teacher": {"steps": 3}},
 }
 """Config sections by row; a row's method is the name up to the first underscore."""
@@ -62,6 +86,8 @@ def weights_of(row: str) -> list[str]:
     """The ways to hold the roles that a row's method has."""
     if row == "feedback":
         return ["shared"]
+    if "network" in METHODS[row].get("roles", {}):  # a student of another size
+        return ["full", "mixed"] if row in SCORE_ROWS else ["full"]
     return ["full", "shared", "mixed"] if row in SCORE_ROWS else ["full", "shared"]
 
 

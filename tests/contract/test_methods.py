@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -34,6 +35,15 @@ def teachers(tmp_path_factory):
     folders.mkdir()
     for file in [*root.glob("*.png"), *(root / f"{i}.txt" for i in range(6))]:
         file.rename(folders / file.name)
+    for part in ("winner", "loser"):
+        for index in range(6):
+            place = root / "unet2d-pairs" / part / str(index % 3)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 255, (8, 8), dtype=np.uint8)).save(place / f"{index}.png")
+        (root / "stable_diffusion-pairs").mkdir(exist_ok=True)
+        shutil.copytree(folders, root / "stable_diffusion-pairs" / part)
+    for file in (root / "stable_diffusion-pairs" / "loser").glob("*.png"):
+        Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(file)
     return {
         "unet2d": {
             "teacher": {"path": str(tiny.save_pixels(root / "unet2d", "v", labels=3, null=True))},

@@ -183,6 +183,8 @@ def test_passes_of_an_update_are_what_the_readme_and_the_plan_say(method, settin
         ("tscd", {"tscd": {"adversarial": {"weight": 0.1}}}, 9),
         ("tscd", {"tscd": {"adversarial": {"weight": 0.1, "conditional": False}}}, 8),
         ("regression", {"regression": {"count": 16}}, 3),
+        ("tsm", {}, 4),
+        ("tsm", {"tsm": {"guidance_scale": 2.0}}, 5),
         ("enhance", {"dmd2": {"fake_score_updates": 1}, "enhance": {"mse_weight": 1.0, "hold_weight": 1.0}}, 13),
     ],
 )
@@ -191,7 +193,7 @@ def test_passes_of_the_methods_without_a_fake_score(method, changes, expected, t
     family = toy_family(mixture)
     family.teacher_denoiser = lambda: None  # the network is the teacher, so its passes count
     real = None
-    if method == "tscd":
+    if method in ("tscd", "tsm"):
         changes = merge({"data": {"images": {"npz": "unused"}}}, changes)
         images = ImageSet("noise", None, 32, [0, 1] * 16, "")
         real = RealSource(family, images, torch.randn(32, 1, 1, 1), 0)
