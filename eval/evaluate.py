@@ -26,6 +26,7 @@ from stepdistill.clip import ClipScorer, ClipSettings, load_clip
 from stepdistill.config import Section
 from stepdistill.data import read_prompts
 from stepdistill.errors import UserError
+from stepdistill.rewards import Reward, RewardSettings, load_rewards
 
 from .distances import ReferenceStatistics, unit_uint8
 from .features import Extractor, load_extractor, reference_beside
@@ -60,6 +61,7 @@ class EvaluationSettings(Section):
     kid_subsets: int = Field(100, ge=1)
     kid_subset_size: int = Field(1000, ge=2)
     clip: ClipSettings | None = Field(None, description="the CLIP score too (prompt pipelines)")
+    rewards: list[RewardSettings] = Field([], description="means of these over the pictures too")
     labels: Literal["uniform"] | list[int] = Field(
         "uniform", description="which labels, taken in turn: all of them, or the ones named"
     )
@@ -84,6 +86,7 @@ class _Tools:
     extractor: Extractor
     reference: ReferenceStatistics
     scorer: ClipScorer | None
+    rewards: list[Reward]
     prompts: list[str] | None
     device: torch.device
 
@@ -161,7 +164,7 @@ def evaluate(
 
     Returns:
         One row a target, in their order.  Keys: name, path, steps, guidance_scale, passes_per_image, parameters,
-        samples, frechet, kid_mean, kid_std, clip_score, seconds, images_per_second, latency,
+        samples, frechet, kid_mean, kid_std, clip_score, rewards, seconds, images_per_second, latency,
         fingerprint (None where not asked for).
 
     Raises:
@@ -198,6 +201,7 @@ def _load_tools(settings: EvaluationSettings, device: torch.device) -> _Tools:
         extractor=extractor,
         reference=reference,
         scorer=None if settings.clip is None else load_clip(settings.clip, device),
+        rewards=load_rewards(settings.rewards, device),
         prompts=None if settings.prompts is None else read_prompts(settings.prompts),
         device=device,
     )
@@ -264,7 +268,7 @@ def _measure(target: Target, tools: _Tools) -> dict[str, Any]:
     steps, guidance = resolve(target, stock)
     if tools.scorer is not None and stock.condition_kind != "prompt":
         raise UserError(f"{target.name}: the CLIP score needs prompts, and {target.path} takes none; leave clip out")
-    features, scores, seconds, passes = _draw(target, stock, steps, guidance, tools)
+    features, scores, rewards, seconds, passes = _draw(target, stock, steps, guidance, tools)
     kid_mean, kid_std = (None, None)
     if settings.kid:
         kid_mean, kid_std = tools.reference.kernel(
@@ -285,6 +289,7 @@ def _measure(target: Target, tools: _Tools) -> dict[str, Any]:
         "kid_mean": kid_mean,
         "kid_std": kid_std,
         "clip_score": None if scores is None else float(scores.mean()),
+        "rewards": rewards,
         "seconds": seconds,
         "images_per_second": settings.samples / seconds,
         "latency": latency,
@@ -293,9 +298,10 @@ def _measure(target: Target, tools: _Tools) -> dict[str, Any]:
 
 def _draw(
     target: Target, stock: StockPipeline, steps: int, guidance: float | None, tools: _Tools
-) -> tuple[Tensor, Tensor | None, float, float]:
-    """Features (N, F), CLIP scores (N,) or None, seconds of drawing alone, network passes per picture."""
+) -> tuple[Tensor, Tensor | None, dict[str, float], float, float]:
+    """Features (N, F), CLIP scores (N,) or None, mean rewards, seconds of drawing alone, passes per picture."""
     features, scores, seconds, passed = [], [], 0.0, 0
+    rewards: dict[str, float] = {reward.name: 0.0 for reward in tools.rewards}
 
     def count(_module, args, kwargs) -> None:
         nonlocal passed
@@ -318,12 +324,16 @@ def _draw(
                 features.append(tools.extractor(unit_uint8(pixels).to(tools.device)))
                 if tools.scorer is not None:
                     scores.append(tools.scorer(unit_uint8(pixels), conditions))
+                for reward in tools.rewards:
+                    given = 2 * pixels.to(tools.device) - 1
+                    rewards[reward.name] += float(reward(given, conditions or []).sum()) / tools.settings.samples
                 bar.update(len(pixels))
                 started = time.perf_counter()
     finally:
         for handle in handles:
             handle.remove()
-    return torch.cat(features), torch.cat(scores) if scores else None, seconds, passed / tools.settings.samples
+    scored = torch.cat(scores) if scores else None
+    return torch.cat(features), scored, rewards, seconds, passed / tools.settings.samples
 
 
 def plural(steps: int) -> str:

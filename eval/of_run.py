@@ -69,6 +69,7 @@ def protocol(config: dict[str, Any], samples: int, latency: bool = False) -> Eva
         reference=own["reference"],
         labels="uniform" if labels == "all" else labels,
         prompts=config["data"].get("prompts"),
+        rewards=(config["pso"].get("rewards") or []) if config["method"] == "pso" else [],
         latency=latency,
     )
 

@@ -43,6 +43,8 @@ def table_cells(rows: list[dict[str, Any]], metric: str = "frechet") -> list[lis
         columns.append(("KID x1000", lambda r: f"{1000 * r['kid_mean']:.2f} ± {1000 * r['kid_std']:.2f}"))
     if any(r.get("clip_score") is not None for r in rows):
         columns.append(("CLIP", lambda r: f"{r['clip_score']:.4f}"))
+    for name in dict.fromkeys(name for r in rows for name in r.get("rewards") or {}):
+        columns.append((name.rpartition(":")[2], lambda r, name=name: f"{r['rewards'][name]:.3f}"))
     columns.append(("images/s", lambda r: f"{r['images_per_second']:.1f}"))
     columns.append(("speed", lambda r: f"{r['images_per_second'] / first['images_per_second']:.1f}x"))
     if any(r.get("latency") for r in rows):

@@ -81,7 +81,7 @@ def distill(
 
 @app.command("evaluate", epilog="Example: stepdistill evaluate runs/quickstart")
 def evaluate_command(
-    targets: Annotated[list[str], typer.Argument(help="run folders, or pipelines as PATH or PATH@STEPS")],
+    targets: Annotated[list[str], typer.Argument(help="run folders, or pipelines as [NAME=]PATH[@STEPS]")],
     samples: Annotated[int | None, typer.Option(min=2, help="pictures from each")] = None,
     extractor: Annotated[str | None, typer.Option(help="asset:NAME, a file, inception, module:attribute")] = None,
     reference: Annotated[str | None, typer.Option(help="reference statistics")] = None,
@@ -89,6 +89,8 @@ def evaluate_command(
     prompts: Annotated[str | None, typer.Option(help="a file, one prompt a line")] = None,
     clip_model: Annotated[str | None, typer.Option(help="open_clip's model name, e.g. ViT-g-14")] = None,
     clip_weights: Annotated[str | None, typer.Option(help="a local weight file for --clip-model")] = None,
+    reward: Annotated[list[str] | None, typer.Option(help="its mean too, module:attribute; may be repeated")] = None,
+    picture: Annotated[Path | None, typer.Option(help="a PNG of all pipelines on the same noise")] = None,
     output: Annotated[Path, typer.Option(help="the JSON file, for pipelines")] = Path("evaluation.json"),
 ) -> None:
     """Fréchet and kernel distance, latency, CLIP score.  A run's teacher and student, or any pipelines."""
@@ -109,21 +111,29 @@ def evaluate_command(
         return
     from stepdistill import assets
     from stepdistill.config import check
+    from stepdistill.data import read_prompts
     from stepdistill.eval.evaluate import EvaluationSettings, Target, evaluate
-    from stepdistill.eval.pictures import table
+    from stepdistill.eval.of_run import label_names
+    from stepdistill.eval.pictures import grid, table
 
     given = {"samples": samples, "extractor": extractor, "reference": reference, "seed": seed, "prompts": prompts}
     raw = {k: v for k, v in given.items() if v is not None}
     if clip_model is not None:
         raw["clip"] = {"model": clip_model, "pretrained": clip_weights}
+    raw["rewards"] = [{"reward": name} for name in reward or []]
     settings = check(EvaluationSettings, raw, "evaluate")
     parsed = []
     for target in targets:
-        path, _, steps = target.rpartition("@") if "@" in target else (target, "", "")
+        name, _, place = target.rpartition("=")
+        path, _, steps = place.rpartition("@") if "@" in place else (place, "", "")
         if steps and not steps.isdigit():
             raise UserError(f"{target}: what follows @ is a number of steps")
-        parsed.append(Target(Path(path).name, assets.resolve(path), int(steps) if steps else None))
+        parsed.append(Target(name or Path(path).name, assets.resolve(path), int(steps) if steps else None))
     print(table(evaluate(parsed, settings, output, device)))
+    if picture is not None:
+        texts = None if prompts is None else read_prompts(prompts)[:10]
+        names = label_names(Path(parsed[0].path))
+        print(f"picture {grid(parsed, picture, 2, seed=seed, device=device, label_names=names, prompts=texts)}")
 
 
 @app.command(epilog="Example: stepdistill export runs/quickstart --output students/fashion")

@@ -170,7 +170,7 @@ def make_router(settings: PartitionSettings, items: list, kind: str, encoder: An
     fits = ("order", "table", "random") if kind == "label" else ("medians", "kmeans")
     if how not in fits:
         raise UserError(f"msd.partition = {how}: for a teacher of {kind}s use one of {', '.join(fits)}")
-    distinct = list(dict.fromkeys(items))
+    distinct = sorted(set(items))  # the order that they are given in decides nothing
     if len(distinct) < count:
         raise UserError(f"msd.students = {count}: there are only {len(distinct)} {kind}s; use fewer students")
     if kind == "label":
@@ -216,7 +216,7 @@ def _as_float32(values: Tensor) -> list:
 def _projected(x: Tensor, parameters: dict[str, Any]) -> Tensor:
     """(N, m) coordinates along the axes."""
     mean = torch.tensor(parameters["mean"], dtype=torch.float64)
-    return (x - mean) @ torch.tensor(parameters["axes"], dtype=torch.float64).T
+    return (x - mean) @ torch.tensor(parameters["axes"], dtype=torch.float64).reshape(-1, x.shape[1]).T
 
 
 def _down_the_tree(coordinates: Tensor, thresholds: list[list[float]]) -> Tensor:

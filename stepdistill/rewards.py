@@ -149,6 +149,14 @@ class Brightness(nn.Module):
         return pixels.flatten(1).mean(1)
 
 
+class Sharpness(nn.Module):
+    """The mean absolute difference of neighbouring pixels, (B,): ``stepdistill.rewards:Sharpness``; blur lowers it."""
+
+    def forward(self, pixels: Tensor, items: list) -> Tensor:
+        across = (pixels[..., 1:] - pixels[..., :-1]).abs().flatten(1).mean(1)
+        return (across + (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().flatten(1).mean(1)) / 2
+
+
 class AestheticHead(nn.Module):
     """LAION's aesthetic predictor: embeddings (B, E) of any length to scores (B,), about 1 to 10.
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from stepdistill.rewards import Brightness
 
-__all__ = ["Brightness", "Difference", "scalar"]
+__all__ = ["Brightness", "Constant", "Difference", "FirstValue", "ShiftedFirstValue", "scalar"]
 
 
 class Difference(nn.Module):
@@ -14,6 +14,27 @@ class Difference(nn.Module):
     def loss(self, pixels, real, indices):
         assert len(indices) == len(pixels) == len(real)
         return (pixels - real).square().flatten(1).mean(1)
+
+
+class FirstValue(nn.Module):
+    """A reward: the first value of a picture, of toys the x-coordinate, (B,)."""
+
+    def forward(self, pixels, items):
+        return pixels[:, 0, 0, 0]
+
+
+class ShiftedFirstValue(FirstValue):
+    """The same and 8, (B,)."""
+
+    def forward(self, pixels, items):
+        return super().forward(pixels, items) + 8
+
+
+class Constant(nn.Module):
+    """A reward to which all pictures are equal, (B,)."""
+
+    def forward(self, pixels, items):
+        return torch.full((len(pixels),), 0.5)
 
 
 def scalar(pixels, items):

@@ -52,7 +52,7 @@ from stepdistill.objectives.preference import (
     reduced,
 )
 from stepdistill.preferences import PreferenceSettings, read_preferences
-from stepdistill.rewards import RewardSettings, load_rewards
+from stepdistill.rewards import RewardSettings, Sharpness, load_rewards
 from stepdistill.roles import Role
 from stepdistill.run import CACHE
 from stepdistill.sampler import Draw, FewStepSampler, Transition, few_step_times, transition_of
@@ -436,11 +436,5 @@ class PSO(DirectTrainer):
             if self.rewards:
                 self.log(f"probe/reward@{steps}", self.judge(tuned, items, log=False).mean())
             self.log(f"probe/distance@{steps}", (tuned - untuned).square().mean().sqrt())
-            self.log(f"probe/sharpness@{steps}", sharpness(tuned).mean())
+            self.log(f"probe/sharpness@{steps}", Sharpness()(tuned, items).mean())
         meter.forward = kept
-
-
-def sharpness(pixels: Tensor) -> Tensor:
-    """The mean absolute difference of neighbouring pixels of (B, C, H, W), (B,): blur lowers it."""
-    across = (pixels[..., 1:] - pixels[..., :-1]).abs().flatten(1).mean(1)
-    return (across + (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().flatten(1).mean(1)) / 2
