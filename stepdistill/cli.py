@@ -239,13 +239,13 @@ def sample(
     import torch
 
     from stepdistill import assets
-    from stepdistill.eval.stock import StockPipeline
+    from stepdistill.eval.stock import StockPipeline, is_pipeline
     from stepdistill.trainers import launch
     from stepdistill.trainers.grids import save_grid
 
     launch.quiet_libraries()
     path = assets.resolve(pipeline)
-    if (Path(path) / "student" / "model_index.json").is_file():
+    if is_pipeline(Path(path) / "student"):
         path = str(Path(path) / "student")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stock = StockPipeline.load(path, device)

@@ -254,6 +254,8 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None) -> None:
     A student of its own (``only``) may start while others are trained elsewhere.
     """
     exists = several.check_folder(go_on or only is not None)
+    if only not in (None, SHARED) and several.shared is not None and not several.shared.last.finished:
+        raise UserError(f"--student {only}: the shared stages come first; run them with --student {SHARED}")
     accelerator = make_accelerator()
     accelerator.wait_for_everyone()
     family = load_teacher(several.job.config)
@@ -268,8 +270,6 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None) -> None:
         several.write_config()
     if several.shared is not None and (only is None or only == SHARED):
         _one(several.shared, RunFolder(several.shared.output), "what all share", True, main_process)
-    if several.shared is not None and not several.shared.last.finished:
-        raise UserError(f"--student {only}: the shared stages come first; run them with --student {SHARED}")
     if only == SHARED:
         end_processes()
         return
