@@ -14,7 +14,7 @@ from diffusers import (
 
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.sampler import EDM_STUDENT_RHO, FewStepSampler, SignalSampler
+from stepdistill.sampler import EDM_STUDENT_RHO, FewStepSampler, SignalSampler, own_times
 from stepdistill.schedule import DIFFUSERS_PREDICTION_TYPES, EDMSchedule, FlowSchedule, PredictionType, VPSchedule
 
 TCD_ETA = 0.3
@@ -41,6 +41,8 @@ def student_scheduler(family: Family, sampler: FewStepSampler):
         UserError: no stock scheduler expresses this sampler; see :func:`check_expressible`.
     """
     check_expressible(family, sampler)
+    if sampler.transition == "renoise" and sampler.steps > 1 and _takes(family.scheduler, sampler):
+        return type(family.scheduler).from_config(family.scheduler.config)
     schedule, signal = sampler.schedule, isinstance(sampler, SignalSampler)
     if isinstance(schedule, VPSchedule):
         return _signal_lcm(family.kind, sampler) if signal else _vp(family.scheduler, family.kind, sampler)
@@ -63,6 +65,14 @@ def student_scheduler(family: Family, sampler: FewStepSampler):
         rho=EDM_STUDENT_RHO,
         clip_denoised=False,
     )
+
+
+def _takes(scheduler, sampler: FewStepSampler) -> bool:
+    """Whether a scheduler, an LCM one, takes the sampler's times in as many steps: that of a model that was tuned."""
+    try:
+        return own_times(scheduler, sampler.steps) == sampler.times
+    except UserError:
+        return False
 
 
 def check_expressible(family: Family, sampler: FewStepSampler) -> None:

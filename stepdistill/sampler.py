@@ -91,6 +91,23 @@ def transition_of(scheduler) -> Transition | None:
     return None
 
 
+def own_times(scheduler, steps: int) -> tuple[float, ...] | None:
+    """The times that an LCM scheduler takes in ``steps`` steps, as published models were trained at (999, 759, 499, 259
+    for four of the usual fifty); None for other kinds.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    if type(scheduler).__name__ != "LCMScheduler":
+        return None
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"sampler.steps = {steps}: the model's scheduler has not so many ({reason})") from None
+    return tuple(float(t) for t in scheduler.timesteps)
+
+
 @dataclass(frozen=True)
 class FewStepSampler:
     """N-step generation with any denoiser; ``times`` descending, in the schedule's unit."""

@@ -24,7 +24,7 @@ as its code.  Rewards over-optimise (over-exposed, smoothed pictures are reporte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +55,7 @@ from stepdistill.preferences import PreferenceSettings, read_preferences
 from stepdistill.rewards import RewardSettings, Sharpness, load_rewards
 from stepdistill.roles import Role
 from stepdistill.run import CACHE
-from stepdistill.sampler import Draw, FewStepSampler, Transition, few_step_times, transition_of
+from stepdistill.sampler import Draw, FewStepSampler, Transition, few_step_times, own_times, transition_of
 from stepdistill.settings import RunSettings
 
 
@@ -173,6 +173,7 @@ class PSO(DirectTrainer):
             UserError: its scheduler moves in another way.
         """
         sampler = super().make_sampler(config, family)
+        sampler = replace(sampler, times=cls.times_of(config, family, sampler.steps))
         found, own = transition_of(family.scheduler), sampler.transition
         matters = sampler.steps > 1 or "ancestral" in (found, own)
         if found is not None and found != own and matters:
@@ -181,6 +182,13 @@ class PSO(DirectTrainer):
                 f"{type(family.scheduler).__name__}, moves by {found}; set sampler.transition={found}"
             )
         return sampler
+
+    @classmethod
+    def times_of(cls, config: RunSettings, family: Family, steps: int) -> tuple[float, ...]:
+        """The times of ``steps`` steps: those of the model's own LCM scheduler, or as for any student."""
+        start = cls.first_time(config, family)
+        own = own_times(family.scheduler, steps) if start is None else None
+        return own or few_step_times(family.schedule, steps, start)
 
     @classmethod
     def passes_per_update(cls, config: RunSettings, settings: PSOSettings) -> float:
@@ -211,7 +219,7 @@ class PSO(DirectTrainer):
         steps, transition = self.rollout_of(config, own)
         self.rollout = self.sampler
         if own.rolls_out:
-            times = few_step_times(self.family.schedule, steps, self.first_time(config, self.family))
+            times = self.times_of(config, self.family, steps)
             self.rollout = FewStepSampler(self.family.schedule, times, transition, self.sampler.eta)
         if own.pairs is not None:
             self.pairs = read_preferences(own.pairs, self.family.image_shape)

@@ -154,7 +154,8 @@ class Family(abc.ABC):
     @property
     @abc.abstractmethod
     def guidance_off(self) -> dict[str, float]:
-        """The stock pipeline's call arguments that mean "no guidance", {} where it has none."""
+        """The stock pipeline's call arguments that mean "no guidance", {} where it has none; a model with an embedded
+        scale gets that."""
 
     # -- housekeeping --------------------------------------------------------------------------------------
 

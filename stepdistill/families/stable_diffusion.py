@@ -1,14 +1,25 @@
-"""Stable Diffusion 1.x and 2.x: UNet2DConditionModel on VAE latents, CLIP text."""
+"""Stable Diffusion 1.x and 2.x: UNet2DConditionModel on VAE latents, CLIP text.
+
+Latent consistency models with a guidance embedding (``time_cond_proj_dim``) are of this family too: always called with
+the scale of their pipeline's default, and not guided by a null prompt.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
@@ -16,6 +27,17 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.nodes import digest
 from stepdistill.schedule import from_scheduler
+
+EMBEDDED_SCALE = 8.5
+"""What LatentConsistencyModelPipeline embeds by default."""
+
+
+def guidance_embedding(w: Tensor, width: int) -> Tensor:
+    """Sines and cosines (B, width) of a guidance scale less 1, w (B,): latent consistency's (2310.04378)."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, device=w.device) * (-math.log(10000.0) / (half - 1)))
+    angles = 1000 * w[:, None] * rates[None]
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
 
 
 @torch.no_grad()
@@ -101,6 +123,8 @@ class StableDiffusionFamily(Family):
         self.sample_shape = (network.config.in_channels, height, width)
         self.vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self._null: Tensor | None = None
+        self.embeds_guidance = bool(network.config.get("time_cond_proj_dim"))
+        self.has_null = not self.embeds_guidance
 
     @classmethod
     def from_components(cls, components: dict, source: str) -> StableDiffusionFamily:
@@ -118,8 +142,6 @@ class StableDiffusionFamily(Family):
                 f"teacher {source}: its UNet takes {network.config.in_channels} channels, not the VAE's "
                 f"{components['vae'].config.latent_channels}; inpainting and depth models are not supported"
             )
-        if network.config.get("time_cond_proj_dim"):
-            raise UserError(f"teacher {source}: its UNet has a guidance embedding, which is not supported")
         return cls(
             network,
             components["scheduler"],
@@ -131,7 +153,11 @@ class StableDiffusionFamily(Family):
     def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         text = condition["text"]
         dtype = torch.promote_types(text.dtype, torch.float32)
-        return network(x, time, encoder_hidden_states=text.to(dtype)).sample
+        guidance = None
+        if self.embeds_guidance:
+            scale = torch.full((len(x),), EMBEDDED_SCALE - 1, device=x.device)
+            guidance = guidance_embedding(scale, network.config.time_cond_proj_dim)
+        return network(x, time, encoder_hidden_states=text.to(dtype), timestep_cond=guidance).sample
 
     def mid_block(self, network: nn.Module) -> nn.Module:
         return network.mid_block
@@ -148,6 +174,8 @@ class StableDiffusionFamily(Family):
         return PromptEncoder(self.tokenizer, self.text_encoder)
 
     def null_condition(self, count: int) -> Condition:
+        if self.embeds_guidance:
+            raise UserError("this model has its guidance embedded, so it is not guided again: set guidance_scale to 1")
         if self._null is None:
             self._null = self.encode_conditions([""])["text"]
         return {"text": self._null.to(self.device).expand(count, -1, -1)}
@@ -175,9 +203,10 @@ class StableDiffusionFamily(Family):
         factor = vae.config.scaling_factor
         return lambda samples: vae.decode(samples.to(vae.device, vae.dtype) / factor).sample.float()
 
-    def pipeline(self, network: nn.Module, scheduler) -> StableDiffusionPipeline:
-        """A stock StableDiffusionPipeline, without safety checker and feature extractor."""
-        return StableDiffusionPipeline(
+    def pipeline(self, network: nn.Module, scheduler) -> StableDiffusionPipeline | LatentConsistencyModelPipeline:
+        """A stock pipeline, without safety checker and feature extractor."""
+        made = LatentConsistencyModelPipeline if self.embeds_guidance else StableDiffusionPipeline
+        return made(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
@@ -190,7 +219,7 @@ class StableDiffusionFamily(Family):
 
     @property
     def guidance_off(self) -> dict[str, float]:
-        return {"guidance_scale": 0.0}
+        return {"guidance_scale": EMBEDDED_SCALE if self.embeds_guidance else 0.0}
 
     def to(self, device: torch.device | str) -> StableDiffusionFamily:
         for part in (self.network, self.vae, self.text_encoder):
@@ -217,7 +246,7 @@ class RandomStableDiffusion(StableDiffusionFamily):
         )
         self.schedule, self.kind = from_scheduler(self.scheduler)
         self.sample_shape = (4, config["sample_size"], config["sample_size"])
-        self.condition_kind = "none"
+        self.condition_kind, self.embeds_guidance = "none", False
         self.width = config["cross_attention_dim"]
 
     def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
