@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,50 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [f"{path} ({a!r} there, {b!r} now)"]
 
 
+def holds_run(
+    folder: Path,
+    config: dict[str, Any],
+    resume: bool,
+    before: set[str],
+    compared: Callable[[dict[str, Any]], Any] = comparable,
+    what: str = "config",
+) -> bool:
+    """Whether ``folder`` holds the run of this config, to go on with; nothing is written.
+
+    Args:
+        before: what may lie there with no run yet, as one that was killed early leaves it.
+        compared: the part of a config that must be the same.
+        what: the config's name in errors.
+
+    Raises:
+        UserError: the folder holds a run and resume was not asked for, or the run has another config, or the folder
+            holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output = {folder}: that is a file; name a folder")
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if held - before:
+            raise UserError(f"output = {folder}: the folder is not empty and holds no run; choose another")
+        return False
+    if not resume:
+        raise UserError(
+            f"output = {folder}: the folder holds a run; add --resume to go on with it, or choose another with "
+            "output=FOLDER"
+        )
+    try:
+        odd = differences(compared(yaml.safe_load(saved.read_text(encoding="utf-8"))), compared(config))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError, TypeError):
+        raise UserError(f"{saved}: damaged; choose another output folder") from None
+    if odd:
+        raise UserError(
+            f"output = {folder}: its {what} differs: {'; '.join(odd[:3])}; give it the same, or choose another folder "
+            "with output=FOLDER"
+        )
+    return True
+
+
 class RunFolder:
     """A run's folder.  Only the main process writes."""
 
@@ -125,30 +170,7 @@ class RunFolder:
             UserError: the folder holds a run and resume was not asked for, or the run has another config, or the
                 folder holds something else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output = {self.path}: that is a file; name a folder")
-        saved = self.path / "config.yaml"
-        if not saved.exists():
-            held = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
-            if held - {CACHE, PAIRS}:  # a run killed while it made these has nothing else yet
-                raise UserError(f"output = {self.path}: the folder is not empty and holds no run; choose another")
-            return False
-        if not resume:
-            raise UserError(
-                f"output = {self.path}: the folder holds a run; add --resume to go on with it, or choose another with "
-                "output=FOLDER"
-            )
-        try:
-            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-            odd = differences(comparable(before), comparable(config.model_dump(mode="json")))
-        except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-            raise UserError(f"{saved}: damaged; choose another output folder") from None
-        if odd:
-            raise UserError(
-                f"output = {self.path}: its config differs: {'; '.join(odd[:3])}; give it the same, "
-                "or choose another folder with output=FOLDER"
-            )
-        return True
+        return holds_run(self.path, config.model_dump(mode="json"), resume, {CACHE, PAIRS})
 
     def create(self, config: BaseModel, seed: int) -> None:
         """Make the folder with its config and environment."""

@@ -29,7 +29,7 @@ from stepdistill.config import check, merge
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.partition import FILE, PartitionSettings, Router, make_router
-from stepdistill.run import CACHE, PAIRS, RunFolder, comparable, differences, write_atomically
+from stepdistill.run import CACHE, PAIRS, RunFolder, comparable, holds_run, write_atomically
 
 MSD = "msd"
 SHARED = "shared"
@@ -94,30 +94,7 @@ class MultiStudent:
         Raises:
             UserError: it holds something else, another run, or one that ``--resume`` was not said for.
         """
-        saved = self.output / "config.yaml"
-        if self.output.exists() and not self.output.is_dir():
-            raise UserError(f"output = {self.output}: that is a file; name a folder")
-        if not saved.exists():
-            held = {path.name for path in self.output.iterdir()} if self.output.is_dir() else set()
-            if held - {FILE, CACHE, PAIRS}:
-                raise UserError(f"output = {self.output}: the folder is not empty and holds no run; choose another")
-            return False
-        try:
-            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-            odd = differences(_comparable(before), _comparable(self.config))
-        except (yaml.YAMLError, AttributeError, UnicodeDecodeError, TypeError):
-            raise UserError(f"{saved}: damaged; choose another output folder") from None
-        if odd:
-            raise UserError(
-                f"output = {self.output}: its config differs: {'; '.join(odd[:3])}; give it the same, or choose "
-                "another folder with output=FOLDER"
-            )
-        if not resume:
-            raise UserError(
-                f"output = {self.output}: the folder holds a run; add --resume to go on with it, or choose another "
-                "with output=FOLDER"
-            )
-        return True
+        return holds_run(self.output, self.config, resume, {FILE, CACHE, PAIRS}, _comparable)
 
     def write_config(self) -> None:
         """``config.yaml`` in the whole's folder.

@@ -26,7 +26,7 @@ from stepdistill.trainers.job import Job, make_job
 
 from stepdistill.config import Section, check, merge
 from stepdistill.errors import UserError
-from stepdistill.run import CACHE, RunFolder, comparable, differences, write_atomically
+from stepdistill.run import CACHE, RunFolder, comparable, holds_run, write_atomically
 
 STAGES = "stages"
 OWN = ("name", "take", "of", "shared")
@@ -96,30 +96,12 @@ class Recipe:
         Raises:
             UserError: the folder holds something else, another recipe, or one that ``--resume`` was not said for.
         """
-        saved = self.output / "config.yaml"
-        if self.output.exists() and not self.output.is_dir():
-            raise UserError(f"output = {self.output}: that is a file; name a folder")
-        if not saved.exists():
-            own = {CACHE, *(stage.run.path.name for stage in self.stages)}  # pairs made before lie in a stage's
-            held = {path.name for path in self.output.iterdir()} if self.output.is_dir() else set()
-            if held - own or any((stage.run.path / "config.yaml").exists() for stage in self.stages):
-                raise UserError(f"output = {self.output}: the folder is not empty and holds no run; choose another")
+        started = any((stage.run.path / "config.yaml").exists() for stage in self.stages)
+        own = (
+            set() if started else {CACHE, *(stage.run.path.name for stage in self.stages)}
+        )  # pairs may lie in a stage's
+        if not holds_run(self.output, self.config, resume, own, _comparable, "recipe"):
             return False
-        if not resume:
-            raise UserError(
-                f"output = {self.output}: the folder holds a run; add --resume to go on with it, or choose another "
-                "with output=FOLDER"
-            )
-        try:
-            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-            odd = differences(_comparable(before), _comparable(self.config))
-        except (yaml.YAMLError, AttributeError, UnicodeDecodeError, TypeError):
-            raise UserError(f"{saved}: damaged; choose another output folder") from None
-        if odd:
-            raise UserError(
-                f"output = {self.output}: its recipe differs: {'; '.join(odd[:3])}; give it the same, or choose "
-                "another folder with output=FOLDER"
-            )
         for stage in self.stages:
             if (stage.run.path / "config.yaml").exists():
                 stage.run.check(stage.job.config, resume=True)
