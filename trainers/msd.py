@@ -23,13 +23,13 @@ from typing import Any
 
 import yaml
 from stepdistill.trainers.job import Job, condition_items, make_job
-from stepdistill.trainers.recipe import STAGES, Recipe, make_recipe
+from stepdistill.trainers.recipe import STAGES, Recipe, make_recipe, with_stages
 
 from stepdistill.config import check, merge
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.partition import FILE, PartitionSettings, Router, make_router
-from stepdistill.run import CACHE, PAIRS, RunFolder, comparable, holds_run, write_atomically
+from stepdistill.run import CACHE, PAIRS, RunFolder, holds_run, write_atomically
 
 MSD = "msd"
 SHARED = "shared"
@@ -94,7 +94,7 @@ class MultiStudent:
         Raises:
             UserError: it holds something else, another run, or one that ``--resume`` was not said for.
         """
-        return holds_run(self.output, self.config, resume, {FILE, CACHE, PAIRS}, _comparable)
+        return holds_run(self.output, self.config, resume, {FILE, CACHE, PAIRS}, with_stages)
 
     def write_config(self) -> None:
         """``config.yaml`` in the whole's folder.
@@ -108,11 +108,6 @@ class MultiStudent:
             write_atomically(self.output / "config.yaml", text)
         except OSError as error:
             raise UserError(f"output = {self.output}: cannot be written ({error.strerror or error})") from None
-
-
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    stages = [comparable(stage) for stage in config.get(STAGES) or []]
-    return {**comparable(config), STAGES: stages}
 
 
 def is_multi_student(raw: dict[str, Any]) -> bool:

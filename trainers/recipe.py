@@ -97,10 +97,9 @@ class Recipe:
             UserError: the folder holds something else, another recipe, or one that ``--resume`` was not said for.
         """
         started = any((stage.run.path / "config.yaml").exists() for stage in self.stages)
-        own = (
-            set() if started else {CACHE, *(stage.run.path.name for stage in self.stages)}
-        )  # pairs may lie in a stage's
-        if not holds_run(self.output, self.config, resume, own, _comparable, "recipe"):
+        own = {CACHE, *(stage.run.path.name for stage in self.stages)}  # pairs made before lie in a stage's
+        own = set() if started else own
+        if not holds_run(self.output, self.config, resume, own, with_stages, "recipe"):
             return False
         for stage in self.stages:
             if (stage.run.path / "config.yaml").exists():
@@ -124,8 +123,8 @@ class Recipe:
             raise UserError(f"{self.output}: the student cannot be written ({error.strerror or error})") from None
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """Without what may change on the way, in the stages too."""
+def with_stages(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of stages without what may change on the way."""
     return {**comparable(config), STAGES: [comparable(stage) for stage in config.get(STAGES) or []]}
 
 
