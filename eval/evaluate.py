@@ -117,7 +117,7 @@ def conditions_for(
         case "none":
             return None
         case "label":
-            known = list(range(stock.num_labels)) if labels == "uniform" else labels
+            known = stock.labels if labels == "uniform" else labels
             return [known[index % len(known)] for index in indices]
     if not prompts:
         raise UserError(f"pipeline {stock.path}: draws from prompts; set prompts to a file with one a line")

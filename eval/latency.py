@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
+from stepdistill.pipelines.msd import MSDPipeline
 from torch import nn
 
 from .stock import StockPipeline
@@ -73,6 +74,8 @@ def parts_of(stock: StockPipeline) -> dict[str, list[nn.Module]]:
     """The pipeline's modules by part.  A VAE is entered through ``decode``, so its decoder is the one watched."""
     components = stock.first.components
     encoders = [m for name, m in components.items() if name.startswith("text_encoder") and m is not None]
+    if isinstance(stock.pipeline, MSDPipeline) and stock.pipeline.common:
+        encoders = [stock.pipeline.common["text_encoder"]]
     decoder = getattr(components.get("vae"), "decoder", None)
     return {
         "text_encoder": encoders,
@@ -95,7 +98,8 @@ def measure_latency(
     """
     device = stock.device
     noise = torch.randn(batch_size, *stock.noise_shape, generator=torch.Generator().manual_seed(0))
-    conditions = {"none": None, "label": [0] * batch_size, "prompt": ["a picture"] * batch_size}[stock.condition_kind]
+    kind = stock.condition_kind
+    conditions = None if kind == "none" else (["a picture"] if kind == "prompt" else stock.labels[:1]) * batch_size
     clock = _Clock(device)
 
     def call() -> float:

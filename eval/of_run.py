@@ -36,7 +36,7 @@ def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
     fewer = [
         Target("teacher", path, n, scale) for n in sorted(set(own["teacher_steps"]) - {teacher["steps"]}, reverse=True)
     ]
-    stages = config.get("stages") if own.get("stages") else None
+    stages = config.get("stages") if own.get("stages") and "msd" not in config else None  # those are each student's
     for number, stage in enumerate(stages or [], 1):
         name = stage["name"]
         students.append(Target(f"stage {name}", run / f"{number:02d}-{name}" / "student"))
@@ -108,6 +108,7 @@ def evaluate_run(run: Path, device: torch.device | str, samples: int | None = No
         device=device,
         prompts=texts,
         label_names=label_names(run / "student"),
+        labels="uniform" if config["data"]["labels"] == "all" else config["data"]["labels"],
     )
     return "\n".join(lines)
 

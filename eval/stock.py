@@ -104,6 +104,13 @@ class StockPipeline:
         return count - 1 if null == count - 1 else count
 
     @property
+    def labels(self) -> list[int]:
+        """The labels that can be drawn, ascending; of several students those that they divide."""
+        if isinstance(self.pipeline, MSDPipeline) and self.condition_kind == "label":
+            return self.pipeline.router.labels
+        return list(range(self.num_labels))
+
+    @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the noise: pixels, or latents where there is a VAE."""
         config = self.denoiser.config
@@ -183,14 +190,20 @@ class StockPipeline:
         if kind != "none" and (conditions is None or len(conditions) != len(noise)):
             count = "none" if conditions is None else len(conditions)
             raise UserError(f"pipeline {self.path}: needs one {kind} for each of {len(noise)} samples, got {count}")
-        if kind == "label" and not all(0 <= label < self.num_labels for label in conditions):
-            wrong = next(label for label in conditions if not 0 <= label < self.num_labels)
-            raise UserError(f"pipeline {self.path}: label {wrong} is outside 0..{self.num_labels - 1}")
+        if kind == "label" and not set(conditions) <= set(self.labels):
+            wrong = next(label for label in conditions if label not in self.labels)
+            raise UserError(f"pipeline {self.path}: label {wrong} is outside {spoken(self.labels)}")
         if guidance_scale not in (None, 0, 1) and "guidance_scale" not in self._arguments:
             raise UserError(
                 f"pipeline {self.path}: {type(self.pipeline).__name__} has no guidance, so guidance_scale = "
                 f"{guidance_scale} cannot be; leave it out"
             )
+
+
+def spoken(labels: list[int]) -> str:
+    """``0..9``, or the labels one by one where there are gaps."""
+    whole = labels == list(range(labels[0], labels[-1] + 1))
+    return f"{labels[0]}..{labels[-1]}" if whole else ", ".join(map(str, labels))
 
 
 def is_pipeline(folder: Path) -> bool:

@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 from collections import OrderedDict
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from stepdistill.families.stable_diffusion import PromptEncoder
 from stepdistill.partition import FILE, Router
 
 MANIFEST = "msd.json"
-COMMON = ("text_encoder", "tokenizer", "vae")
 
 
 def is_msd_folder(path: str | Path) -> bool:
@@ -108,7 +108,7 @@ class MSDPipeline:
             arguments = {} if self.dtype == torch.float32 else {"dtype": self.dtype}
             path = self.folder / f"student-{k}"
             try:
-                pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **self.common, **arguments)
+                pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **self._given(), **arguments)
             except Exception as error:  # diffusers raises many kinds
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(f"{path}: diffusers cannot load this student ({reason}); export it again") from None
@@ -129,12 +129,18 @@ class MSDPipeline:
 
     @property
     def common(self) -> dict[str, Any]:
-        """What every student has alike, loaded once; {} for pixels."""
+        """What every student has alike, loaded once, {} for pixels: text encoder and tokenizer in float32, which serve
+        routing and drawing, and the VAE in ``dtype``."""
         if self.router.kind != "labels" and not self._common:
             found = DiffusionPipeline.from_pretrained(self.folder / "student-0", local_files_only=True, unet=None)
-            self._common = {name: found.components[name] for name in COMMON}
-            self._common["text_encoder"].to(self.device)
-        return dict(self._common)
+            self._common = {name: found.components[name] for name in ("text_encoder", "tokenizer", "vae")}
+            self._common["text_encoder"].float().to(self.device)
+            self._common["vae"].to(self.device, self.dtype)
+        return self._common
+
+    def _given(self) -> dict[str, Any]:
+        """The components of a student that are not its own: prompts come to it embedded."""
+        return {"vae": self.common["vae"], "text_encoder": None, "tokenizer": None} if self.common else {}
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -158,8 +164,8 @@ class MSDPipeline:
         self.device = torch.device(device)
         for pipeline in self.loaded.values():
             pipeline.to(device)
-        if self._common:
-            self._common["text_encoder"].to(device)
+        for name in ("text_encoder", "vae") if self._common else ():
+            self._common[name].to(device)
         return self
 
     def set_progress_bar_config(self, **arguments: Any) -> None:
@@ -203,6 +209,8 @@ class MSDPipeline:
             UserError: a label that no student draws, conditions of the wrong kind, or noise of another shape.
         """
         items = self._items(prompt, class_labels, num_images_per_prompt)
+        if isinstance(generator, list) and len(generator) != len(items):
+            raise UserError(f"generator: {len(generator)} of them for {len(items)} samples; give one, or one each")
         steps = num_inference_steps or self.manifest["call"]["num_inference_steps"]
         call = {**self.manifest["call"], **arguments, "num_inference_steps": steps, "output_type": output_type}
         hidden, embeddings = self.encoder(items) if self.router.kind != "labels" else (None, None)
@@ -234,7 +242,9 @@ class MSDPipeline:
             raise UserError(f"{self.folder}: these students draw from {right}; give {right} and no {wrong}")
         if isinstance(given, Tensor):
             given = given.tolist()
-        given = [given] if isinstance(given, str | int) else list(given)
+        given = [given] if isinstance(given, str | Integral) else list(given)
+        if not given:
+            raise UserError(f"{self.folder}: nothing to draw; name at least one of {'labels' if labels else 'prompts'}")
         return [item for item in given for _ in range(repeats)]
 
     def _noise(self, latents: Tensor | None, generator, count: int) -> Tensor:

@@ -181,11 +181,15 @@ def pairs(
     from stepdistill.pairs import make_pairs
     from stepdistill.trainers import launch
     from stepdistill.trainers.job import check_fit, load_teacher, make_accelerator, make_job
-    from stepdistill.trainers.recipe import is_recipe, make_recipe
+    from stepdistill.trainers.msd import is_multi_student, make_multi_student
+    from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe
     from stepdistill.trainers.regression import Regression
 
     raw = apply_overrides(read_yaml(config), overrides or [])
-    jobs = [stage.job for stage in make_recipe(raw, str(config)).stages] if is_recipe(raw) else [make_job(raw)]
+    whole = make_multi_student(raw, str(config)).base if is_multi_student(raw) else None
+    if whole is None:
+        whole = make_recipe(raw, str(config)) if is_recipe(raw) else make_job(raw)
+    jobs = [stage.job for stage in whole.stages] if isinstance(whole, Recipe) else [whole]
     jobs = [job for job in jobs if job.method is Regression]
     if not jobs:
         raise UserError(f"{config}: no stage with method = regression; nothing needs pairs")
@@ -265,6 +269,8 @@ def sample(
 
 
 def _given_conditions(stock, prompts: list[str] | None, labels: list[int] | None, count: int) -> list | None:
+    from stepdistill.eval.stock import spoken
+
     if stock.condition_kind == "prompt":
         if not prompts:
             raise UserError("this pipeline takes prompts: add --prompt 'a photo of a cat'")
@@ -276,9 +282,9 @@ def _given_conditions(stock, prompts: list[str] | None, labels: list[int] | None
             raise UserError("--label: this pipeline takes no labels")
         return None
     for value in labels or []:
-        if not 0 <= value < stock.num_labels:
-            raise UserError(f"--label {value}: outside 0..{stock.num_labels - 1}")
-    chosen = labels or list(range(stock.num_labels))
+        if value not in stock.labels:
+            raise UserError(f"--label {value}: outside {spoken(stock.labels)}")
+    chosen = labels or stock.labels
     return [chosen[i % len(chosen)] for i in range(count)]
 
 

@@ -81,6 +81,11 @@ class Router:
             "encoder": self.encoder,
         }
 
+    @property
+    def labels(self) -> list[int]:
+        """All that are divided, ascending; of a router of labels."""
+        return sorted(label for part in self.parameters["labels"] for label in part)
+
     # -- routes --------------------------------------------------------------------------------------------
 
     def route_labels(self, labels: Sequence[int]) -> list[int]:
@@ -107,6 +112,24 @@ class Router:
         centres = torch.tensor(self.parameters["centres"], dtype=torch.float64)
         offsets = torch.tensor(self.parameters["offsets"], dtype=torch.float64)
         return (_squared_distances(x, centres) - offsets).argmin(1).tolist()
+
+    def kept_routes(self, prompts: list[str], embed: Embed, folder: Path) -> list[int]:
+        """:meth:`route` of prompts, from a file in ``folder`` if it was made before; written there otherwise."""
+        said = f"{self.hash} {json.dumps(prompts)}"
+        file = folder / f"routes-{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if len(found) == len(prompts):
+                return found
+        except (OSError, ValueError, TypeError):
+            pass
+        found = self.route(prompts, embed)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(found))
+        except OSError as error:
+            raise UserError(f"{file}: the routes cannot be written ({error.strerror or error})") from None
+        return found
 
     def route(self, items: Sequence, embed: Embed | None, batch: int = 64) -> list[int]:
         """The student of each label or prompt; a prompt's does not depend on those beside it.
@@ -179,8 +202,16 @@ def make_router(settings: PartitionSettings, items: list, kind: str, encoder: An
         chosen = np.random.default_rng(settings.seed).choice(len(distinct), FIT_MOST, replace=False)
         distinct = [distinct[i] for i in sorted(chosen)]
     embeddings = _embedded(distinct, lambda prompts: encoder(prompts)[1]).double()
-    made = _medians(embeddings, count) if how == "medians" else _balanced_kmeans(embeddings, count, settings.seed)
-    return Router(how, count, made, encoder.fingerprint)
+    different = len(torch.unique(embeddings, dim=0))  # that the encoder tells apart
+    if different >= count:
+        made = _medians(embeddings, count) if how == "medians" else _balanced_kmeans(embeddings, count, settings.seed)
+        router = Router(how, count, made, encoder.fingerprint)
+        if len(set(router.route_embeddings(embeddings))) == count:
+            return router
+    raise UserError(
+        f"msd.students = {count}: {different} different text embeddings cannot be divided among them by {how}; "
+        "use fewer students, or more prompts"
+    )
 
 
 def _label_parts(settings: PartitionSettings, labels: list[int]) -> list[list[int]]:
@@ -233,7 +264,7 @@ def _medians(x: Tensor, count: int) -> dict[str, Any]:
     levels = count.bit_length() - 1
     mean = x.mean(0)
     _, _, axes = torch.linalg.svd(x - mean, full_matrices=False)
-    axes = axes[:levels]
+    axes = torch.nn.functional.pad(axes, (0, 0, 0, max(0, levels - len(axes))))[:levels]
     signs = axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # a decomposition leaves them open
     parameters: dict[str, Any] = {"mean": _as_float32(mean), "axes": _as_float32(axes * signs), "thresholds": []}
     coordinates = _projected(x, parameters)
@@ -243,6 +274,9 @@ def _medians(x: Tensor, count: int) -> dict[str, Any]:
         for own in range(2**level):
             values = coordinates[node == own, level].sort().values
             half = len(values) // 2
+            if half == 0:  # nothing to cut
+                cuts.append(coordinates.new_zeros(()))
+                continue
             cuts.append((values[half - 1] + values[half]) / 2)  # between two, so that none stands on it
         parameters["thresholds"].append(_as_float32(torch.stack(cuts)))
     return parameters

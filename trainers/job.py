@@ -157,8 +157,11 @@ class Fit:
     router: str | None = None
 
 
-def check_fit(job: Job, family: Family) -> Fit:
+def check_fit(job: Job, family: Family, router: Router | None = None) -> Fit:
     """The condition items and real images of a job, once they and its settings are known to fit the teacher.
+
+    Args:
+        router: of several students, in place of the one in the file.
 
     Raises:
         UserError: they do not.  Nothing has been written then.
@@ -174,13 +177,12 @@ def check_fit(job: Job, family: Family) -> Fit:
         check_labels(images.labels, images.source, "data.images", family)
     if config.data.part is None:
         return Fit(items, items, images)
-    return _part(job, family, items, images)
+    return _part(job, family, items, images, router or Router.load(Path(config.data.part.router)))
 
 
-def _part(job: Job, family: Family, items: list, images: data.ImageSet | None) -> Fit:
-    """One student's share of items and images."""
+def _part(job: Job, family: Family, items: list, images: data.ImageSet | None, router: Router) -> Fit:
+    """One student's share of items and images; images of conditions that no student draws are left out."""
     part = job.config.data.part
-    router = Router.load(Path(part.router))
     if part.student >= router.students:
         raise UserError(f"data.part.student = {part.student}: {part.router} has students 0..{router.students - 1}")
     encoder = None
@@ -190,11 +192,16 @@ def _part(job: Job, family: Family, items: list, images: data.ImageSet | None) -
             raise UserError(f"{part.router}: made with another text encoder or tokenizer; make it anew in a new folder")
 
     def own(values: list) -> list[int]:
-        routes = router.route(values, None if encoder is None else lambda prompts: encoder(prompts)[1])
+        if router.kind == "labels":
+            mine = set(router.parameters["labels"][part.student])
+            return [index for index, value in enumerate(values) if value in mine]
+        folder = Path(part.router).parent / CACHE
+        routes = router.kept_routes(values, lambda prompts: encoder(prompts)[1], folder)
         return [index for index, route in enumerate(routes) if route == part.student]
 
-    mine = [items[index] for index in own(items)]
-    subset = None
+    mine, subset = [items[index] for index in own(items)], None
+    if not mine:
+        raise UserError(f"msd: none of the run's conditions is of student {part.student}; use fewer students")
     if images is not None and job.method.divides_images(job.settings):
         subset = own(images.labels)
         if not subset:

@@ -30,6 +30,7 @@ from stepdistill.trainers.job import (
 )
 from stepdistill.trainers.msd import SHARED, MultiStudent, is_multi_student, make_multi_student
 from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe, write_config
+from stepdistill.trainers.regression import Regression
 
 from stepdistill.config import dump_yaml
 from stepdistill.errors import UserError
@@ -262,8 +263,9 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None) -> None:
     exportable_sampler(several.job, family)
     router = several.make_router(family)
     main_process = accelerator.is_main_process
-    if main_process and not several.router_file.exists():
-        check_fit(several.job, family)
+    if main_process and not exists:
+        for job in several.jobs:
+            check_fit(job, family, router)
         router.save(several.router_file)
     accelerator.wait_for_everyone()
     if main_process and not exists:
@@ -312,11 +314,12 @@ def print_students(several: MultiStudent, command: tuple[str, ...]) -> None:
     router = several.make_router(family)
     works = [*several.students] if several.shared is None else [several.shared, *several.students]
     costs = [_cost(work) for work in works]
+    again = (several.settings.students - 1) * _pairs_cost(several.students[0])  # made once
     own = several.settings
     print(f"""# {own.students} students of {job.config.teacher.path}, in {several.output}
 partition {own.partition}, router {router.hash[:12]}
 student   {_student_line(job, sampler, family)}
-cost      {sum(costs):,} network passes in all, {costs[-1]:,} a student{_shared_cost(several, costs)}""")
+cost      {sum(costs) - again:,} network passes in all, {costs[-1]:,} a student{_shared_cost(several, costs)}""")
     sizes = _sizes(router, several, family)
     for k in range(own.students):
         print(f"  student {k}: {sizes[k]}{'  (finished)' if several.finished(k) else ''}")
@@ -338,6 +341,11 @@ def _cost(work: Job | Recipe) -> int:
     if isinstance(work, Recipe):
         return sum(stage.passes for stage in work.stages)
     return work.method.planned_passes(work.config)
+
+
+def _pairs_cost(work: Job | Recipe) -> int:
+    jobs = [work] if isinstance(work, Job) else [stage.job for stage in work.stages]
+    return sum(job.method.passes_before(job.config) for job in jobs if job.method is Regression)
 
 
 def _shared_cost(several: MultiStudent, costs: list[int]) -> str:

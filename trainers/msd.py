@@ -54,6 +54,15 @@ class MultiStudent:
         return self.base if isinstance(self.base, Job) else self.base.last.job
 
     @property
+    def jobs(self) -> list[Job]:
+        """Every run of every student."""
+        return [
+            job
+            for work in self.students
+            for job in ([work] if isinstance(work, Job) else [stage.job for stage in work.stages])
+        ]
+
+    @property
     def run(self) -> RunFolder:
         """The whole's folder: config, router, the students together, evaluation, report."""
         return RunFolder(self.output)
@@ -126,7 +135,11 @@ def make_multi_student(raw: dict[str, Any], where: str = "config") -> MultiStude
     if not isinstance(common.get("output"), str):
         raise UserError(f"{where}: key 'output' is missing: the folder of all students")
     output = Path(common["output"])
-    shared, own = _split_shared(common.get(STAGES), where)
+    methods = [common.get("method"), *(stage.get("method") for stage in _stages(common))]
+    if "regression" in methods:  # the same pairs for all
+        pairs = {"pairs": str(output / PAIRS), "seed": common.get("seed", 0)}
+        common["regression"] = {**pairs, **(common.get("regression") or {})}
+    shared, own = _split_shared(_stages(common), where)
     base = make_recipe(common, where) if STAGES in common else make_job(common, where)
     before = None
     if shared:
@@ -143,9 +156,13 @@ def make_multi_student(raw: dict[str, Any], where: str = "config") -> MultiStude
     return MultiStudent(raw, settings, output, base, before, students)
 
 
-def _split_shared(stages: Any, where: str) -> tuple[list, list]:
+def _stages(common: dict[str, Any]) -> list[dict[str, Any]]:
+    listed = common.get(STAGES)
+    return [stage for stage in listed if isinstance(stage, dict)] if isinstance(listed, list) else []
+
+
+def _split_shared(listed: list[dict[str, Any]], where: str) -> tuple[list, list]:
     """The shared stages and the others."""
-    listed = [stage for stage in stages or [] if isinstance(stage, dict)]
     shared = [stage for stage in listed if stage.get("shared")]
     if listed[: len(shared)] != shared:
         raise UserError(f"{where}: stages: those with shared = true come before the students' own")
@@ -161,14 +178,10 @@ def _unmeasured(common: dict[str, Any]) -> dict[str, Any]:
 def _of_student(common: dict[str, Any], k: int, output: Path) -> dict[str, Any]:
     """The raw config of student k's run or recipe."""
     seed = common.get("seed", 0)
-    changed: dict[str, Any] = {
+    changed = {
         "output": str(output / f"student-{k}"),
         "seed": seed + SEED_STEP * k if isinstance(seed, int) else seed,
         "data": {"part": {"router": str(output / FILE), "student": k}},
         "evaluation": {"enabled": False},
     }
-    methods = [common.get("method"), *(stage.get("method") for stage in common.get(STAGES) or [])]
-    if "regression" in methods:  # the same pairs for all
-        own = common.get("regression") or {}
-        changed["regression"] = {"pairs": str(output / PAIRS), "seed": seed, **own}
     return merge(common, changed)

@@ -78,7 +78,10 @@ class Family(abc.ABC):
             raise UserError(f"roles.network: {odd[0]} cannot be changed; keys are {', '.join(self.architecture_keys)}")
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
         try:
-            return type(self.network).from_config({**self.network.config, **lists}).requires_grad_(False)
+            network = type(self.network).from_config({**self.network.config, **lists}).requires_grad_(False)
+            if any(getattr(module, "heads", 1) == 0 for module in network.modules()):
+                raise ValueError("an attention block has fewer channels than one head")
+            return network
         except Exception as error:  # of torch or diffusers, many kinds
             reason = " ".join(str(error).split())[:200]
             raise UserError(

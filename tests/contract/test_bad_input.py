@@ -48,7 +48,9 @@ CONFIGS = {
     "unknown key, deep": row({"train": {"update": 3}}, "unknown key 'train.update'", "updates"),
     "wrong type": row({"train": {"updates": "all"}}, "train.updates = 'all'", "valid integer"),
     "out of range": row({"train": {"batch_size": 0}}, "train.batch_size = 0", "greater than or equal to 1"),
-    "not one of": row({"sampler": {"transition": "ddim"}}, "sampler.transition = 'ddim'", "'renoise', 'ode' or 'tcd'"),
+    "not one of": row(
+        {"sampler": {"transition": "ddim"}}, "sampler.transition = 'ddim'", "'renoise', 'ode', 'tcd' or 'ancestral'"
+    ),
     "override": row({}, "train.updates = -3", "greater than or equal to 1", overrides=("train.updates=-3",)),
     "override without value": row({}, "'train.updates'", "key=value", overrides=("train.updates",)),
     "unknown method": row({"method": "dmd9"}, "method = 'dmd9'", "methods are dmd2"),
@@ -67,6 +69,77 @@ CONFIGS = {
         "dmd2.multistep_input = real needs sampler.steps above 1",
     ),
     "dmd2: guidance below 1": row({"dmd2": {"guidance_scale": 0}}, "dmd2.guidance_scale = 0"),
+}
+
+STAGES = [{"name": "a"}, {"name": "b"}]
+ONLINE = {"method": "pso", "pso": {"rewards": [{"reward": "judges:Brightness"}]}, "sampler": {"steps": 4}}
+
+CONFIGS |= {
+    "msd: students missing": row({"msd": {}}, "msd: key 'students' is missing"),
+    "msd: no section": row({"msd": None}, "msd: key 'students' is missing"),
+    "msd: no students": row({"msd": {"students": 0}}, "msd: students = 0", "greater than or equal to 1"),
+    "msd: unknown key": row({"msd": {"students": 2, "count": 3}}, "msd: unknown key 'count'", "partition"),
+    "msd: unknown partition": row({"msd": {"students": 2, "partition": "even"}}, "partition = 'even'", "'medians'"),
+    "msd: table with order": row(
+        {"msd": {"students": 2, "table": [[0], [1, 2]]}}, "table goes with partition = table", "both or neither"
+    ),
+    "msd: table of another number": row(
+        {"msd": {"students": 3, "partition": "table", "table": [[0], [1, 2]]}}, "table has 2 lists for students = 3"
+    ),
+    "msd: three by medians": row({"msd": {"students": 3, "partition": "medians"}}, "medians makes 2, 4, 8", "kmeans"),
+    "msd: shared after own": row(
+        {"msd": {"students": 2}, "stages": [STAGES[0], {**STAGES[1], "shared": True}]},
+        "stages: those with shared = true come before the students' own",
+    ),
+    "msd: all shared": row(
+        {"msd": {"students": 2}, "stages": [{**stage, "shared": True} for stage in STAGES]},
+        "stages: all are shared; at least the last one must be each student's own",
+    ),
+    "msd: a bad stage": row({"msd": {"students": 2}, "stages": [{"name": "a", "train": {"x": 1}}]}, "stages[1] (a)"),
+    "msd: a student too many": row(
+        {"msd": {"students": 2}}, "--student 2: students are 0..1, or shared", overrides=("--student", "2")
+    ),
+    "msd: a student of no number": row(
+        {"msd": {"students": 2}}, "--student first: students are 0..1, or shared", overrides=("--student", "first")
+    ),
+    "msd: nothing shared": row(
+        {"msd": {"students": 2}}, "--student shared: no stage has shared = true", overrides=("--student", "shared")
+    ),
+    "msd: --student without it": row(
+        {}, "--student 0: the config has one student", "section msd", overrides=("--student", "0")
+    ),
+    "pso: online without rewards": row({"method": "pso"}, "pso.mode = online needs a judge: set pso.rewards"),
+    "pso: online, one step": row(
+        merge(ONLINE, {"sampler": {"steps": 1}}), "pso.mode = online: a rollout of one step", "set pso.rollout_steps"
+    ),
+    "pso: online, rollouts of one step": row(
+        merge(ONLINE, {"pso": {"rollout_steps": 1}}), "a rollout of one step has no stochastic move"
+    ),
+    "pso: online, deterministic": row(
+        merge(ONLINE, {"sampler": {"transition": "ode"}}),
+        "a deterministic sampler (transition = ode) has no density",
+        "set pso.rollout_transition=renoise",
+    ),
+    "pso: online, tcd without noise": row(
+        merge(ONLINE, {"sampler": {"transition": "tcd", "eta": 0}}), "a deterministic sampler (transition = tcd)"
+    ),
+    "pso: a hinge": row(
+        merge(ONLINE, {"pso": {"rewards": [{"reward": "judges:Brightness", "hinge": 1.0}]}}),
+        "a hinge has no meaning for a comparison; remove it",
+    ),
+    "pso: pairs without mode": row(
+        merge(ONLINE, {"pso": {"pairs": {"folder": "x"}}}), "pairs goes with mode = pairs; set both or neither"
+    ),
+    "pso: mode without pairs": row({"method": "pso", "pso": {"mode": "pairs"}}, "pairs goes with mode = pairs"),
+    "pso: targets without images": row(
+        {"method": "pso", "pso": {"mode": "targets"}}, "pso.mode = targets needs images: set data.images"
+    ),
+    "pso: plain loss without targets": row(
+        merge(ONLINE, {"pso": {"loss": "diffusion"}}), "loss = diffusion needs mode = targets, not online"
+    ),
+    "pso: a student from elsewhere": row(
+        merge(ONLINE, {"roles": {"student_from": "x"}}), "roles.student_from: pso tunes the model of teacher.path"
+    ),
 }
 
 TEACHERS = {
@@ -107,6 +180,35 @@ TEACHERS = {
     "fewer steps too": row({"sampler": {"steps": 4, "also_steps": [3]}}, "also_steps: 3", "divisor of steps = 4"),
     "start outside": row({"sampler": {"start": 1000}}, "sampler.start = 1000", "1 to 999"),
     "steps that do not divide": row({"sampler": {"steps": 3, "start": 10}}, "sampler.steps = 3", "divisor"),
+    "pso: another transition than the model's": row(
+        merge(ONLINE, {"sampler": {"transition": "renoise"}}),
+        "sampler.transition = renoise: the scheduler of {root}/label, DDIMScheduler, moves by ode",
+        "set sampler.transition=ode",
+    ),
+    "msd: more students than labels": row(
+        {"msd": {"students": 4}}, "msd.students = 4: there are only 3 labels; use fewer"
+    ),
+    "msd: a table of too few": row(
+        {"msd": {"students": 2, "partition": "table", "table": [[0], [1]]}},
+        "msd.table: label 2 belongs to no student; add it to one",
+    ),
+    "msd: a table of too many": row(
+        {"msd": {"students": 2, "partition": "table", "table": [[0], [1, 2, 3]]}},
+        "msd.table: label 3 is not one of the run's 0..2",
+    ),
+    "msd: a label twice": row(
+        {"msd": {"students": 2, "partition": "table", "table": [[0], [1, 2, 0]]}}, "msd.table: label 0 stands twice"
+    ),
+    "msd: labels by prompts' partition": row(
+        {"msd": {"students": 2, "partition": "medians"}}, "msd.partition = medians: for a teacher of labels use one of"
+    ),
+    "msd: prompts by labels' partition": row(
+        {"msd": {"students": 2}}, "msd.partition = order: for a teacher of prompts use one of medians", teacher="text"
+    ),
+    "msd: no conditions": row({"msd": {"students": 2}}, "takes no conditions", teacher="plain"),
+    "msd: more students than prompts": row(
+        {"msd": {"students": 4, "partition": "medians"}}, "there are only 2 prompts; use fewer", teacher="text"
+    ),
     "lora targets": row(
         {"roles": {"weights": "shared", "lora": {"targets": ["to_x"]}}},
         "roles.lora.targets: the teacher has no module named 'to_x'",
@@ -255,7 +357,12 @@ def test_the_good_configs_are_good(root, tmp_path):
         result = Try(root, tmp_path, teacher).run({}, "--dry-run")
         assert result.code == 0, result.err
     gan = {"dmd2": GAN, "data": {"images": {"npz": "{root}/good.npz"}}}
-    result = Try(root, tmp_path).run(gan, "--dry-run")
+    several = {"msd": {"students": 2}, "stages": [{**STAGES[0], "shared": True}, STAGES[1]]}
+    tuned = merge(ONLINE, {"sampler": {"transition": "ode"}, "pso": {"rollout_transition": "renoise"}})
+    for changes in (gan, several, tuned):
+        result = Try(root, tmp_path).run(changes, "--dry-run")
+        assert result.code == 0, result.err
+    result = Try(root, tmp_path, "text").run({"msd": {"students": 2, "partition": "medians"}}, "--dry-run")
     assert result.code == 0, result.err
 
 

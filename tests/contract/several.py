@@ -1,0 +1,71 @@
+"""Gathered students without a training: exported with weights of their own, their router beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import tiny
+import torch
+from stepdistill.pipelines import export_student, export_students
+
+from stepdistill.families import load_family
+from stepdistill.families.base import Family
+from stepdistill.partition import PartitionSettings, Router, make_router
+from stepdistill.roles import Roles, RolesSettings
+from stepdistill.sampler import FewStepSampler, few_step_times
+
+LABELS = 6
+PROMPTS = [
+    f"{a} {b}" for a, b in product(["a cat", "big dogs", "my ship", "an owl"], ["in fog", "at sea", "by night", ""])
+]
+
+
+@dataclass
+class Several:
+    """A gathered folder, and what it was made of."""
+
+    folder: Path
+    family: Family
+    students: list
+    sampler: FewStepSampler
+    router: Router
+
+    def route(self, items: list) -> list[int]:
+        return self.router.route(items, lambda own: self.family.prompt_encoder(own)[1])
+
+    def sample(self, items: list, noise: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        """Our sampler on each sample by itself, with the student of its condition: pixels in [0, 1]."""
+        drawn = []
+        for item, k, start, seed in zip(items, self.route(items), noise, seeds, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            draw = lambda like, own=generator: torch.randn(like.shape, generator=own)  # noqa: E731
+            condition = self.family.encode_conditions([item])
+            with torch.no_grad():
+                drawn.append(self.sampler.sample(self.students[k], start[None], condition, draw))
+        return (self.family.decode(torch.cat(drawn)) + 1) / 2
+
+
+def gathered(root: Path, name: str, kind: str, steps: int, count: int, transition: str = "renoise") -> Several:
+    """``count`` students of a tiny teacher with the scheduler ``kind``: of labels, or of prompts where it is SD's."""
+    teacher = root / f"{name}-teacher"
+    if kind.startswith("sd_"):
+        family, settings = load_family(str(tiny.save_stable_diffusion(teacher, kind))), {"partition": "medians"}
+    else:
+        family, settings = load_family(str(tiny.save_pixels(teacher, kind, labels=LABELS, null=True, size=16))), {}
+    items = PROMPTS if family.condition_kind == "prompt" else list(range(LABELS))
+    encoder = family.prompt_encoder if family.condition_kind == "prompt" else None
+    router = make_router(PartitionSettings(students=count, **settings), items, family.condition_kind, encoder)
+    sampler = FewStepSampler(family.schedule, few_step_times(family.schedule, steps), transition)
+    students, folders = [], []
+    for k in range(count):
+        student = Roles(family, RolesSettings(), fake_score=False).student
+        generator = torch.Generator().manual_seed(k)
+        with torch.no_grad():
+            for parameter in student.parameters().values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        facts = {"method": "test", "teacher": "tiny", "msd": {"router": router.hash, "student": k}}
+        folders.append(export_student(family, student, sampler, root / f"{name}-alone" / str(k), facts))
+        students.append(student)
+    return Several(export_students(folders, router, root / name), family, students, sampler, router)
