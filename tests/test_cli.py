@@ -132,7 +132,8 @@ def test_wrong_usage_is_one_line(arguments, says):
 def test_methods_lists_every_method_with_its_title():
     result = stepdistill("methods")
     assert result.code == 0
-    assert len(result.out.splitlines()) == len(METHODS)
+    assert len(result.out.splitlines()) == len(METHODS) + 1
+    assert re.search(r"^msd +a section beside any of them", result.out, re.MULTILINE)
     for name, method in METHODS.items():
         assert re.search(rf"^{name} +{re.escape(method.title)}$", result.out, re.MULTILINE)
 
