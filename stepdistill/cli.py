@@ -90,6 +90,7 @@ def evaluate_command(
     clip_model: Annotated[str | None, typer.Option(help="open_clip's model name, e.g. ViT-g-14")] = None,
     clip_weights: Annotated[str | None, typer.Option(help="a local weight file for --clip-model")] = None,
     reward: Annotated[list[str] | None, typer.Option(help="its mean too, module:attribute; may be repeated")] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="time single calls too")] = False,
     picture: Annotated[Path | None, typer.Option(help="a PNG of all pipelines on the same noise")] = None,
     output: Annotated[Path, typer.Option(help="the JSON file, for pipelines")] = Path("evaluation.json"),
 ) -> None:
@@ -120,7 +121,7 @@ def evaluate_command(
     raw = {k: v for k, v in given.items() if v is not None}
     if clip_model is not None:
         raw["clip"] = {"model": clip_model, "pretrained": clip_weights}
-    raw["rewards"] = [{"reward": name} for name in reward or []]
+    raw |= {"rewards": [{"reward": name} for name in reward or []], "latency": latency}
     settings = check(EvaluationSettings, raw, "evaluate")
     parsed = []
     for target in targets:
