@@ -36,7 +36,7 @@ def test_an_exported_student_is_a_start(case, tmp_path):
 def test_another_architecture_is_refused(tmp_path):
     tiny.save_pixels(tmp_path / "teacher", "v", labels=3, null=True)
     tiny.save_pixels(tmp_path / "other", "v", labels=7)
-    with pytest.raises(UserError, match="not the teacher's architecture"):
+    with pytest.raises(UserError, match="not of the student's architecture"):
         Roles(load_family(str(tmp_path / "teacher")), RolesSettings(student_from=str(tmp_path / "other")))
     with pytest.raises(UserError, match="cannot be loaded"):
         Roles(load_family(str(tmp_path / "teacher")), RolesSettings(student_from=str(tmp_path / "nowhere")))
