@@ -28,7 +28,16 @@ from torch import Tensor
 
 from stepdistill.denoiser import Condition, Denoiser
 from stepdistill.errors import UserError
-from stepdistill.schedule import EDMSchedule, FlowSchedule, Schedule, VPSchedule, expand, noise_up
+from stepdistill.schedule import (
+    EDMSchedule,
+    FlowSchedule,
+    Schedule,
+    VPSchedule,
+    ancestral,
+    expand,
+    noise_up,
+    upward,
+)
 
 if TYPE_CHECKING:
     from stepdistill.roles import Role
@@ -156,22 +165,20 @@ class FewStepSampler:
         """Mean (B, ...) and standard deviation (B,) of the move from ``times[index]`` to ``times[index + 1]``.
 
         ``N(alpha' x0 + down eps, up^2 I)`` with ``down^2 + up^2 = sigma'^2`` and eps what x0 says of x_t: down = 0 for
-        ``renoise``; ``up^2 = 1 - (alpha'/alpha_s)^2`` for ``tcd``, s its lower time; ``down = sigma'^2 alpha / (alpha'
-        sigma)`` for ``ancestral``, in VE units ``sigma_up^2 = s'^2 (s^2 - s'^2) / s^2``.  up = 0 for ``ode``.
+        ``renoise``; of :func:`schedule.upward` from its lower time for ``tcd`` and of :func:`schedule.ancestral` for
+        ``ancestral``.  up = 0 for ``ode``.
         """
         t, following = self.time(index, x0), self.time(index + 1, x0)
-        alpha_next, sigma_next = self.schedule.alpha_sigma(following)
+        alpha_next, sigma_next = arrival = self.schedule.alpha_sigma(following)
         if self.transition == "renoise":
             return expand(alpha_next, x0) * x0, sigma_next
         eps = self.schedule.from_x0(x0, "eps", x_t, t)
         if self.transition == "tcd":
-            ratio = alpha_next / self.schedule.alpha_sigma(lower_time(following, self.eta))[0]
-            up = (1 - ratio**2).clamp(min=0).sqrt()
-            down = (sigma_next**2 - up**2).clamp(min=0).sqrt()
+            low = self.schedule.alpha_sigma(lower_time(following, self.eta))
+            ratio, up = upward(low, arrival)
+            down = ratio * low[1]
         elif self.transition == "ancestral":
-            alpha, sigma = self.schedule.alpha_sigma(t)
-            down = sigma_next**2 * alpha / (alpha_next * sigma)
-            up = (sigma_next**2 - down**2).clamp(min=0).sqrt()
+            down, up = ancestral(self.schedule.alpha_sigma(t), arrival)
         else:
             up, down = torch.zeros_like(sigma_next), sigma_next
         return expand(alpha_next, x0) * x0 + expand(down, x0) * eps, up

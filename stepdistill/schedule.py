@@ -44,14 +44,29 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.to(device=like.device, dtype=dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def upward(low: tuple[Tensor, Tensor], high: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """``r`` and the noise's factor of :func:`noise_up`, (B,) each."""
+    ratio = high[0] / low[0]
+    return ratio, (high[1] ** 2 - (ratio * low[1]) ** 2).clamp(min=0).sqrt()
+
+
+def ancestral(at: tuple[Tensor, Tensor], following: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What an Euler-ancestral move keeps of the predicted eps, ``down = sigma'^2 alpha / (alpha' sigma)``, and the
+    fresh noise's factor, ``up = sqrt(sigma'^2 - down^2)``: DDIM with eta = 1 (2010.02502, eq. 16).
+
+    at, following: alpha and sigma (B,) at both times; (B,) each.  In VE units ``up^2 = s'^2 (s^2 - s'^2) / s^2``.
+    """
+    down = following[1] ** 2 * at[0] / (following[0] * at[1])
+    return down, (following[1] ** 2 - down**2).clamp(min=0).sqrt()
+
+
 def noise_up(x_s: Tensor, low: tuple[Tensor, Tensor], high: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
     """x_t given x_s in the forward process, for a noisier t: ``x_t = r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) noise``
     with ``r = alpha_t / alpha_s`` (2006.11239, eq. 2 from s in place of 0).
 
     x_s and unit normal noise: (B, ...); low, high: alpha and sigma (B,) at s and at t.
     """
-    ratio = high[0] / low[0]
-    spread = (high[1] ** 2 - (ratio * low[1]) ** 2).clamp(min=0).sqrt()
+    ratio, spread = upward(low, high)
     return (expand(ratio, x_s) * x_s + expand(spread, x_s) * noise).to(x_s.dtype)
 
 

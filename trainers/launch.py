@@ -28,7 +28,7 @@ from stepdistill.trainers.job import (
     provenance,
     resume,
 )
-from stepdistill.trainers.msd import SHARED, MultiStudent, is_multi_student, make_multi_student
+from stepdistill.trainers.msd import SHARED, MultiStudent, is_multi_student, jobs_of, make_multi_student
 from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe, write_config
 from stepdistill.trainers.regression import Regression
 
@@ -214,10 +214,10 @@ def train_recipe(recipe: Recipe, exists: bool) -> bool:
         if main_process:
             print(f"{title}: {stage.job.method.title}")
         accelerator.wait_for_everyone()  # no process writes before all have seen which stages are finished
-        train(stage.job, stage.run, True, None if exists else lambda: write_config(recipe))
+        train(stage.job, stage.run, True, None if exists else lambda: write_config(recipe.output, recipe.config))
         accelerator.wait_for_everyone()
     if main_process:
-        write_config(recipe)
+        write_config(recipe.output, recipe.config)
         recipe.finish()
     return main_process
 
@@ -269,7 +269,7 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None) -> None:
         router.save(several.router_file)
     accelerator.wait_for_everyone()
     if main_process and not exists:
-        several.write_config()
+        write_config(several.output, several.config)
     if several.shared is not None and (only is None or only == SHARED):
         _one(several.shared, RunFolder(several.shared.output), "what all share", True, main_process)
     if only == SHARED:
@@ -284,9 +284,10 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None) -> None:
         return
     done = sum(several.finished(k) for k in range(count))
     if only is not None:
-        print(f"{done} of {count} students are finished" + ("; gather them without --student, with --resume"))
+        rest = "; gather them without --student, with --resume" if done == count else ""
+        print(f"{done} of {count} students are finished{rest}")
         return
-    several.write_config()
+    write_config(several.output, several.config)
     export_students([several.folder(k).student for k in range(count)], router, several.run.student)
     evaluate_and_report(several.job.config.evaluation.enabled, several.run)
 
@@ -314,12 +315,13 @@ def print_students(several: MultiStudent, command: tuple[str, ...]) -> None:
     router = several.make_router(family)
     works = [*several.students] if several.shared is None else [several.shared, *several.students]
     costs = [_cost(work) for work in works]
+    shared = f", {costs[0]:,} shared" if several.shared else ""
     again = (several.settings.students - 1) * _pairs_cost(several.students[0])  # made once
     own = several.settings
     print(f"""# {own.students} students of {job.config.teacher.path}, in {several.output}
 partition {own.partition}, router {router.hash[:12]}
 student   {_student_line(job, sampler, family)}
-cost      {sum(costs) - again:,} network passes in all, {costs[-1]:,} a student{_shared_cost(several, costs)}""")
+cost      {sum(costs) - again:,} network passes in all, {costs[-1]:,} a student{shared}""")
     sizes = _sizes(router, several, family)
     for k in range(own.students):
         print(f"  student {k}: {sizes[k]}{'  (finished)' if several.finished(k) else ''}")
@@ -330,26 +332,15 @@ cost      {sum(costs) - again:,} network passes in all, {costs[-1]:,} a student{
     for k in range(own.students):
         print(_command(command, "--student", str(k)))
     print("# then, to gather and measure them\n" + _command(command, "--resume"))
-    print(f"\n# student 0's config, resolved\n{dump_yaml(_last_job(several.students[0]).config).rstrip()}")
-
-
-def _last_job(work: Job | Recipe) -> Job:
-    return work if isinstance(work, Job) else work.last.job
+    print(f"\n# the last student's config, resolved\n{dump_yaml(several.jobs[-1].config).rstrip()}")
 
 
 def _cost(work: Job | Recipe) -> int:
-    if isinstance(work, Recipe):
-        return sum(stage.passes for stage in work.stages)
-    return work.method.planned_passes(work.config)
+    return sum(job.method.planned_passes(job.config) for job in jobs_of(work))
 
 
 def _pairs_cost(work: Job | Recipe) -> int:
-    jobs = [work] if isinstance(work, Job) else [stage.job for stage in work.stages]
-    return sum(job.method.passes_before(job.config) for job in jobs if job.method is Regression)
-
-
-def _shared_cost(several: MultiStudent, costs: list[int]) -> str:
-    return "" if several.shared is None else f", {costs[0]:,} shared"
+    return sum(job.method.passes_before(job.config) for job in jobs_of(work) if job.method is Regression)
 
 
 def _sizes(router: Router, several: MultiStudent, family: Family) -> list[str]:

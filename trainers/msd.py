@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from stepdistill.trainers.job import Job, condition_items, make_job
 from stepdistill.trainers.recipe import STAGES, Recipe, make_recipe, with_stages
 
@@ -29,12 +28,17 @@ from stepdistill.config import check, merge
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.partition import FILE, PartitionSettings, Router, make_router
-from stepdistill.run import CACHE, PAIRS, RunFolder, holds_run, write_atomically
+from stepdistill.run import CACHE, PAIRS, RunFolder, holds_run
 
 MSD = "msd"
 SHARED = "shared"
 SEED_STEP = 100
 """Between students' seeds: more than a run's own offsets."""
+
+
+def jobs_of(work: Job | Recipe) -> list[Job]:
+    """The one run, or those of a recipe's stages."""
+    return [work] if isinstance(work, Job) else [stage.job for stage in work.stages]
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,12 @@ class MultiStudent:
     @property
     def job(self) -> Job:
         """The last run of ``base``: its teacher, data and evaluation are the whole's."""
-        return self.base if isinstance(self.base, Job) else self.base.last.job
+        return jobs_of(self.base)[-1]
 
     @property
     def jobs(self) -> list[Job]:
         """Every run of every student."""
-        return [
-            job
-            for work in self.students
-            for job in ([work] if isinstance(work, Job) else [stage.job for stage in work.stages])
-        ]
+        return [job for work in self.students for job in jobs_of(work)]
 
     @property
     def run(self) -> RunFolder:
@@ -105,19 +105,6 @@ class MultiStudent:
         """
         return holds_run(self.output, self.config, resume, {FILE, CACHE, PAIRS}, with_stages)
 
-    def write_config(self) -> None:
-        """``config.yaml`` in the whole's folder.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            write_atomically(self.output / "config.yaml", text)
-        except OSError as error:
-            raise UserError(f"output = {self.output}: cannot be written ({error.strerror or error})") from None
-
 
 def is_multi_student(raw: dict[str, Any]) -> bool:
     return MSD in raw
@@ -143,8 +130,8 @@ def make_multi_student(raw: dict[str, Any], where: str = "config") -> MultiStude
     base = make_recipe(common, where) if STAGES in common else make_job(common, where)
     before = None
     if shared:
-        part = {**common, STAGES: shared, "output": str(output / SHARED), "evaluation": _unmeasured(common)}
-        before = make_recipe(part, where)
+        part = {STAGES: shared, "output": str(output / SHARED), "evaluation": {"enabled": False}}
+        before = make_recipe(merge(common, part), where)
     students: list[Job | Recipe] = []
     for k in range(settings.students):
         student = _of_student(common, k, output)
@@ -169,10 +156,6 @@ def _split_shared(listed: list[dict[str, Any]], where: str) -> tuple[list, list]
     if listed and len(shared) == len(listed):
         raise UserError(f"{where}: stages: all are shared; at least the last one must be each student's own")
     return shared, listed[len(shared) :]
-
-
-def _unmeasured(common: dict[str, Any]) -> dict[str, Any]:
-    return {**(common.get("evaluation") or {}), "enabled": False}
 
 
 def _of_student(common: dict[str, Any], k: int, output: Path) -> dict[str, Any]:

@@ -135,8 +135,11 @@ class PSO(DirectTrainer):
             raise UserError("pso.mode = online needs a judge: set pso.rewards, or mode to pairs or targets")
         if settings.mode == "targets" and config.data.images is None:
             raise UserError("pso.mode = targets needs images: set data.images (folder, npz or dataset)")
-        if config.roles.student_from is not None:
-            raise UserError("roles.student_from: pso tunes the model of teacher.path against itself; remove it")
+        for key in ("student_from", "lora_under", "network"):
+            if getattr(config.roles, key) is not None:
+                raise UserError(f"roles.{key}: pso tunes the model of teacher.path against itself; remove it")
+        if config.data.part is not None and settings.pairs is not None:
+            raise UserError("msd: pso's pairs are not divided among students; use mode = online or targets")
         if not settings.rolls_out:
             return
         steps, transition = cls.rollout_of(config, settings)

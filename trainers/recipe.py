@@ -208,15 +208,15 @@ def _default_weights(method: Any) -> str:
     return "full" if found is None else found.defaults.get("roles", {}).get("weights", "full")
 
 
-def write_config(recipe: Recipe) -> None:
-    """``config.yaml`` in the recipe's folder.
+def write_config(output: Path, config: dict[str, Any]) -> None:
+    """``config.yaml`` in the folder of a recipe, or of several students.
 
     Raises:
         UserError: it cannot be written.
     """
-    text = yaml.safe_dump(recipe.config, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     try:
-        recipe.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(recipe.output / "config.yaml", text)
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "config.yaml", text)
     except OSError as error:
-        raise UserError(f"output = {recipe.output}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"output = {output}: cannot be written ({error.strerror or error})") from None

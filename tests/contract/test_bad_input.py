@@ -140,6 +140,18 @@ CONFIGS |= {
     "pso: a student from elsewhere": row(
         merge(ONLINE, {"roles": {"student_from": "x"}}), "roles.student_from: pso tunes the model of teacher.path"
     ),
+    "pso: a LoRA below, which the reference would not have": row(
+        merge(ONLINE, {"roles": {"lora_under": "x"}}), "roles.lora_under: pso tunes the model of teacher.path"
+    ),
+    "pso: another size": row(
+        merge(ONLINE, {"roles": {"weights": "full", "network": {"layers_per_block": 1}}}),
+        "roles.network: pso tunes the model of teacher.path",
+    ),
+    "pso: pairs of several students": row(
+        merge(ONLINE, {"pso": {"mode": "pairs", "pairs": {"folder": "x"}}, "msd": {"students": 2}}),
+        "msd: pso's pairs are not divided among students",
+        "online or targets",
+    ),
 }
 
 TEACHERS = {

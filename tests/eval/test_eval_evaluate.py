@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from console import stepdistill
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from stepdistill.eval import evaluate as module
@@ -17,6 +18,7 @@ from stepdistill.eval.stock import StockPipeline
 
 from stepdistill.config import check
 from stepdistill.errors import UserError
+from stepdistill.rewards import RewardSettings
 
 
 @pytest.fixture
@@ -268,3 +270,31 @@ def test_grid_has_a_block_for_each_target_on_the_same_noise(tmp_path, label_fold
         first = StockPipeline.load(label_folder).generate([0, 1, 2], drawn[0][2], 2, torch.Generator())[1, 0]
         cell = image.crop((68 + 4, 52, 68 + 68, 52 + 64)).resize((16, 16), Image.Resampling.NEAREST)
         assert torch.equal(torch.from_numpy(np.array(cell)[..., 0]), unit_uint8(first))
+
+
+def test_rewards_are_means_over_the_pictures_in_minus_one_to_one(tmp_path, student_folder, settings, network_file):
+    named = ["stepdistill.rewards:Brightness", "stepdistill.rewards:Sharpness"]
+    settings = settings.model_copy(update={"rewards": [RewardSettings(reward=name) for name in named]})
+    (row,) = evaluate([Target("student", student_folder)], settings, tmp_path)
+    stock = StockPipeline.load(student_folder)
+    pixels = 2 * torch.cat([pixels for pixels, _ in samples(stock, 1, None, settings)]) - 1
+    across, down = pixels.diff(dim=-1).abs().mean(), pixels.diff(dim=-2).abs().mean()
+    expected = dict(zip(named, (pixels.mean().item(), (across + down).item() / 2), strict=True))
+    assert row["rewards"] == pytest.approx(expected, abs=1e-6)
+    header, _, line = table([row]).splitlines()
+    assert f"{expected[named[1]]:.3f}" in line
+    assert "Brightness" in header
+
+
+def test_the_command_names_targets_times_them_and_draws_them(tmp_path, label_folder, student_folder, network_file):
+    given = [f"before=1={label_folder}@2", f"after={student_folder}"]
+    options = ["--samples", 20, "--extractor", network_file, "--latency", "--reward", "stepdistill.rewards:Sharpness"]
+    places = ["--output", tmp_path / "e.json", "--picture", tmp_path / "e.png"]
+    result = stepdistill("evaluate", *given, *options, *places)
+    assert result.code == 0, result.error
+    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert [(row["name"], row["steps"]) for row in rows] == [("before=1", 2), ("after", 1)]
+    assert all(row["latency"]["seconds"] > 0 and len(row["parameters"]) == 1 for row in rows)
+    assert all(word in result.out for word in ("Sharpness", "ms/call", "params", "e.png"))
+    with Image.open(tmp_path / "e.png") as picture:
+        assert picture.height > 4 * 64  # two blocks of two rows

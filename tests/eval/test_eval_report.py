@@ -139,3 +139,34 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         with pytest.raises(UserError, match=says):
             write_report(path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_tuning_run_watched_has_a_section_of_its_own(run):
+    title = "Reward and distance to the untuned model"
+    assert title not in write_report(run).read_text()
+    rows = [{"iteration": i, "loss/student": 1.0, "probe/reward@1": 0.1 * i, "probe/distance@1": 0.2} for i in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_report(run).read_text()
+    own, others = text[text.index(title) : text.index("<h2>Curves")], text[text.index("<h2>Curves") :]
+    assert re.findall(r'aria-label="([^"]*)"', own) == ["distance@1", "reward@1"]
+    assert re.findall(r'aria-label="([^"]*)"', others[: others.index("<h2>Samples")]) == ["loss/student"]
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_several_students_are_listed_with_what_each_cost(run, stages):
+    listed = "stages: [{name: tsm, method: tsm, shared: true}, {name: dm}]\n" if stages else ""
+    (run / "config.yaml").write_text(f"method: dmd2\nmsd: {{students: 2, partition: order}}\n{listed}")
+    folders = {"student 0": "student-0", "student 1": "student-1"}
+    if stages:
+        folders = {f"{name}, dm": f"{folder}/01-dm" for name, folder in folders.items()}
+        folders = {"shared, tsm": "shared/01-tsm", **folders}
+    for number, folder in enumerate(folders.values()):
+        (run / folder).mkdir(parents=True)
+        row = {"iteration": 1, "seconds": 60, "passes": 1000 + number, "updates/student": 7, "loss/student": 1.0}
+        (run / folder / "metrics.jsonl").write_text(json.dumps(row))
+    text = write_report(run).read_text()
+    cells = text[text.index("<h2>Students") : text.index("<h2>Curves")]
+    for number, name in enumerate(folders):
+        method = "tsm" if "tsm" in name else "dmd2"
+        assert f"<td>{name}</td><td>{method}</td><td>7</td><td>{1000 + number:,}</td>" in cells
+        assert f"<h2>Curves: {name}" in text
