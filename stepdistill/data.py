@@ -260,12 +260,12 @@ def read_dataset(
     return ImageSet(name, read, len(dataset), labels, str(dataset._fingerprint))
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """A text file, one prompt a line, blank lines skipped."""
+def read_prompts(path: str | Path, key: str = "data.prompts") -> list[str]:
+    """A text file, one prompt a line, blank lines skipped; ``key`` is the config's, for errors."""
     try:
         prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; set data.prompts to a text file, one prompt a line") from None
+        raise UserError(f"{path}: no such file; set {key} to a text file, one prompt a line") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a readable text file ({error}); save it as UTF-8") from None
     if not prompts:

@@ -449,6 +449,11 @@ class Roles:
         frozen.load_portable_state_dict(role.portable_state_dict())
         return frozen
 
+    def networks(self) -> list[nn.Module]:
+        """Each network once: the teacher's, and those of the roles that are not adapters on it."""
+        found = [self.family.network, *(role.network for role in self.trained())]
+        return list({id(network): network for network in found}.values())
+
     def trained(self) -> list[Role]:
         return [role for role in (self.student, self.fake_score) if role is not None]
 

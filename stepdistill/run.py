@@ -45,6 +45,7 @@ FREE_TRAIN_KEYS = {
     "checkpoint_every",
     "keep_checkpoints",
     "trackers",
+    "attention",
     "non_finite_limit",
 }
 

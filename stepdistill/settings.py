@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from stepdistill.attention import AUTO, BACKENDS, NATIVE
 from stepdistill.config import Section
 from stepdistill.roles import RolesSettings
 from stepdistill.sampler import Transition
@@ -119,6 +120,11 @@ class TrainSettings(Section):
     batch_size: int = Field(ge=1, description="samples a process and micro-batch")
     gradient_accumulation: int = Field(1, ge=1)
     precision: Literal["float32", "bf16"] = Field("float32", description="of the networks; masters are float32")
+    attention: str = Field(
+        NATIVE,
+        description="native: SDPA, torch's own choice of kernel; auto: the fastest exact one, timed; or one of "
+        "diffusers' backends (_native_cudnn, flash, xformers, ...)",
+    )
     gradient_checkpointing: bool = False
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of the student's weights, per update; 0 is none")
     max_minutes: float | None = Field(None, gt=0, description="save and stop after this time")
@@ -132,6 +138,13 @@ class TrainSettings(Section):
     checkpoint_every: int = Field(100, ge=1, description="student updates between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+
+    @field_validator("attention")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in (AUTO, *BACKENDS):
+            raise ValueError(f"{value} is unknown; use auto or one of {', '.join(sorted(BACKENDS))}")
+        return value
 
 
 class EvaluationSettings(Section):

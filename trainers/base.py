@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from stepdistill.trainers.grids import save_grid
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stepdistill import checkpoint
+from stepdistill import attention, checkpoint
 from stepdistill.config import Section
 from stepdistill.data import ImageSet, Order
 from stepdistill.denoiser import Condition, take
@@ -61,6 +61,14 @@ class Batch:
     real: Tensor | None = None
     indices: tuple[int, ...] = ()
 
+    negative: Condition | None = None
+    steering: Condition = field(default_factory=dict)
+    """Negative prompts, as a condition and as what the student alone is told of them."""
+
+    @property
+    def student_condition(self) -> Condition:
+        return self.condition | self.steering
+
     def __len__(self) -> int:
         return len(self.noise)
 
@@ -85,7 +93,10 @@ class ConditionSource:
         """Conditions ``position .. position + count - 1`` of the order, and the items that they are of."""
         if self.family.condition_kind == "none":
             return {}, []
-        index = self.order.indices(position, count)
+        return self.at(self.order.indices(position, count))
+
+    def at(self, index: list[int]) -> tuple[Condition, list]:
+        """The conditions of items ``index``, and those items."""
         items = [self.items[i] for i in index]
         if self._encoded is not None:
             return {k: v.to(self.family.device) for k, v in take(self._encoded, torch.tensor(index)).items()}, items
@@ -187,6 +198,7 @@ class Trainer(abc.ABC):
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.noise = Noise(config.seed, family.device, self.rank, self.world)
         self.router: str | None = None  # of several students: the hash of what gave this one its conditions
+        self.attention: str | None = None  # the kernel that the networks use, once it is chosen
         self.extra: dict[str, nn.Module] = {}  # networks of the method's own, besides the roles
         self.counters = {"iteration": 0, "conditions": 0, "real": 0}
         self.seconds = 0.0
@@ -303,6 +315,21 @@ class Trainer(abc.ABC):
         return True
 
     # -- batches -------------------------------------------------------------------------------------------
+
+    def use_attention(self) -> None:
+        """Compute attention in every network as ``train.attention`` says.
+
+        Raises:
+            UserError: a backend that does not run here.
+        """
+        asked, device = self.config.train.attention, self.family.device
+        dtype = self.roles.autocast_dtype or torch.float32
+        attention.require(asked, "train.attention", device, dtype, gradients=True)
+        self.attention = asked
+        if asked == attention.AUTO:
+            self.attention, _ = attention.fastest(self.roles.student.network, device, dtype, gradients=True)
+        for network in self.roles.networks():
+            attention.set_backend(network, self.attention)
 
     def next_batch(self) -> Batch:
         """This process's next conditions with fresh noise."""
@@ -544,6 +571,7 @@ class Trainer(abc.ABC):
             "seconds": self.seconds,
             "passes": [self.roles.meter.forward, self.roles.meter.backward],
             "ema_updates": self.ema.updates if self.ema else 0,
+            "attention": self.attention,
         }
         return tensors, meta
 
@@ -580,6 +608,7 @@ class Trainer(abc.ABC):
             self.skipped.update(meta["skipped"])
             self.skipped_in_a_row.update(meta["skipped_in_a_row"])
             self.seconds = meta["seconds"]
+            self.attention = self.attention or meta.get("attention")
             self.roles.meter.forward, self.roles.meter.backward = meta["passes"]
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -116,6 +116,7 @@ def measure_step(job: Job, seconds: float, random_size: str | None = None) -> st
             raise UserError(f"--random-size {random_size}: sizes are {', '.join(RANDOM_SIZES)}")
         family = random_stable_diffusion(random_size)
     trainer = build_trainer(job, None, family=family)
+    trainer.use_attention()
     device = trainer.family.device
 
     def update() -> None:
@@ -152,8 +153,8 @@ def _table(trainer, whole, parts, groups, device) -> str:
     parameters = sum(p.numel() for p in trainer.family.network.parameters())
     lines = [
         f"{trainer.name}, {type(trainer.family.network).__name__} of {parameters / 1e6:.1f}M, weights {roles.weights}, "
-        f"batch {train.batch_size} x {train.gradient_accumulation}, {train.precision}, {device}, "
-        f"{torch.get_num_threads()} threads",
+        f"batch {train.batch_size} x {train.gradient_accumulation}, {train.precision}, attention {trainer.attention}, "
+        f"{device}, {torch.get_num_threads()} threads",
         f"{'network passes, alone':44s} {'count':>5s} {'ms':>10s}",
     ]
     for name, value in median.items():

@@ -133,6 +133,7 @@ def train_one(name: str, job: Job, settings: CompareSettings) -> None:
         return
     exists = run.check(job.config, resume=run.path.exists())
     trainer = build_trainer(job, run, family=load_teacher(job.config))
+    trainer.use_attention()
     if exists:
         resume(trainer, run)
     else:

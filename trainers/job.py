@@ -14,6 +14,7 @@ from stepdistill.trainers import METHODS
 from stepdistill.trainers.base import ConditionSource, RealSource, Trainer, check_labels
 
 from stepdistill import assets, checkpoint, data
+from stepdistill.attention import NATIVE
 from stepdistill.config import Section, apply_overrides, check, merge, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
@@ -286,6 +287,8 @@ def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:
         "student_updates": trainer.counters["student"],
         "network_passes": trainer.passes,
         "weights": config.roles.weights,
+        "attention": trainer.attention or NATIVE,
+        "precision": config.train.precision,
         "seed": config.seed,
         "settings": {section: getattr(config, section).model_dump(mode="json") for section in job.method.sections()},
         **changed,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import torch
 import torch.distributed as dist
 import transformers
 from stepdistill.eval.report import write_report
@@ -32,6 +33,7 @@ from stepdistill.trainers.msd import SHARED, MultiStudent, is_multi_student, job
 from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe, write_config
 from stepdistill.trainers.regression import Regression
 
+from stepdistill.attention import AUTO, require
 from stepdistill.config import dump_yaml
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
@@ -104,9 +106,12 @@ def train(job: Job, run: RunFolder, go_on: bool, before: Callable[[], None] | No
     accelerator = make_accelerator(log_with=trackers, project_dir=str(run.path / "logs"))
     exists = run.check(config, go_on)
     accelerator.wait_for_everyone()  # no process writes before all have looked
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    require(config.train.attention, "train.attention", accelerator.device, dtype, gradients=True)
     family = load_teacher(config)
     exportable_sampler(job, family)
     trainer = build_trainer(job, run, accelerator, family)
+    trainer.use_attention()
     main_process = accelerator.is_main_process
     if main_process:
         if before is not None:
@@ -118,6 +123,7 @@ def train(job: Job, run: RunFolder, go_on: bool, before: Callable[[], None] | No
         alone = job.cache is None  # a recipe's sections and images are for some of its stages
         if alone and config.data.images is not None and not job.method.wants_images(job.settings):
             print(f"note: data.images is not used: these settings of {job.method.name} train without real images")
+        print(f"attention {trainer.attention}{', the fastest here' * (config.train.attention == AUTO)}")
         accelerator.init_trackers("stepdistill")
     accelerator.wait_for_everyone()
     if exists:

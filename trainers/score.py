@@ -160,7 +160,7 @@ class ScoreTrainer(Trainer):
     def make_sample(self, batch: Batch) -> Tensor:
         """x0 (B, C, H, W) from the student, with a graph to it where gradients are on."""
         x_t, t = self.student_input(batch)
-        return self.roles.student(x_t, t, batch.condition).x0
+        return self.roles.student(x_t, t, batch.student_condition).x0
 
     @torch.no_grad()
     def student_input(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -177,14 +177,14 @@ class ScoreTrainer(Trainer):
         student = self.roles.student
         exit_index = self.noise.shared_randint(0, sampler.steps - 1)
         if exit_index == 0 or sampler.transition == "ode":
-            return sampler.rollout(student, batch.noise, batch.condition, exit_index, self.noise.randn_like)
+            return sampler.rollout(student, batch.noise, batch.student_condition, exit_index, self.noise.randn_like)
         moves_left = iter(range(exit_index - 1, -1, -1))
 
         def draw(like: Tensor) -> Tensor:
             return batch.noise if next(moves_left) == 0 else self.noise.randn_like(like)
 
         fresh = self.noise.randn_like(batch.noise)
-        return sampler.rollout(student, fresh, batch.condition, exit_index, draw)
+        return sampler.rollout(student, fresh, batch.student_condition, exit_index, draw)
 
     # -- what teacher and fake score say -------------------------------------------------------------------
 
@@ -201,14 +201,17 @@ class ScoreTrainer(Trainer):
         """Whether the null condition is ever asked for."""
         return self.settings.asks_null
 
-    def compare(self, x0: Tensor, condition: Condition) -> Comparison:
-        """Teacher and fake score at one draw of level and noise of ``x0`` (B, ...), the same for both."""
+    def compare(self, x0: Tensor, condition: Condition, teacher_null: Condition | None = None) -> Comparison:
+        """Teacher and fake score at one draw of level and noise of ``x0`` (B, ...), the same for both.
+
+        ``teacher_null``: what the teacher's guidance leads away from, in place of the null condition.
+        """
         own = self.settings
         t = self.draw_time(own.min_level, own.max_level, len(x0))
         x_t = self.roles.student.schedule.add_noise(x0, self.noise.randn_like(x0), t)
         scale = self.teacher_scale(len(x0))
         null = self.family.null_condition(len(x0)) if self.asks_null else None
-        teacher = guided(self.roles.teacher, x_t, t, condition, null, scale)
+        teacher = guided(self.roles.teacher, x_t, t, condition, null if teacher_null is None else teacher_null, scale)
         fake_score = guided(self.roles.fake_score, x_t, t, condition, null, self.fake_score_scale(scale))
         self.log("mismatch", (fake_score.x0 - teacher.x0).detach().abs().mean())
         return Comparison(t, teacher, fake_score)

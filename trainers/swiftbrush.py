@@ -11,10 +11,15 @@ Version 2: ``roles.student_from`` starts from another one-step model; ``clip`` a
 decay; ``stepdistill merge`` interpolates a student trained in full with one trained as LoRA.  PG-SB: ``guidance_range``
 draws the scale anew each iteration for both networks; in expectation this is the gradient of the mean scale.
 
+NASA-T (2412.02687 version 3, section 5.3): with ``negatives`` the student is told a negative prompt too, inside its
+cross-attention (:class:`stepdistill.attention.AttentionProcessor`), the teacher's guidance leads away from it in place
+of the null prompt, and the fake score does not know it.
+
 Not verified in the papers, so made choices: the shape of the CLIP weight's decay (linear over the run here), whether
-PG-SB draws a scale per batch or per sample (``guidance_draw``).  Departures from the released code: alpha of the
-teacher's own schedule where version 1 hard-codes 0.0047 for its square; all conversions in float32; gradients that are
-not finite are counted and skipped.  ``null_probability`` is one draw a micro-batch, shared by all processes.
+PG-SB draws a scale per batch or per sample (``guidance_draw``), and NASA-T's a (one a sample here).  Departures from
+the released code: alpha of the teacher's own schedule where version 1 hard-codes 0.0047 for its square; all conversions
+in float32; gradients that are not finite are counted and skipped.  ``null_probability`` is one draw a micro-batch,
+shared by all processes.
 """
 
 from __future__ import annotations
@@ -23,11 +28,14 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from stepdistill.trainers.base import Batch, Losses
+from stepdistill.trainers.base import Batch, ConditionSource, Losses
 from stepdistill.trainers.score import Scale, ScoreSettings, ScoreTrainer
 from torch import Tensor
 
+from stepdistill import attention
 from stepdistill.clip import ClipSettings, load_clip
+from stepdistill.config import Section
+from stepdistill.data import read_prompts
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
@@ -48,6 +56,19 @@ class ClipLossSettings(ClipSettings):
     decoder: str | None = Field(None, description="a small decoder (TAESD: folder or hub id); else the teacher's")
 
 
+class NegativesSettings(Section):
+    """NASA-T: negative prompts in training."""
+
+    prompts: str = Field(description="a text file, one negative prompt a line; each sample draws one")
+    scale: tuple[float, float] = Field((0.0, 1.0), description="a of ``Z+ - a Z-`` is uniform in this range")
+
+    @model_validator(mode="after")
+    def _range(self):
+        if not 0 <= self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale = {list(self.scale)}: low then high, from 0")
+        return self
+
+
 class SwiftBrushSettings(ScoreSettings):
     guidance_scale: float = Field(4.5, ge=0, description="kappa; 1 is none")
     guidance_range: tuple[float, float] | None = Field(
@@ -59,9 +80,12 @@ class SwiftBrushSettings(ScoreSettings):
     alpha_weight: bool = Field(True, description="the fake score's loss times alpha_t^2 (version 1's code)")
     null_probability: float = Field(0.1, ge=0, lt=1)
     clip: ClipLossSettings | None = Field(None, description="version 2's CLIP loss (prompt teachers)")
+    negatives: NegativesSettings | None = Field(None, description="NASA-T (prompt teachers)")
 
     @model_validator(mode="after")
     def _range(self):
+        if self.negatives is not None and self.guidance_scale == 1 and self.guidance_range is None:
+            raise ValueError("negatives act on the teacher through its guidance; set guidance_scale or guidance_range")
         if self.guidance_range is not None and not 0 <= self.guidance_range[0] <= self.guidance_range[1]:
             raise ValueError(f"guidance_range = {list(self.guidance_range)}: low then high, from 0")
         return self
@@ -88,6 +112,10 @@ class SwiftBrush(ScoreTrainer):
         super().check_family(settings, family)
         if settings.clip is not None and family.condition_kind != "prompt":
             raise UserError("swiftbrush.clip: this teacher takes no prompts; remove the section")
+        if settings.negatives is not None:
+            if not family.takes_negatives:
+                raise UserError(f"swiftbrush.negatives: teachers of family {family.name} take none; remove the section")
+            read_prompts(settings.negatives.prompts, "swiftbrush.negatives.prompts")
 
     @classmethod
     def passes_per_update(cls, config: RunSettings, settings: SwiftBrushSettings) -> float:
@@ -100,6 +128,21 @@ class SwiftBrush(ScoreTrainer):
         if self.settings.clip is not None:
             self.clip = load_clip(self.settings.clip, self.family.device)
             self.decode = self.family.decoder(self.settings.clip.decoder)
+        if self.settings.negatives is not None:
+            prompts = read_prompts(self.settings.negatives.prompts, "swiftbrush.negatives.prompts")
+            self.negatives = ConditionSource(self.family, prompts, self.config.seed)
+            attention.install(self.roles.student.network, "negative")
+
+    def next_batch(self) -> Batch:
+        batch = super().next_batch()
+        own = self.settings.negatives
+        if own is not None:
+            index = self.noise.randint(0, len(self.negatives.items) - 1, len(batch))
+            batch.negative, _ = self.negatives.at(index.tolist())
+            low, high = own.scale
+            scale = low + (high - low) * self.noise.uniform(len(batch))
+            batch.steering = self.family.steering(batch.negative, scale)
+        return batch
 
     def teacher_scale(self, count: int) -> Scale:
         if self.settings.guidance_range is None:
@@ -113,7 +156,7 @@ class SwiftBrush(ScoreTrainer):
         return teacher_scale if self.settings.fake_score_guidance == "shared" else 1.0
 
     def student_losses(self, x0: Tensor, batch: Batch) -> Losses:
-        gradient = self.variational_score(x0.detach(), batch.condition)
+        gradient = self.variational_score(x0.detach(), batch.condition, batch.negative)
         losses = {"variational_score": (1.0, surrogate_loss(x0, gradient))}
         weight = self.clip_weight()
         if weight > 0:
@@ -122,9 +165,10 @@ class SwiftBrush(ScoreTrainer):
         return losses
 
     @torch.no_grad()
-    def variational_score(self, x0: Tensor, condition: Condition) -> Tensor:
-        """g (B, ...) at one draw of level, noise and, for PG-SB, guidance scale."""
-        said = self.compare(x0, condition)
+    def variational_score(self, x0: Tensor, condition: Condition, negative: Condition | None = None) -> Tensor:
+        """g (B, ...) at one draw of level, noise and, for PG-SB, guidance scale; NASA-T's teacher is guided away from
+        ``negative``."""
+        said = self.compare(x0, condition, negative)
         _, sigma = self.roles.student.schedule.alpha_sigma(said.t)
         return variational_score_gradient(said.teacher.eps, said.fake_score.eps, sigma)
 

@@ -36,6 +36,8 @@ class Family(abc.ABC):
     """Keys of the network's config that a smaller student may change."""
     passes_eta: ClassVar[bool] = False
     """Whether the stock pipeline hands its scheduler an ``eta``."""
+    takes_negatives: ClassVar[bool] = False
+    """Whether there is :meth:`steering`."""
     network: nn.Module
     schedule: Schedule
     kind: PredictionType
@@ -121,6 +123,11 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def null_condition(self, count: int) -> Condition:
         """The null condition for ``count`` samples; raises UserError where the teacher has none."""
+
+    def steering(self, negative: Condition, scale: Tensor) -> Condition:
+        """What a condition holds besides, to lead a network with :func:`stepdistill.attention.install`'s processors
+        away from ``negative`` by ``scale`` (B,): NASA."""
+        raise UserError(f"teachers of family {self.name} take no negative prompts")
 
     # -- pixels --------------------------------------------------------------------------------------------
 

@@ -110,6 +110,7 @@ class StableDiffusionFamily(Family):
     condition_kind = "prompt"
     has_null = True
     passes_eta = True
+    takes_negatives = True
 
     def __init__(self, network: UNet2DConditionModel, scheduler, vae, text_encoder, tokenizer):
         self.network = network.requires_grad_(False).eval()
@@ -157,7 +158,12 @@ class StableDiffusionFamily(Family):
         if self.embeds_guidance:
             scale = torch.full((len(x),), EMBEDDED_SCALE - 1, device=x.device)
             guidance = guidance_embedding(scale, network.config.time_cond_proj_dim)
-        return network(x, time, encoder_hidden_states=text.to(dtype), timestep_cond=guidance).sample
+        steer = None
+        if "negative_text" in condition:
+            negative = condition["negative_text"].to(dtype)
+            steer = {"negative_hidden_states": negative, "negative_scale": condition["negative_scale"]}
+        call = {"encoder_hidden_states": text.to(dtype), "cross_attention_kwargs": steer}
+        return network(x, time, timestep_cond=guidance, **call).sample
 
     def mid_block(self, network: nn.Module) -> nn.Module:
         return network.mid_block
@@ -179,6 +185,9 @@ class StableDiffusionFamily(Family):
         if self._null is None:
             self._null = self.encode_conditions([""])["text"]
         return {"text": self._null.to(self.device).expand(count, -1, -1)}
+
+    def steering(self, negative: Condition, scale: Tensor) -> Condition:
+        return {"negative_text": negative["text"], "negative_scale": scale}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

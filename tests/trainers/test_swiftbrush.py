@@ -219,7 +219,7 @@ def test_clip_loss_reaches_the_sample_and_is_clamped_per_sample(clip_trainer):
     batch = trainer.next_batch()
     batch.items = ["light"] * 4 + ["dark"] * 4
     x0 = torch.full((8, 1, 6, 6), 0.9, requires_grad=True)  # bright pictures: the first half fits its prompt
-    trainer.variational_score = lambda x0, condition: torch.zeros_like(x0)
+    trainer.variational_score = lambda x0, condition, negative: torch.zeros_like(x0)
     weight, loss = trainer.student_losses(x0, batch)["clip"]
     (got,) = torch.autograd.grad(loss, x0)
     assert weight == 0.1
