@@ -30,7 +30,7 @@ from stepdistill.rewards import Reward, RewardSettings, load_rewards
 
 from .distances import ReferenceStatistics, unit_uint8
 from .features import Extractor, load_extractor, reference_beside
-from .latency import device_name, measure_latency
+from .latency import counted_passes, device_name, measure_latency
 from .stock import StockPipeline, pipeline_folder
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "torchmetrics")
@@ -300,40 +300,31 @@ def _draw(
     target: Target, stock: StockPipeline, steps: int, guidance: float | None, tools: _Tools
 ) -> tuple[Tensor, Tensor | None, dict[str, float], float, float]:
     """Features (N, F), CLIP scores (N,) or None, mean rewards, seconds of drawing alone, passes per picture."""
-    features, scores, seconds, passed = [], [], 0.0, 0
+    features, scores, seconds = [], [], 0.0
     rewards: dict[str, float] = {reward.name: 0.0 for reward in tools.rewards}
 
-    def count(_module, args, kwargs) -> None:
-        nonlocal passed
-        first = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        passed += len(first)
-
-    handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in stock.denoisers]
     batches = samples(stock, steps, guidance, tools.settings, tools.prompts)
-    try:
-        with tqdm(total=tools.settings.samples, desc=f"{target.name}, {plural(steps)}", unit="img") as bar:
+    title = f"{target.name}, {plural(steps)}"
+    with counted_passes(stock) as passed, tqdm(total=tools.settings.samples, desc=title, unit="img") as bar:
+        started = time.perf_counter()
+        for pixels, conditions in batches:
+            seconds += time.perf_counter() - started
+            if not pixels.isfinite().all():
+                raise UserError(
+                    f"{target.name} ({target.path}): drew pixels that are not numbers; its weights are broken, "
+                    "or its dtype too narrow"
+                )
+            tools.reference.check(tools.extractor, tuple(pixels.shape[1:]))
+            features.append(tools.extractor(unit_uint8(pixels).to(tools.device)))
+            if tools.scorer is not None:
+                scores.append(tools.scorer(unit_uint8(pixels), conditions))
+            for reward in tools.rewards:
+                given = 2 * pixels.to(tools.device) - 1
+                rewards[reward.name] += float(reward(given, conditions or []).sum()) / tools.settings.samples
+            bar.update(len(pixels))
             started = time.perf_counter()
-            for pixels, conditions in batches:
-                seconds += time.perf_counter() - started
-                if not pixels.isfinite().all():
-                    raise UserError(
-                        f"{target.name} ({target.path}): drew pixels that are not numbers; its weights are broken, "
-                        "or its dtype too narrow"
-                    )
-                tools.reference.check(tools.extractor, tuple(pixels.shape[1:]))
-                features.append(tools.extractor(unit_uint8(pixels).to(tools.device)))
-                if tools.scorer is not None:
-                    scores.append(tools.scorer(unit_uint8(pixels), conditions))
-                for reward in tools.rewards:
-                    given = 2 * pixels.to(tools.device) - 1
-                    rewards[reward.name] += float(reward(given, conditions or []).sum()) / tools.settings.samples
-                bar.update(len(pixels))
-                started = time.perf_counter()
-    finally:
-        for handle in handles:
-            handle.remove()
     scored = torch.cat(scores) if scores else None
-    return torch.cat(features), scored, rewards, seconds, passed / tools.settings.samples
+    return torch.cat(features), scored, rewards, seconds, passed[0] / tools.settings.samples
 
 
 def plural(steps: int) -> str:

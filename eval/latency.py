@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,12 +23,14 @@ class Latency:
     seconds: the median of one call's wall time.
     images_per_second: batch_size / seconds.
     shares: the parts of a call's time, by name in ``PARTS``; they sum to 1.
+    passes: network passes a picture; guidance with a null branch counts two.
     batch_size, steps, device: what was timed.
     """
 
     seconds: float
     images_per_second: float
     shares: dict[str, float]
+    passes: float
     batch_size: int
     steps: int
     device: str
@@ -36,7 +39,7 @@ class Latency:
         return asdict(self)
 
 
-class _Clock:
+class Clock:
     """Adds up the time inside modules of each part; the device is waited for at both ends."""
 
     def __init__(self, device: torch.device):
@@ -84,6 +87,23 @@ def parts_of(stock: StockPipeline) -> dict[str, list[nn.Module]]:
     }
 
 
+@contextlib.contextmanager
+def counted_passes(stock: StockPipeline) -> Iterator[list[int]]:
+    """A list whose one number is how many pictures have gone through the pipeline's networks since the start."""
+    passed = [0]
+
+    def count(_module, args, kwargs) -> None:
+        first = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        passed[0] += len(first)
+
+    handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in stock.denoisers]
+    try:
+        yield passed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def measure_latency(
     stock: StockPipeline,
     steps: int,
@@ -100,7 +120,7 @@ def measure_latency(
     noise = torch.randn(batch_size, *stock.noise_shape, generator=torch.Generator().manual_seed(0))
     kind = stock.condition_kind
     conditions = None if kind == "none" else (["a picture"] if kind == "prompt" else stock.labels[:1]) * batch_size
-    clock = _Clock(device)
+    clock = Clock(device)
 
     def call() -> float:
         generator = torch.Generator().manual_seed(0)
@@ -111,7 +131,7 @@ def measure_latency(
     for _ in range(warmup):
         call()
     seconds = statistics.median(call() for _ in range(repeats))
-    with clock.watching(parts_of(stock)):
+    with clock.watching(parts_of(stock)), counted_passes(stock) as passed:
         watched = sum(call() for _ in range(repeats))
     inside = sum(clock.seconds.values())
     clock.seconds["rest"] = max(0.0, watched - inside)
@@ -120,6 +140,7 @@ def measure_latency(
         seconds=seconds,
         images_per_second=batch_size / seconds,
         shares={part: clock.seconds[part] / total for part in PARTS},
+        passes=passed[0] / (repeats * batch_size),
         batch_size=batch_size,
         steps=steps,
         device=device_name(device),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -146,6 +146,7 @@ class StockPipeline:
         steps: int,
         generator: torch.Generator | None = None,
         guidance_scale: float | None = None,
+        **further: Any,
     ) -> Tensor:
         """Draw pictures.
 
@@ -155,6 +156,7 @@ class StockPipeline:
             steps: ``num_inference_steps``.
             generator: for what the scheduler draws between steps.
             guidance_scale: passed on where the call has it; None leaves the pipeline's own default.
+            further: other arguments of the pipeline's call.
 
         Returns:
             Pixels (B, C, H, W), float32, in [0, 1].
@@ -177,7 +179,7 @@ class StockPipeline:
         accepted = {k: v for k, v in given.items() if k in self._arguments and v is not None}
         if isinstance(self.pipeline, MSDPipeline):
             accepted.pop("batch_size", None)
-        images = self.pipeline(**accepted).images
+        images = self.pipeline(**accepted, **further).images
         return images.float().clamp(0, 1) if images.isfinite().all() else images.float()
 
     def _check(self, conditions: list | None, noise: Tensor, guidance_scale: float | None) -> None:

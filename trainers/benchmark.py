@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
-from stepdistill.families.stable_diffusion import RANDOM_SIZES, random_stable_diffusion
+from stepdistill.families.random_sizes import RANDOM_SIZES, random_stable_diffusion
 from stepdistill.roles import Role
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 from diffusers import (
     AutoencoderTiny,
-    DDIMScheduler,
     LatentConsistencyModelPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -235,44 +234,3 @@ class StableDiffusionFamily(Family):
             part.to(device)
         self._null = None
         return self
-
-
-RANDOM_SIZES = {
-    "sd-small": {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 256, "sample_size": 32},
-    "sd15": {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "sample_size": 64},
-}
-"""UNets with random weights for measuring cost: a reduced Stable Diffusion, and SD 1.5's own size."""
-
-
-class RandomStableDiffusion(StableDiffusionFamily):
-    """A UNet of :data:`RANDOM_SIZES` with random text embeddings, no VAE and no text encoder: for benchmarks alone."""
-
-    def __init__(self, size: str):
-        config = RANDOM_SIZES[size]
-        self.network = UNet2DConditionModel(**config).requires_grad_(False).eval()
-        self.scheduler = DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        )
-        self.schedule, self.kind = from_scheduler(self.scheduler)
-        self.sample_shape = (4, config["sample_size"], config["sample_size"])
-        self.condition_kind, self.embeds_guidance = "none", False
-        self.width = config["cross_attention_dim"]
-
-    def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        text = torch.zeros(len(x), 77, self.width, device=x.device)
-        return super().forward(network, x, time, {"text": text})
-
-    def encode_conditions(self, items: list) -> Condition:
-        return {}
-
-    def null_condition(self, count: int) -> Condition:
-        return {}
-
-    def to(self, device: torch.device | str) -> RandomStableDiffusion:
-        self.network.to(device)
-        return self
-
-
-def random_stable_diffusion(size: str) -> RandomStableDiffusion:
-    """A family for benchmarks; ``size`` is a key of :data:`RANDOM_SIZES`."""
-    return RandomStableDiffusion(size)

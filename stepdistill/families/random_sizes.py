@@ -1,0 +1,139 @@
+"""Models of real and reduced sizes with random weights: what a network costs does not depend on what it knows."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from stepdistill.denoiser import Condition
+from stepdistill.families.stable_diffusion import StableDiffusionFamily
+from stepdistill.schedule import from_scheduler
+
+RANDOM_SIZES: dict[str, dict[str, Any]] = {
+    "sd-small": {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 256, "sample_size": 32},
+    "sd15": {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "sample_size": 64},
+}
+"""UNets: a reduced Stable Diffusion, and SD 1.5's own size."""
+
+SDXL: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+    "sample_size": 128,
+}
+PIPELINE_SIZES = {**RANDOM_SIZES, "sdxl": SDXL}
+VAE_CHANNELS = {"sd-small": (32, 64, 128, 128)}
+TEXT_ENCODERS = {  # width, layers, heads of CLIP's
+    "sd-small": [(256, 6, 4)],
+    "sd15": [(768, 12, 12)],
+    "sdxl": [(768, 12, 12), (1280, 32, 20)],
+}
+
+
+def random_pipeline(
+    size: str, dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A whole stock pipeline of a size of :data:`PIPELINE_SIZES`, random weights, a tokenizer of single characters."""
+    torch.manual_seed(0)
+    channels = VAE_CHANNELS.get(size, (128, 256, 512, 512))
+    vae = AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    encoders = [_text_encoder(*shape, last=size == "sdxl" and index) for index, shape in enumerate(TEXT_ENCODERS[size])]
+    parts = {
+        "unet": UNet2DConditionModel(**PIPELINE_SIZES[size]),
+        "vae": vae,
+        "scheduler": random_scheduler(),
+        "text_encoder": encoders[0],
+        "tokenizer": _tokenizer(),
+    }
+    if size == "sdxl":
+        pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=encoders[1], tokenizer_2=_tokenizer())
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    for module in (pipe.unet, vae, *encoders):
+        module.requires_grad_(False).eval().to(dtype)
+    return pipe
+
+
+def random_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+
+
+def _text_encoder(width: int, layers: int, heads: int, last: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+    )
+    return CLIPTextModelWithProjection(config) if last else CLIPTextModel(config)
+
+
+def _tokenizer() -> CLIPTokenizer:
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        Path(folder, "merges.txt").write_text("#version: 0.2\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+class RandomStableDiffusion(StableDiffusionFamily):
+    """A UNet of :data:`RANDOM_SIZES` with random text embeddings, no VAE and no text encoder: for benchmarks alone."""
+
+    def __init__(self, size: str):
+        config = RANDOM_SIZES[size]
+        self.network = UNet2DConditionModel(**config).requires_grad_(False).eval()
+        self.scheduler = random_scheduler()
+        self.schedule, self.kind = from_scheduler(self.scheduler)
+        self.sample_shape = (4, config["sample_size"], config["sample_size"])
+        self.condition_kind, self.embeds_guidance = "none", False
+        self.width = config["cross_attention_dim"]
+
+    def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        text = torch.zeros(len(x), 77, self.width, device=x.device)
+        return super().forward(network, x, time, {"text": text})
+
+    def encode_conditions(self, items: list) -> Condition:
+        return {}
+
+    def null_condition(self, count: int) -> Condition:
+        return {}
+
+    def to(self, device: torch.device | str) -> RandomStableDiffusion:
+        self.network.to(device)
+        return self
+
+
+def random_stable_diffusion(size: str) -> RandomStableDiffusion:
+    """A family for benchmarks; ``size`` is a key of :data:`RANDOM_SIZES`."""
+    return RandomStableDiffusion(size)
