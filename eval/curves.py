@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+from stepdistill.errors import UserError
+from stepdistill.run import differences
+
+CURVE = "distances.json"
+"""The file of a run's measurements over training."""
 Curve = list[tuple[float, float]]
 """(network passes, distance), passes ascending."""
+
+
+def read_curve(file: Path, protocol: dict[str, Any] | None = None) -> Curve:
+    """The measurements of a run so far; none where the file is not there or cannot be read.
+
+    Args:
+        protocol: under which they must have been measured; a file that does not say is taken as it is.
+
+    Raises:
+        UserError: they were measured under another.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        there = content.get("protocol") if isinstance(content, dict) else None
+        points = content["points"] if isinstance(content, dict) else content
+        curve = [(float(passes), float(distance)) for passes, distance in points]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    odd = differences(there, protocol) if there and protocol else []
+    if odd:
+        raise UserError(
+            f"{file}: measured under another protocol: {'; '.join(odd[:3])}; give the same, or another output folder"
+        )
+    return curve
+
+
+def curve_text(curve: Curve, protocol: dict[str, Any]) -> str:
+    """What :func:`read_curve` reads."""
+    return json.dumps({"protocol": protocol, "points": curve})
 
 
 def at(curve: Curve, passes: float) -> float | None:
@@ -25,6 +61,18 @@ def curves_table(curves: dict[str, Curve], columns: list[float], teacher: float)
     return [header, *rows]
 
 
+def logarithmic(axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2, 3 and 5 of every power of ten."""
+    axes.set_yscale("log")
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(lambda value, _: f"{value:g}" if f"{value:g}".lstrip("0.")[:1] in "1235" else "")
+
+
+def in_thousands(axes) -> None:
+    """An x axis of network passes: 200k."""
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+
+
 def draw_curves(
     curves: dict[str, Curve], teacher: float, teacher_name: str, metric: str, columns: list[float], path: Path
 ) -> Path:
@@ -38,10 +86,8 @@ def draw_curves(
     for name, curve in curves.items():
         (lines[name],) = axes.plot(*zip(*curve, strict=True), marker=".", linewidth=1.4, label=name)
     axes.axhline(teacher, color="black", linestyle="--", linewidth=1, label=teacher_name)
-    axes.set_yscale("log")
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(lambda value, _: f"{value:g}" if f"{value:g}".lstrip("0.")[:1] in "1235" else "")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+    logarithmic(axes)
+    in_thousands(axes)
     axes.set_xlabel("network passes in training (one picture each; a backward pass counts as two, or one to the input)")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3, which="both")

@@ -1,7 +1,8 @@
 """Fréchet distance and kernel distance between features, and the cached statistics of a reference set.
 
 The arithmetic is torchmetrics' own, fed with features (float64 for the Fréchet distance) instead of pictures,
-so that the reference is passed through the extractor once and kept.
+so that the reference is passed through the extractor once and kept.  It is of the process that calls it alone
+(``sync_on_compute=False``): of several, one measures what all have drawn.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -57,7 +60,7 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     Means (F,), covariances (F, F).  By torchmetrics in float64: its sums are set to what these moments imply
     (a count of 2 each, for which the unbiased covariance is the sum of squares less 2 m m^T).
     """
-    metric = FrechetInceptionDistance(feature=_AsGiven(len(mean_a)))
+    metric = FrechetInceptionDistance(feature=_AsGiven(len(mean_a)), sync_on_compute=False)
     metric.orig_dtype = torch.float64
     for side, mean, cov in (("real", mean_a, cov_a), ("fake", mean_b, cov_b)):
         mean, cov = mean.double(), cov.double()
@@ -80,7 +83,9 @@ def kernel_distance(
     size = min(subset_size, len(reference), len(features))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps features in memory is what we want
-        metric = KernelInceptionDistance(feature=_AsGiven(reference.shape[1]), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_AsGiven(reference.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
+        )
     metric.update(reference.float(), real=True)
     metric.update(features.float(), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -94,11 +99,12 @@ class ReferenceStatistics:
     """What is kept of a reference set.
 
     Attributes:
-        n: how many pictures.
+        n: how many pictures; 0 where the file does not say.
         mean, cov: (F,) and (F, F), float64.
-        features: (M, F) float16, a seeded subset for the kernel distance.
-        extractor, extractor_fingerprint: with what they were made.
-        shape: (C, H, W) of the pictures.
+        features: (M, F) float16, a seeded subset for the kernel distance, and precision and recall; of moments alone
+            (0, F).
+        extractor, extractor_fingerprint: with what they were made; "" where the file does not say.
+        shape: (C, H, W) of the pictures; zeros where the file does not say.
         resize: how the pictures came to that shape.
         source: what they are called.
     """
@@ -139,23 +145,50 @@ class ReferenceStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> ReferenceStatistics:
-        """From a file that :meth:`save` wrote.
+        """From a file that :meth:`save` wrote, or of moments alone: an ``.npz`` with ``mu`` (F,) and ``sigma`` (F, F),
+        as EDM, ADM and clean-fid publish.
 
         Raises:
-            UserError: no such file, not safetensors, or not one of ours.
+            UserError: no such file, not safetensors, or not one of ours; an ``.npz`` without moments.
         """
+        if Path(path).suffix == ".npz":
+            return cls._of_moments(Path(path))
         kind, what = "stepdistill.ReferenceStatistics", "file of reference statistics"
         tensors, metadata = read_tensors(path, kind, what, "make them with make_reference")
         facts = json.loads(metadata["facts"])
         facts["shape"] = tuple(facts["shape"])
         return cls(**tensors, **facts)
 
+    @classmethod
+    def _of_moments(cls, path: Path) -> ReferenceStatistics:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mean, cov = torch.from_numpy(file["mu"]).double(), torch.from_numpy(file["sigma"]).double()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file of reference statistics; name another") from None
+        except (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{path}: not an .npz with arrays mu and sigma ({reason}); name another file") from None
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+            raise UserError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} are not moments; replace it")
+        none = torch.zeros(0, len(mean), dtype=torch.float16)
+        return cls(0, mean, cov, none, "", "", (0, 0, 0), "the file does not say", path.name)
+
     def check(self, extractor: Extractor, shape: tuple[int, int, int] | None = None) -> None:
         """Refuse another extractor, or pictures (C, H, W) of another shape where the extractor does not resize.
+
+        Moments alone say of their extractor no more than how many features it has.
 
         Raises:
             UserError: either does not fit.
         """
+        if not self.extractor_fingerprint:
+            if extractor.num_features != len(self.mean):
+                raise UserError(
+                    f"reference {self.source}: of {len(self.mean)} features, and extractor {extractor.name} gives "
+                    f"{extractor.num_features}; name statistics made with that extractor"
+                )
+            return
         if extractor.fingerprint != self.extractor_fingerprint:
             raise UserError(
                 f"reference {self.source}: made with extractor {self.extractor} "

@@ -1,16 +1,18 @@
 """Measuring pipelines against one reference under one protocol, and remembering what was measured.
 
 Every target draws from the same noise, labels or prompts.  A row of ``evaluation.json`` is keyed by a fingerprint of
-the pipeline's files, its steps and the protocol; what has not changed is not measured again.
+the pipeline's files, its steps and the protocol; what has not changed is not measured again.  What is drawn is kept in
+a work folder beside the output until its row is written (:mod:`.drawing`), so a stop costs one batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,6 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
-from tqdm import tqdm
 
 from stepdistill import assets
 from stepdistill.clip import ClipScorer, ClipSettings, load_clip
@@ -28,10 +29,16 @@ from stepdistill.data import read_prompts
 from stepdistill.errors import UserError
 from stepdistill.rewards import Reward, RewardSettings, load_rewards
 
-from .distances import ReferenceStatistics, unit_uint8
-from .features import Extractor, load_extractor, reference_beside
-from .latency import counted_passes, device_name, measure_latency
+from . import protocols
+from .distances import ReferenceStatistics
+from .drawing import batches, draw, drawn, pictures_kept
+from .features import Extractor, load_extractor
+from .latency import measure_latency
+from .measures import check_diversity, numbers, over_seeds, pooled_diversity
+from .processes import Processes
+from .references import load_reference
 from .stock import StockPipeline, pipeline_folder
+from .treatment import Treatment
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "torchmetrics")
 
@@ -48,6 +55,19 @@ class Target:
     steps: int | None = None
     guidance_scale: float | None = None
 
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """``[NAME=]PATH[@STEPS]``; by default called as its folder is.
+
+        Raises:
+            UserError: steps that are no number, or an asset that is not shipped.
+        """
+        name, _, place = text.rpartition("=")
+        path, _, steps = place.rpartition("@") if "@" in place else (place, "", "")
+        if steps and not steps.isdigit():
+            raise UserError(f"{text}: what follows @ is a number of steps")
+        return cls(name or Path(path).name, assets.resolve(path), int(steps) if steps else None)
+
 
 class EvaluationSettings(Section):
     """What is measured, and how."""
@@ -55,17 +75,34 @@ class EvaluationSettings(Section):
     samples: int = Field(5000, ge=2, description="pictures drawn from each target")
     batch_size: int = Field(250, ge=1, description="pictures at a time; a part of the protocol, as noise is")
     seed: int = Field(0, ge=0)
-    extractor: str = Field("fashion_mnist", description="an asset's name, a file, inception, module:attribute")
-    reference: str | None = Field(None, description="reference statistics; None: beside the extractor's file")
-    kid: bool = Field(True, description="the kernel distance too")
+    seeds: int = Field(1, ge=1, description="repeats, with seed, seed + 1, ...; means and standard deviations of them")
+    extractor: str = Field(
+        "fashion_mnist",
+        description="an asset's name, a file, inception, inception_tensorflow, dinov2:PATH, module:attribute",
+    )
+    reference: str | None = Field(
+        None, description="reference statistics, or with resize a folder of pictures; None: beside the extractor's file"
+    )
+    drawn_side: int | None = Field(None, ge=1, description="refuse pictures that are not drawn at this side")
+    quantise: Literal["round", "floor"] = Field("round", description="pixels to bytes")
+    resize: int | None = Field(
+        None, ge=1, description="centre crop and PIL's Lanczos filter to this side before the extractor"
+    )
+    clip_resize: int | None = Field(None, ge=1, description="the same before the CLIP model")
+    kid: bool = Field(True, description="the kernel distance too, where the reference keeps features")
     kid_subsets: int = Field(100, ge=1)
     kid_subset_size: int = Field(1000, ge=2)
+    precision_recall: bool = Field(False, description="improved precision and recall too")
+    neighbours: int = Field(3, ge=1, description="their k")
+    diversity: bool = Field(False, description="the mean distance of pictures of one condition too")
     clip: ClipSettings | None = Field(None, description="the CLIP score too (prompt pipelines)")
     rewards: list[RewardSettings] = Field([], description="means of these over the pictures too")
     labels: Literal["uniform"] | list[int] = Field(
         "uniform", description="which labels, taken in turn: all of them, or the ones named"
     )
     prompts: str | None = Field(None, description="a file with one prompt a line, taken in turn")
+    distinct_prompts: bool = Field(False, description="refuse fewer prompts than samples")
+    preset: str | None = Field(None, description="the preset that these settings are, and what differs from it")
     latency: bool = Field(False, description="time single calls, with the share of each part")
     latency_batch: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what the pipelines are loaded in")
@@ -78,17 +115,26 @@ class EvaluationSettings(Section):
         return labels
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Tools:
-    """What a measurement needs, loaded once for all targets."""
+    """What a measurement needs, loaded once for all targets.
+
+    ``work``: the folder for what was drawn; of one target while it is measured.
+    """
 
     settings: EvaluationSettings
     extractor: Extractor
     reference: ReferenceStatistics
+    treatment: Treatment
+    clip_treatment: Treatment
     scorer: ClipScorer | None
     rewards: list[Reward]
     prompts: list[str] | None
     device: torch.device
+    processes: Processes
+    work: Path
+    keep_samples: Path | None
+    versions: dict[str, str]
 
 
 def unit_noise(seed: int, batch: int, count: int, shape: tuple[int, ...]) -> Tensor:
@@ -137,6 +183,22 @@ def resolve(target: Target, stock: StockPipeline) -> tuple[int, float | None]:
     return steps, guidance
 
 
+def drawn_batch(
+    stock: StockPipeline,
+    steps: int,
+    guidance: float | None,
+    settings: EvaluationSettings,
+    batch: int,
+    indices: range,
+    seed: int,
+    prompts: list[str] | None = None,
+) -> tuple[Tensor, list | None]:
+    """(pixels (B, C, H, W) in [0, 1] on the CPU, their conditions) of samples ``indices``, from (seed, batch) alone."""
+    conditions = conditions_for(stock, indices, prompts, settings.labels)
+    noise = unit_noise(seed, batch, len(indices), stock.noise_shape)
+    return stock.generate(conditions, noise, steps, step_generator(seed, batch), guidance).cpu(), conditions
+
+
 def samples(
     stock: StockPipeline,
     steps: int,
@@ -145,89 +207,118 @@ def samples(
     prompts: list[str] | None = None,
 ) -> Iterator[tuple[Tensor, list | None]]:
     """Batches of (pixels (B, C, H, W) in [0, 1] on the CPU, their conditions), ``settings.samples`` in all."""
-    for batch, start in enumerate(range(0, settings.samples, settings.batch_size)):
-        indices = range(start, min(start + settings.batch_size, settings.samples))
-        conditions = conditions_for(stock, indices, prompts, settings.labels)
-        noise = unit_noise(settings.seed, batch, len(indices), stock.noise_shape)
-        generator = step_generator(settings.seed, batch)
-        yield stock.generate(conditions, noise, steps, generator, guidance).cpu(), conditions
+    for batch, indices in enumerate(batches(settings.samples, settings.batch_size)):
+        yield drawn_batch(stock, steps, guidance, settings, batch, indices, settings.seed, prompts)
 
 
 def evaluate(
-    targets: list[Target], settings: EvaluationSettings, out: str | Path, device: str | torch.device = "cpu"
+    targets: list[Target],
+    settings: EvaluationSettings,
+    out: str | Path,
+    device: str | torch.device = "cpu",
+    processes: Processes | None = None,
+    keep_samples: Path | None = None,
+    same_protocol: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure every target; write ``evaluation.json`` after each, whole or not at all.
 
     Args:
         targets: the first is what the others are compared with in tables.
         out: the file, or a folder for ``evaluation.json``.
+        processes: this one among those that share the drawing; the others' rows are empty.
+        keep_samples: a folder for the pictures themselves, as PNG.
+        same_protocol: refuse a file whose rows were measured under another protocol, in place of writing it anew.
 
     Returns:
         One row a target, in their order.  Keys: name, path, steps, guidance_scale, passes_per_image, parameters,
-        samples, frechet, kid_mean, kid_std, clip_score, rewards, seconds, images_per_second, latency,
-        fingerprint (None where not asked for).
+        samples, frechet, kid_mean, kid_std, precision, recall, diversity, clip_score, rewards, seconds,
+        images_per_second (of one process), latency, fingerprint (None where not asked for); of several seeds the
+        means of them, with std (by metric) and per_seed.
 
     Raises:
-        UserError: a target, extractor, reference or setting that does not fit.
+        UserError: a target, extractor, reference or setting that does not fit, or another protocol's file.
     """
-    file = Path(out) if Path(out).suffix == ".json" else Path(out) / "evaluation.json"
-    tools = _load_tools(settings, torch.device(device))
-    protocol = _protocol(tools)
-    known = {row["fingerprint"]: row for row in _earlier_rows(file)}
+    file = output_file(out)
+    processes = processes or Processes(device=torch.device(device))
+    tools = _load_tools(settings, torch.device(device), processes, file, keep_samples)
+    protocol = protocols.describe(tools)
+    earlier = _earlier(file)
+    if same_protocol and earlier[1]:
+        remedy = "give another --output, or delete the file"
+        protocols.require_same(earlier[0], protocol, str(file), remedy)
+    known = {row["fingerprint"]: row for row in earlier[1]}
     keys = [_fingerprint(target, protocol) for target in targets]
-    rows: list[dict | None] = [known.get(key) for key in keys]
+    _check_names(targets, keep_samples)
+    seeds = protocols.seeds_of(settings)
+    rows = [
+        known.get(key) if pictures_kept(tools, target, seeds) else None
+        for target, key in zip(targets, keys, strict=True)
+    ]
+    # the first process's for all: the others may have read the file later, or run on another card
+    keys, rows = processes.of_first((keys, rows))
     for position, (target, key) in enumerate(zip(targets, keys, strict=True)):
         if rows[position] is not None:
-            print(f"{target.name}: unchanged, its numbers are taken from {file}")
+            if processes.main:
+                print(f"{target.name}: unchanged, its numbers are taken from {file}")
             rows[position] = {**rows[position], "name": target.name, "path": str(target.path)}
         else:
-            rows[position] = {**_measure(target, tools), "fingerprint": key}
-        _write(file, protocol, [row for row in rows if row is not None])
+            rows[position] = {**_measure(target, replace(tools, work=tools.work / key[:16])), "fingerprint": key}
+        if processes.main:
+            _write(file, protocol, [row for row in rows if row is not None])
+            shutil.rmtree(tools.work / key[:16], ignore_errors=True)
+    if processes.main:
+        shutil.rmtree(tools.work, ignore_errors=True)
     return rows
 
 
-def _load_tools(settings: EvaluationSettings, device: torch.device) -> _Tools:
+def output_file(out: str | Path) -> Path:
+    """The file itself, or ``evaluation.json`` in a folder."""
+    return Path(out) if Path(out).suffix == ".json" else Path(out) / "evaluation.json"
+
+
+def _check_names(targets: list[Target], keep_samples: Path | None) -> None:
+    named = [(target.name, target.steps) for target in targets]
+    twice = next((own for own in named if named.count(own) > 1), None)
+    if keep_samples is not None and twice is not None:
+        raise UserError(f"two pipelines are called {twice[0]}; name them apart, as NAME=PATH, to keep their pictures")
+
+
+def _load_tools(
+    settings: EvaluationSettings,
+    device: torch.device,
+    processes: Processes,
+    file: Path,
+    keep_samples: Path | None,
+) -> _Tools:
     extractor = load_extractor(settings.extractor, device)
-    path = reference_beside(settings.extractor) if settings.reference is None else assets.resolve(settings.reference)
-    if path is None:
+    treatment = Treatment(settings.resize, settings.quantise)
+    prompts = None if settings.prompts is None else read_prompts(settings.prompts)
+    if settings.distinct_prompts and prompts is not None and len(prompts) < settings.samples:
         raise UserError(
-            f"reference is not set, and extractor {settings.extractor!r} ships with none; make one of your real "
-            "pictures and name its file"
+            f"prompts {settings.prompts}: has {len(prompts)} prompts, and this protocol draws {settings.samples} "
+            "pictures of as many; name a file with so many lines, or draw fewer samples"
         )
-    reference = ReferenceStatistics.load(path)
-    reference.check(extractor)
+    reference = load_reference(settings.reference, settings.extractor, extractor, treatment, file.parent, processes)
+    if settings.precision_recall and not len(reference.features):
+        raise UserError(
+            f"reference {reference.source}: holds moments alone, and precision and recall need features; name the "
+            "folder of pictures, or leave them out"
+        )
     return _Tools(
         settings=settings,
         extractor=extractor,
         reference=reference,
+        treatment=treatment,
+        clip_treatment=Treatment(settings.clip_resize, settings.quantise),
         scorer=None if settings.clip is None else load_clip(settings.clip, device),
         rewards=load_rewards(settings.rewards, device),
-        prompts=None if settings.prompts is None else read_prompts(settings.prompts),
+        prompts=prompts,
         device=device,
+        processes=processes,
+        work=file.with_name(f"{file.stem}.work"),
+        keep_samples=keep_samples,
+        versions={name: version(name) for name in PACKAGES},
     )
-
-
-def _protocol(tools: _Tools) -> dict[str, Any]:
-    """All that the numbers depend on but the target."""
-    reference, prompts = tools.reference, tools.prompts
-    return {
-        "metric": tools.extractor.metric,
-        "kernel_metric": tools.extractor.kernel_metric,
-        "extractor": tools.extractor.name,
-        "extractor_fingerprint": tools.extractor.fingerprint,
-        "resize": tools.extractor.resize,
-        "reference": {
-            "source": reference.source,
-            "n": reference.n,
-            "resize": reference.resize,
-            "fingerprint": reference.fingerprint,
-        },
-        "clip": None if tools.scorer is None else tools.scorer.tag,
-        "prompts_fingerprint": None if prompts is None else hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "settings": tools.settings.model_dump(mode="json"),
-        "device": device_name(tools.device),
-        "versions": {name: version(name) for name in PACKAGES},
-    }
 
 
 def _fingerprint(target: Target, protocol: dict[str, Any]) -> str:
@@ -243,15 +334,14 @@ def _fingerprint(target: Target, protocol: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _earlier_rows(file: Path) -> list[dict]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        return [row for row in rows if "fingerprint" in row]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError):
-        print(f"{file}: not readable, so everything is measured again")
-        return []
+def _earlier(file: Path) -> tuple[dict[str, Any], list[dict]]:
+    """Protocol and rows of an earlier evaluation; nothing of a file that cannot be read."""
+    found = protocols.read(file)
+    if found is None:
+        if file.exists():
+            print(f"{file}: not readable, so everything is measured again")
+        return {}, []
+    return found[0], [row for row in found[1] if "fingerprint" in row]
 
 
 def _write(file: Path, protocol: dict[str, Any], rows: list[dict]) -> None:
@@ -263,17 +353,28 @@ def _write(file: Path, protocol: dict[str, Any], rows: list[dict]) -> None:
 
 
 def _measure(target: Target, tools: _Tools) -> dict[str, Any]:
-    settings = tools.settings
-    stock = StockPipeline.load(target.path, tools.device, getattr(torch, settings.dtype))
-    steps, guidance = resolve(target, stock)
-    if tools.scorer is not None and stock.condition_kind != "prompt":
-        raise UserError(f"{target.name}: the CLIP score needs prompts, and {target.path} takes none; leave clip out")
-    features, scores, rewards, seconds, passes = _draw(target, stock, steps, guidance, tools)
-    kid_mean, kid_std = (None, None)
-    if settings.kid:
-        kid_mean, kid_std = tools.reference.kernel(
-            features, settings.kid_subsets, settings.kid_subset_size, settings.seed
-        )
+    """A target's row; {} in processes other than the first, which only draw."""
+    settings, seeds = tools.settings, protocols.seeds_of(tools.settings)
+    error = stock = None
+    try:
+        stock = StockPipeline.load(target.path, tools.device, getattr(torch, settings.dtype))
+        steps, guidance = resolve(target, stock)
+        if tools.scorer is not None and stock.condition_kind != "prompt":
+            raise UserError(
+                f"{target.name}: the CLIP score needs prompts, and {target.path} takes none; leave clip out"
+            )
+        conditions = conditions_for(stock, range(settings.samples), tools.prompts, settings.labels)
+        check_diversity(target.name, conditions, settings)
+        for seed in seeds:
+            draw(target, stock, steps, guidance, seed, tools)
+    except UserError as wrong:
+        error = wrong
+    tools.processes.agree(error)
+    if not tools.processes.main:
+        return {}
+    looked = [drawn(tools, seed) for seed in seeds]
+    seconds = sum(own.seconds for own in looked)
+    count = settings.samples * len(seeds)
     latency = None
     if settings.latency:
         latency = measure_latency(stock, steps, settings.latency_batch, guidance).as_dict()
@@ -282,49 +383,15 @@ def _measure(target: Target, tools: _Tools) -> dict[str, Any]:
         "path": str(target.path),
         "steps": steps,
         "guidance_scale": guidance,
-        "passes_per_image": passes,
+        "passes_per_image": sum(own.passes for own in looked) / count,
         "parameters": [sum(p.numel() for p in network.parameters()) for network in stock.denoisers],
         "samples": settings.samples,
-        "frechet": tools.reference.frechet(features),
-        "kid_mean": kid_mean,
-        "kid_std": kid_std,
-        "clip_score": None if scores is None else float(scores.mean()),
-        "rewards": rewards,
+        **over_seeds([numbers(own, seed, tools) for own, seed in zip(looked, seeds, strict=True)]),
+        "diversity": pooled_diversity(looked, conditions, tools),
         "seconds": seconds,
-        "images_per_second": settings.samples / seconds,
+        "images_per_second": count / seconds,
         "latency": latency,
     }
-
-
-def _draw(
-    target: Target, stock: StockPipeline, steps: int, guidance: float | None, tools: _Tools
-) -> tuple[Tensor, Tensor | None, dict[str, float], float, float]:
-    """Features (N, F), CLIP scores (N,) or None, mean rewards, seconds of drawing alone, passes per picture."""
-    features, scores, seconds = [], [], 0.0
-    rewards: dict[str, float] = {reward.name: 0.0 for reward in tools.rewards}
-
-    batches = samples(stock, steps, guidance, tools.settings, tools.prompts)
-    title = f"{target.name}, {plural(steps)}"
-    with counted_passes(stock) as passed, tqdm(total=tools.settings.samples, desc=title, unit="img") as bar:
-        started = time.perf_counter()
-        for pixels, conditions in batches:
-            seconds += time.perf_counter() - started
-            if not pixels.isfinite().all():
-                raise UserError(
-                    f"{target.name} ({target.path}): drew pixels that are not numbers; its weights are broken, "
-                    "or its dtype too narrow"
-                )
-            tools.reference.check(tools.extractor, tuple(pixels.shape[1:]))
-            features.append(tools.extractor(unit_uint8(pixels).to(tools.device)))
-            if tools.scorer is not None:
-                scores.append(tools.scorer(unit_uint8(pixels), conditions))
-            for reward in tools.rewards:
-                given = 2 * pixels.to(tools.device) - 1
-                rewards[reward.name] += float(reward(given, conditions or []).sum()) / tools.settings.samples
-            bar.update(len(pixels))
-            started = time.perf_counter()
-    scored = torch.cat(scores) if scores else None
-    return torch.cat(features), scored, rewards, seconds, passed[0] / tools.settings.samples
 
 
 def plural(steps: int) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill import assets
 from stepdistill.errors import UserError
+from stepdistill.matching import MatchingNetwork, is_matching
 from stepdistill.plugins import import_attribute
 
 SMALLEST, LARGEST = 16, 64
@@ -194,6 +195,7 @@ class Extractor:
         fingerprint: SHA-256 of its weights and architecture.
         resize: what it does to a picture's size; ``none`` where it takes pictures as they are.
         is_fid: Inception's official weights under clean-fid's protocol, and nothing else.
+        titles: what papers call the Fréchet and the kernel distance over these features, where they have a name.
     """
 
     module: nn.Module
@@ -201,6 +203,7 @@ class Extractor:
     fingerprint: str
     resize: str = "none"
     is_fid: bool = False
+    titles: tuple[str, str] | None = None
 
     @property
     def num_features(self) -> int:
@@ -209,11 +212,15 @@ class Extractor:
     @property
     def metric(self) -> str:
         """The name of the Fréchet distance over these features."""
+        if self.titles is not None:
+            return self.titles[0]
         return "FID" if self.is_fid else f"frechet[{self.name}]"
 
     @property
     def kernel_metric(self) -> str:
         """The name of the kernel distance over these features."""
+        if self.titles is not None:
+            return self.titles[1]
         return "KID" if self.is_fid else f"kid[{self.name}]"
 
     @torch.inference_mode()
@@ -250,6 +257,8 @@ def as_extractor(module: nn.Module, name: str | None = None) -> Extractor:
         parameter.requires_grad_(False)
     if isinstance(module, FeatureNetwork):
         return Extractor(module, name or module.name, module.fingerprint())
+    if isinstance(module, MatchingNetwork):
+        return Extractor(module, name or module.name, module_fingerprint(module, json.dumps(module.architecture)))
     code = getattr(module, "code", "") if isinstance(module, torch.jit.ScriptModule) else ""
     kind = f"{type(module).__module__}.{type(module).__qualname__} {code}"
     return Extractor(module, name or type(module).__name__, module_fingerprint(module, kind))
@@ -277,9 +286,11 @@ def reference_beside(spec: str) -> Path | None:
 def load_extractor(spec: str, device: str | torch.device = "cpu") -> Extractor:
     """An extractor by what a config says.
 
-    - a shipped asset's name (``fashion_mnist``), or the path of a ``.safetensors`` file that we wrote
-      (``asset:fashion_mnist/features.safetensors`` too);
+    - a shipped asset's name (``fashion_mnist``), or the path of a ``.safetensors`` file that we wrote, a classifier or
+      a picture-caption network (``asset:fashion_mnist/features.safetensors`` too);
     - ``inception`` (weights where clean-fid expects them) or ``inception:FILE``: never downloads;
+    - ``inception_tensorflow``, likewise: the same weights with the resize of TensorFlow's FID inside, as EDM has it;
+    - ``dinov2:PATH``: DINOv2 from a local folder or file (:mod:`.dinov2`);
     - the path of a TorchScript file (``.pt``, ``.pth``, ``.ts``) whose module has ``num_features``;
     - ``module:attribute``: a Python object that is, or when called without arguments gives, such a module.
 
@@ -287,12 +298,17 @@ def load_extractor(spec: str, device: str | torch.device = "cpu") -> Extractor:
         UserError: nothing of these, or something that cannot be loaded.
     """
     path = Path(spec)
-    if spec == "inception" or spec.startswith("inception:"):
+    kind, _, place = spec.partition(":")
+    if kind in ("inception", "inception_tensorflow"):
         from .inception import load_inception
 
-        extractor = load_inception(spec.removeprefix("inception").removeprefix(":") or None)
+        extractor = load_inception(place or None, resize_inside=kind == "inception_tensorflow")
+    elif kind == "dinov2":
+        from .dinov2 import load_dinov2
+
+        extractor = load_dinov2(place)
     elif (network := network_file(spec)) is not None:
-        extractor = as_extractor(FeatureNetwork.load(network))
+        extractor = as_extractor(_load_ours(network))
     elif path.suffix in {".pt", ".pth", ".ts"}:
         extractor = as_extractor(_load_torchscript(path), path.stem)
     elif ":" in spec:
@@ -301,9 +317,14 @@ def load_extractor(spec: str, device: str | torch.device = "cpu") -> Extractor:
         shipped = sorted(p.parent.name for p in assets.ROOT.glob("*/features.safetensors"))
         raise UserError(
             f"extractor {spec!r}: not known; use a shipped one ({', '.join(shipped) or 'none here'}), 'inception', "
-            "a .safetensors or TorchScript file, or module:attribute"
+            "dinov2:PATH, a .safetensors or TorchScript file, or module:attribute"
         )
     return extractor.to(device)
+
+
+def _load_ours(path: Path) -> FeatureNetwork | MatchingNetwork:
+    """Whichever of the two kinds the file says that it is."""
+    return MatchingNetwork.load(path) if is_matching(path) else FeatureNetwork.load(path)
 
 
 def _load_torchscript(path: Path) -> nn.Module:

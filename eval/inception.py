@@ -43,6 +43,21 @@ class CleanInception(nn.Module):
         return self.network.layers((pixels - 128) / 128).reshape(len(images), -1)
 
 
+class TensorFlowInception(nn.Module):
+    """The same network with its own resize to 299x299 inside, TensorFlow's bilinear one: EDM's FID, and clean-fid's
+    "legacy_tensorflow" mode.  Takes uint8 (B, 1 or 3, H, W)."""
+
+    num_features = 2048
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, 2048)."""
+        return self.network(images.expand(-1, 3, -1, -1).float(), return_features=True).reshape(len(images), -1)
+
+
 def _clean_resizer():
     try:
         from cleanfid.resize import build_resizer
@@ -58,14 +73,21 @@ def default_location() -> Path:
     return Path("." if platform.system() == "Windows" else "/tmp") / FILE_NAME
 
 
-def load_inception(path: str | Path | None = None) -> Extractor:
+def weights_file(path: str | Path | None = None) -> Path:
+    """The file that ``path`` means: itself, in a folder of that name, or in clean-fid's own place."""
+    file = default_location() if path is None else Path(path)
+    return file / FILE_NAME if file.is_dir() else file
+
+
+def load_inception(path: str | Path | None = None, resize_inside: bool = False) -> Extractor:
     """Inception from ``path`` (the file, or a folder that holds it), by default from clean-fid's own place.
+
+    ``resize_inside``: :class:`TensorFlowInception` in place of :class:`CleanInception`.
 
     Raises:
         UserError: no such file (says which, where from, where to), not TorchScript, or clean-fid missing.
     """
-    file = default_location() if path is None else Path(path)
-    file = file / FILE_NAME if file.is_dir() else file
+    file = weights_file(path)
     if not file.is_file():
         raise UserError(
             f"extractor inception: weights {file} are missing; download {URL} and put the file there "
@@ -80,10 +102,12 @@ def load_inception(path: str | Path | None = None) -> Extractor:
             f"extractor inception: {file} is not clean-fid's Inception ({reason}); download {URL} again"
         ) from None
     official = hashlib.sha256(file.read_bytes()).hexdigest() == SHA256
-    return Extractor(
-        CleanInception(network).requires_grad_(False).eval(),
-        name="inception" if official else "inception_unknown_weights",
-        fingerprint=module_fingerprint(layers, "clean-fid clean"),
-        resize="clean-fid clean: PIL bicubic in float to 299x299",
-        is_fid=official,
-    )
+    name = "inception" if official else "inception_unknown_weights"
+    if resize_inside:
+        module, way = TensorFlowInception(network), "inside: TensorFlow's bilinear to 299x299"
+        fingerprint = module_fingerprint(layers, "tensorflow")
+    else:
+        module, way = CleanInception(network), "clean-fid clean: PIL bicubic in float to 299x299"
+        fingerprint = module_fingerprint(layers, "clean-fid clean")
+    module = module.requires_grad_(False).eval()
+    return Extractor(module, name, fingerprint, resize=way, is_fid=official)

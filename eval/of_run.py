@@ -15,6 +15,7 @@ from stepdistill.errors import UserError
 
 from .evaluate import EvaluationSettings, Target, evaluate
 from .pictures import grid, table
+from .processes import Processes
 from .stock import is_pipeline
 
 
@@ -74,8 +75,12 @@ def protocol(config: dict[str, Any], samples: int, latency: bool = False) -> Eva
     )
 
 
-def evaluate_run(run: Path, device: torch.device | str, samples: int | None = None) -> str:
+def evaluate_run(
+    run: Path, device: torch.device | str, samples: int | None = None, processes: Processes | None = None
+) -> str:
     """Measure a run's teacher and student, write ``evaluation.json`` and ``grid.png``; returns the table as text.
+
+    With several ``processes`` each draws its share, and the first one measures, writes and returns text.
 
     Raises:
         UserError: not a run folder, no student in it yet, or an evaluation setting that does not fit.
@@ -94,11 +99,13 @@ def evaluate_run(run: Path, device: torch.device | str, samples: int | None = No
     lines = []
     if own["extractor"] is not None:
         settings = protocol(config, samples or own["samples"], own["latency"])
-        rows = evaluate(targets, settings, run, device)
-        metric = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["protocol"]["metric"]
-        lines = [f"{metric}, {settings.samples} samples each", table(rows, metric)]
+        rows = evaluate(targets, settings, run, device, processes)
+        if processes is None or processes.main:
+            lines = [measured_text(run / "evaluation.json", rows)]
     else:
         lines = ["no distance was measured: evaluation.extractor and evaluation.reference are not set"]
+    if processes is not None and not processes.main:
+        return ""
     shown = [t for t in targets if t.name in ("student", "untuned") or t.steps in (targets[0].steps, 1)]
     texts = Path(prompts).read_text(encoding="utf-8").split("\n")[:4] if prompts else None
     grid(
@@ -111,6 +118,12 @@ def evaluate_run(run: Path, device: torch.device | str, samples: int | None = No
         labels="uniform" if config["data"]["labels"] == "all" else config["data"]["labels"],
     )
     return "\n".join(lines)
+
+
+def measured_text(file: Path, rows: list[dict[str, Any]]) -> str:
+    """The table of an evaluation's rows, and the protocol's line from its file."""
+    protocol = json.loads(file.read_text(encoding="utf-8"))["protocol"]
+    return f"{table(rows, protocol['metric'])}\n{protocol['line']}"
 
 
 def label_names(pipeline: Path) -> list[str] | None:

@@ -20,7 +20,8 @@ CELL, GAP, TITLE, HEADER = 64, 4, 30, 22
 def table(rows: list[dict[str, Any]], metric: str = "frechet") -> str:
     """The rows as text, one line each; ``ratio`` and ``speed`` are against the first row.
 
-    Columns that no row has a value for are left out.  ``metric`` names the distance (``protocol["metric"]``).
+    Columns that no row has a value for are left out.  ``metric`` names the distance (``protocol["metric"]``).  ± is the
+    standard deviation over seeds; KID's of one seed that over subsets.
     """
     return "\n".join(_aligned(table_cells(rows, metric)))
 
@@ -34,17 +35,20 @@ def table_cells(rows: list[dict[str, Any]], metric: str = "frechet") -> list[lis
         ("name", lambda r: r["name"]),
         ("steps", lambda r: str(r["steps"])),
         ("passes", lambda r: f"{r['passes_per_image']:g}"),
-        (metric, lambda r: f"{r['frechet']:.3f}"),
+        (metric, lambda r: _spread(r, "frechet", ".3f")),
         ("ratio", lambda r: f"{r['frechet'] / max(first['frechet'], 1e-12):.2f}"),
     ]
     if any(r.get("parameters") for r in rows):
         columns.append(("params", lambda r: _parameters(r["parameters"])))
     if any(r.get("kid_mean") is not None for r in rows):
         columns.append(("KID x1000", lambda r: f"{1000 * r['kid_mean']:.2f} ± {1000 * r['kid_std']:.2f}"))
+    for key in ("precision", "recall", "diversity"):
+        if any(r.get(key) is not None for r in rows):
+            columns.append((key, lambda r, key=key: _spread(r, key, ".3f")))
     if any(r.get("clip_score") is not None for r in rows):
-        columns.append(("CLIP", lambda r: f"{r['clip_score']:.4f}"))
+        columns.append(("CLIP", lambda r: _spread(r, "clip_score", ".4f")))
     for name in dict.fromkeys(name for r in rows for name in r.get("rewards") or {}):
-        columns.append((name.rpartition(":")[2], lambda r, name=name: f"{r['rewards'][name]:.3f}"))
+        columns.append((name.rpartition(":")[2], lambda r, name=name: _spread(_rewards(r), name, ".3f")))
     columns.append(("images/s", lambda r: f"{r['images_per_second']:.1f}"))
     columns.append(("speed", lambda r: f"{r['images_per_second'] / first['images_per_second']:.1f}x"))
     if any(r.get("latency") for r in rows):
@@ -58,6 +62,17 @@ def _cell(cell, row: dict[str, Any]) -> str:
         return cell(row)
     except (KeyError, TypeError):  # this row was not measured for that column
         return "-"
+
+
+def _spread(row: dict[str, Any], key: str, form: str) -> str:
+    """``0.341``, or ``0.341 ± 0.012`` where the row is of several seeds."""
+    std = (row.get("std") or {}).get(key)
+    return f"{row[key]:{form}}" if std is None else f"{row[key]:{form}} ± {std:{form}}"
+
+
+def _rewards(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's rewards as a row of their own."""
+    return {**row["rewards"], "std": (row.get("std") or {}).get("rewards")}
 
 
 def _parameters(counts: list[int]) -> str:

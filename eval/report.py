@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +11,13 @@ import yaml
 
 from stepdistill.errors import UserError
 
+from .page import escape, html_table, image, missing, read_json, read_text, svg, thin, write_page
 from .pictures import table_cells
+from .protocols import protocol_line
 
 MOST_SAMPLES = 12
 """Sample grids that a page shows, spread evenly over the run."""
-MOST_POINTS = 1000
-"""Points of a curve; longer ones are averaged in equal spans."""
 NOT_CURVES = {"iteration", "seconds", "passes"}
-
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:62rem;margin:0 auto;padding:1rem}
-h1{font-size:1.5rem;margin:.4rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:1px solid #dde1e6}
-table{border-collapse:collapse;font-size:.9rem}td,th{
-padding:.25rem .7rem;text-align:right;border-bottom:1px solid #e8ebef}
-td:first-child,th:first-child,.facts td{text-align:left}.wide{overflow-x:auto}img{max-width:100%;height:auto}
-.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:.5rem}
-figure{margin:.5rem 0}figcaption,.note{color:#5a6470;font-size:.85rem}pre{
-background:#f5f7f9;padding:.8rem;overflow-x:auto}
-"""
 
 
 def write_report(run: str | Path) -> Path:
@@ -49,7 +34,7 @@ def write_report(run: str | Path) -> Path:
             f"run {run}: holds no config.yaml, environment.json or metrics.jsonl, so it is not a run; name the "
             "output folder of a distillation"
         )
-    config = _read_text(run / "config.yaml")
+    config = read_text(run / "config.yaml")
     sections = [
         ("What was run", _facts(run, config)),
         ("Evaluation", _evaluation(run)),
@@ -57,56 +42,7 @@ def write_report(run: str | Path) -> Path:
         *_training(run, config),
         ("Config", _config(config)),
     ]
-    body = "\n".join(f"<h2>{_escape(title)}</h2>\n{content}" for title, content in sections)
-    name = _escape(run.resolve().name)
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n{body}\n</body></html>\n"
-    )
-    path = run / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
-# -- pieces of a page --------------------------------------------------------------------------------------
-
-
-def _escape(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _missing(what: str) -> str:
-    return f'<p class="note">Not there: {_escape(what)}.</p>'
-
-
-def _image(data: bytes, text: str) -> str:
-    return f'<img alt="{_escape(text)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-
-
-def _table(rows: list[list[Any]], header: bool = True, kind: str = "wide") -> str:
-    lines = []
-    for i, row in enumerate(rows):
-        tag = "th" if header and i == 0 else "td"
-        lines.append("<tr>" + "".join(f"<{tag}>{_escape(cell)}</{tag}>" for cell in row) + "</tr>")
-    return f'<div class="{kind}"><table>{"".join(lines)}</table></div>'
-
-
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-
-
-def _read_json(path: Path) -> Any:
-    text = _read_text(path)
-    try:
-        return None if text is None else json.loads(text)
-    except ValueError:
-        return None
+    return write_page(run / "report.html", run.resolve().name, sections)
 
 
 # -- sections ----------------------------------------------------------------------------------------------
@@ -119,7 +55,7 @@ def _facts(run: Path, config: str | None) -> str:
     except yaml.YAMLError:
         settings = {}
     settings = settings if isinstance(settings, dict) else {}
-    environment = _read_json(run / "environment.json")
+    environment = read_json(run / "environment.json")
     environment = environment if isinstance(environment, dict) else {}
     rows = []
     for label, keys in (
@@ -142,8 +78,8 @@ def _facts(run: Path, config: str | None) -> str:
     rows += [[key, environment[key]] for key in ("command", "started", "platform") if environment.get(key)]
     if isinstance(versions, dict):
         rows.append(["versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)])
-    parts = [_table(rows, header=False, kind="facts")] if rows else []
-    parts += [_missing("environment.json (versions, git state, seed)")] if not environment else []
+    parts = [html_table(rows, header=False, kind="facts")] if rows else []
+    parts += [missing("environment.json (versions, git state, seed)")] if not environment else []
     return "\n".join(parts)
 
 
@@ -167,13 +103,9 @@ def _training(run: Path, config: str | None) -> list[tuple[str, str]]:
         first = [("Reward and distance to the untuned model", tuned)] if tuned else []
         return [*first, ("Curves", _curves(run)), ("Samples over time", _samples(run))]
     rows = [["part", "method", "student updates", "network passes", "minutes"]]
-    for name, folder, method in parts:
-        last = _last_row(folder / "metrics.jsonl")
-        minutes = f"{last['seconds'] / 60:.1f}" if "seconds" in last else "-"
-        passes = f"{last['passes']:,}" if "passes" in last else "-"
-        rows.append([name, method, last.get("updates/student", "-"), passes, minutes])
+    rows += [[name, method, *cost_cells(folder)] for name, folder, method in parts]
     return [
-        ("Stages" if "msd" not in settings else "Students", _table(rows)),
+        ("Stages" if "msd" not in settings else "Students", html_table(rows)),
         *((f"Curves: {name}", _curves(folder)) for name, folder, _ in parts),
         *((f"Samples over time: {name}", _samples(folder, 4)) for name, folder, _ in parts),
     ]
@@ -210,55 +142,58 @@ def _tuned(run: Path) -> str:
         "On fixed noise; @N: in N steps. distance: root mean square to the untuned model's samples of the same noise."
     )
     figures = "\n".join(_curve(name.removeprefix("probe/"), *curves[name]) for name in sorted(curves))
-    return f'<div class="curves">{figures}</div><p class="note">{_escape(note)}</p>'
+    return f'<div class="curves">{figures}</div><p class="note">{escape(note)}</p>'
 
 
-def _last_row(path: Path) -> dict[str, Any]:
-    """The last whole row of a ``metrics.jsonl``, {} without one."""
-    for line in reversed((_read_text(path) or "").splitlines()):
+def metric_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a ``metrics.jsonl``; lines that are cut short are passed over."""
+    rows = []
+    for line in (read_text(path) or "").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict):
-            return row
-    return {}
+            rows.append(row)
+    return rows
+
+
+def cost_cells(run: Path) -> list[Any]:
+    """Student updates, network passes and minutes so far, each ``-`` where the run does not say."""
+    last = (metric_rows(run / "metrics.jsonl") or [{}])[-1]
+    minutes = f"{last['seconds'] / 60:.1f}" if "seconds" in last else "-"
+    passes = f"{last['passes']:,}" if "passes" in last else "-"
+    return [last.get("updates/student", "-"), passes, minutes]
 
 
 def _evaluation(run: Path) -> str:
-    content = _read_json(run / "evaluation.json")
+    content = read_json(run / "evaluation.json")
     if not isinstance(content, dict) or not content.get("rows"):
-        return _missing("evaluation.json, or it cannot be read (make it with: stepdistill evaluate)")
+        return missing("evaluation.json, or it cannot be read (make it with: stepdistill evaluate)")
     protocol = content.get("protocol") or {}
-    reference = protocol.get("reference") or {}
-    settings = protocol.get("settings") or {}
-    said = [
-        f"{protocol.get('metric', 'distance')} of {settings.get('samples', '?')} pictures from "
-        f"{reference.get('source', '?')} ({reference.get('n', '?')} pictures, resize: {reference.get('resize', '?')})",
-        f"seed {settings.get('seed', '?')}",
-        f"on {protocol.get('device', '?')}",
-        str(content.get("date", "")),
-    ]
-    if protocol.get("clip"):
-        said.append(f"CLIP score by {protocol['clip']}")
-    if protocol.get("extractor_fingerprint"):
-        said.append(f"extractor {protocol.get('extractor')} {protocol['extractor_fingerprint'][:12]}")
-    cells = table_cells(content["rows"], str(protocol.get("metric", "frechet")))
-    note = "Lower is better; ratio and speed are against the first row. " + "; ".join(filter(None, said)) + "."
-    return f'{_table(cells)}<p class="note">{_escape(note)}</p>'
+    return evaluation_table(protocol, content["rows"], str(content.get("date", "")))
+
+
+def evaluation_table(protocol: dict[str, Any], rows: list[dict[str, Any]], date: str = "") -> str:
+    """The rows as a table, the protocol's line below."""
+    cells = table_cells(rows, str(protocol.get("metric", "frechet")))
+    spread = ", ± over seeds" if any(row.get("std") for row in rows) else ""
+    said = [protocol.get("line") or protocol_line(protocol), f"on {protocol.get('device', '?')}", date]
+    note = f"Lower is better; ratio and speed are against the first row{spread}. " + "; ".join(filter(None, said)) + "."
+    return f'{html_table(cells)}<p class="note">{escape(note)}</p>'
 
 
 def _comparison(run: Path) -> str:
     path = run / "grid.png"
     if not path.is_file():
-        return _missing("grid.png")
-    return _image(path.read_bytes(), "teacher and student on the same noise")
+        return missing("grid.png")
+    return image(path.read_bytes(), "teacher and student on the same noise")
 
 
 def _samples(run: Path, most: int = MOST_SAMPLES) -> str:
     files = sorted((run / "samples").glob("*.png"))
     if not files:
-        return _missing("samples/*.png")
+        return missing("samples/*.png")
     if len(files) > most:
         last = len(files) - 1
         files = [files[round(i * last / (most - 1))] for i in range(most)]
@@ -266,15 +201,15 @@ def _samples(run: Path, most: int = MOST_SAMPLES) -> str:
     for file in files:
         caption = f"{int(file.stem)} student updates" if file.stem.isdecimal() else file.stem
         figures.append(
-            f"<figure>{_image(file.read_bytes(), caption)}<figcaption>{_escape(caption)}</figcaption></figure>"
+            f"<figure>{image(file.read_bytes(), caption)}<figcaption>{escape(caption)}</figcaption></figure>"
         )
     return "\n".join(figures)
 
 
 def _config(config: str | None) -> str:
     if config is None:
-        return _missing("config.yaml")
-    return f"<details><summary>config.yaml, as resolved</summary><pre>{_escape(config)}</pre></details>"
+        return missing("config.yaml")
+    return f"<details><summary>config.yaml, as resolved</summary><pre>{escape(config)}</pre></details>"
 
 
 # -- curves ------------------------------------------------------------------------------------------------
@@ -283,9 +218,8 @@ def _config(config: str | None) -> str:
 def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Every scalar of a ``metrics.jsonl`` as (iterations, values); lines that are cut short are passed over."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    for line in (_read_text(path) or "").splitlines():
+    for row in metric_rows(path):
         try:
-            row = json.loads(line)
             iteration = float(row["iteration"])
         except (ValueError, KeyError, TypeError):
             continue
@@ -306,20 +240,10 @@ def _curves(run: Path) -> str:
     found = read_metrics(run / "metrics.jsonl")
     curves = {name: own for name, own in found.items() if not name.startswith("probe/")}
     if not curves:
-        return _missing("metrics.jsonl, or it has no rows yet")
+        return missing("metrics.jsonl, or it has no rows yet")
     first = {"loss": 0, "grad_norm": 1}
     names = sorted(curves, key=lambda name: (first.get(name.split("/")[0], 2), name))
     return '<div class="curves">' + "\n".join(_curve(name, *curves[name]) for name in names) + "</div>"
-
-
-def _thin(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
-    """At most ``MOST_POINTS`` points: means over equal spans."""
-    span = -(-len(xs) // MOST_POINTS)
-    starts = range(0, len(xs), span)
-    return (
-        [sum(xs[i : i + span]) / len(xs[i : i + span]) for i in starts],
-        [sum(ys[i : i + span]) / len(ys[i : i + span]) for i in starts],
-    )
 
 
 def _curve(name: str, xs: list[float], ys: list[float]) -> str:
@@ -329,8 +253,8 @@ def _curve(name: str, xs: list[float], ys: list[float]) -> str:
     points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
     left_out = len(xs) - len(points)
     if not points:
-        return f'<p class="note">{_escape(name)}: none of its {len(xs)} values is finite.</p>'
-    x, y = _thin([p[0] for p in points], [p[1] for p in points])
+        return f'<p class="note">{escape(name)}: none of its {len(xs)} values is finite.</p>'
+    x, y = thin([p[0] for p in points], [p[1] for p in points])
     figure = Figure(figsize=(4.6, 2.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(x, y, linewidth=1.2, color="#1f6feb", marker="." if len(x) < 30 else None)
@@ -342,17 +266,5 @@ def _curve(name: str, xs: list[float], ys: list[float]) -> str:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     note = f"{left_out} values that are not finite are left out" if left_out else ""
-    caption = f"<figcaption>{_escape(note)}</figcaption>" if note else ""
-    return f'<figure role="img" aria-label="{_escape(name)}">{_svg(figure)}{caption}</figure>'
-
-
-def _svg(figure) -> str:
-    """A figure as an ``<svg>`` element alone: no prolog, no metadata, scaling with the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%"', text, count=1)
-    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
+    return f'<figure role="img" aria-label="{escape(name)}">{svg(figure)}{caption}</figure>'

@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from stepdistill import assets
 from stepdistill.config import Section
 from stepdistill.errors import UserError
 from stepdistill.plugins import import_attribute
@@ -26,8 +27,8 @@ class ClipSettings(Section):
 
     model: str = Field(
         "ViT-g-14",
-        description="open_clip's model name, local-dir:FOLDER, hf-hub:NAME with hub=true, or module:attribute: a "
-        "ClipScorer or what gives one",
+        description="open_clip's model name, local-dir:FOLDER, hf-hub:NAME with hub=true, a .safetensors file of ours "
+        "(stepdistill.matching), or module:attribute: a ClipScorer or what gives one",
     )
     pretrained: str | None = Field(
         None, description="a weight file; with hub=true one of open_clip's tags, such as laion2b_s12b_b42k"
@@ -39,7 +40,7 @@ class ClipSettings(Section):
     def _weights_named(self) -> ClipSettings:
         if self.model.startswith("hf-hub:") and not self.hub:
             raise ValueError(f"model = {self.model} downloads its weights; allow it with hub=true")
-        if self.pretrained is None and ":" not in self.model:
+        if self.pretrained is None and ":" not in self.model and not self.model.endswith(".safetensors"):
             raise ValueError(
                 f"pretrained is missing: name a weight file of {self.model}, or hub=true and a tag, or "
                 "model=local-dir:FOLDER"
@@ -130,6 +131,8 @@ def load_clip(settings: ClipSettings, device: str | torch.device = "cpu") -> Cli
     Raises:
         UserError: the package or the weights are missing, or open_clip cannot load them.
     """
+    if settings.model.endswith(".safetensors"):
+        return _matching_scorer(settings, device)
     if ":" in settings.model and not settings.model.startswith(("local-dir:", "hf-hub:")):
         return _own_scorer(settings, device)
     _check_weights(settings)
@@ -150,6 +153,14 @@ def load_clip(settings: ClipSettings, device: str | torch.device = "cpu") -> Cli
 
 def _frozen(model):
     return model.eval().requires_grad_(False) if isinstance(model, nn.Module) else model
+
+
+def _matching_scorer(settings: ClipSettings, device: str | torch.device) -> ClipScorer:
+    from stepdistill.matching import MatchingNetwork  # it knows this module
+
+    found = MatchingNetwork.load(assets.resolve(settings.model)).to(device).scorer(device)
+    print(f"CLIP: {found.tag}")
+    return found
 
 
 def _own_scorer(settings: ClipSettings, device: str | torch.device) -> ClipScorer:

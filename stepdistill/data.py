@@ -11,6 +11,7 @@ import hashlib
 import io
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -153,9 +154,14 @@ def read_idx(images: str | Path, labels: str | Path | None, shape, resize: bool 
     return read_array_images(parse(images), None if labels is None else parse(labels), shape, resize, str(images))
 
 
-def read_folder(path: str | Path, shape: tuple[int, int, int], resize: bool = False) -> ImageSet:
+def read_folder(
+    path: str | Path,
+    shape: tuple[int, int, int],
+    resize: bool = False,
+    fit: Callable[[Image.Image], np.ndarray] | None = None,
+) -> ImageSet:
     """A folder of images.  Sub-folders, if any, are labels in sorted order; ``NAME.txt`` beside an image is its
-    caption."""
+    caption.  ``fit``, in place of the library's own crop and resize, gives uint8 (H, W, C) of ``shape``."""
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"{path}: no such folder; set data.images.folder to a folder of images")
@@ -170,11 +176,12 @@ def read_folder(path: str | Path, shape: tuple[int, int, int], resize: bool = Fa
         labels = [names.index(p.relative_to(root).parts[0]) for p in files]
 
     def read(index: int) -> np.ndarray:
-        return _fit(_open(files[index], str(files[index])), shape, resize, str(files[index]))
+        image = _open(files[index], str(files[index]))
+        return _fit(image, shape, resize, str(files[index])) if fit is None else fit(image)
 
     for index in range(len(files)):  # headers only: a run of days should not end on its last file
         with _quick_open(files[index]) as image:
-            if image.size != (shape[2], shape[1]) and not resize:
+            if image.size != (shape[2], shape[1]) and not resize and fit is None:
                 read(index)
     stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return ImageSet(str(path), read, len(files), labels, hashlib.sha256(repr(stats).encode()).hexdigest())

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
-from stepdistill.eval.curves import Curve, curves_table, draw_curves
+from stepdistill.eval.comparison import write_comparison
+from stepdistill.eval.curves import CURVE, curve_text, curves_table, draw_curves, read_curve
 from stepdistill.eval.distances import ReferenceStatistics, unit_uint8
 from stepdistill.eval.evaluate import Target, evaluate, step_generator, unit_noise
 from stepdistill.eval.features import load_extractor
@@ -27,8 +29,7 @@ from stepdistill import assets
 from stepdistill.config import Section
 from stepdistill.errors import UserError
 from stepdistill.run import RunFolder, write_atomically
-
-CURVE = "distances.json"
+from stepdistill.settings import EvaluationSettings
 
 
 class CompareSettings(Section):
@@ -67,6 +68,12 @@ def read_runs(settings: CompareSettings, folder: Path) -> dict[str, Job]:
     return jobs
 
 
+def curve_protocol(own: EvaluationSettings, samples: int, extractor: str, reference: str) -> dict[str, Any]:
+    """What the points of two curves must share to be drawn together; extractor and reference by their hashes."""
+    shared = {"samples": samples, "batch_size": own.batch_size, "seed": own.seed}
+    return {**shared, "extractor": extractor[:12], "reference": reference[:12]}
+
+
 class DistanceCurve:
     """Measures a trainer's student each time that one more step of passes is done; the curve is a file of the run."""
 
@@ -77,14 +84,15 @@ class DistanceCurve:
         self.extractor = load_extractor(evaluation.extractor, trainer.family.device)
         self.reference = ReferenceStatistics.load(assets.resolve(evaluation.reference))
         self.reference.check(self.extractor, trainer.family.image_shape)
-        self.points = [p for p in read_curve(self.file) if p[0] <= trainer.passes]
+        self.protocol = curve_protocol(evaluation, samples, self.extractor.fingerprint, self.reference.fingerprint)
+        self.points = [p for p in read_curve(self.file, self.protocol) if p[0] <= trainer.passes]
         trainer.watchers.append(self)
 
     def __call__(self, trainer: Trainer) -> None:
         last = self.points[-1][0] if self.points else -1
         if trainer.passes // self.every > last // self.every or (trainer.spent() and trainer.passes > last):
             self.points.append((trainer.passes, self.measure(trainer)))
-            write_atomically(self.file, json.dumps(self.points))
+            write_atomically(self.file, curve_text(self.points, self.protocol))
 
     @torch.no_grad()
     def measure(self, trainer: Trainer) -> float:
@@ -110,14 +118,6 @@ class DistanceCurve:
 
 def _drawn_by(generator: torch.Generator) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda like: torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
-
-
-def read_curve(file: Path) -> Curve:
-    """The measurements of a run so far."""
-    try:
-        return [(float(passes), float(distance)) for passes, distance in json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
-        return []
 
 
 def train_one(name: str, job: Job, settings: CompareSettings) -> None:
@@ -170,7 +170,7 @@ def compare(settings: CompareSettings, folder: Path, only: str | None = None, de
 
 
 def report(settings: CompareSettings, jobs: dict[str, Job], device: str) -> str:
-    """``compare.json``, ``compare.png`` and ``grid.png`` from finished runs; the tables as text."""
+    """``compare.json``, ``compare.png``, ``grid.png`` and ``report.html`` from finished runs; the tables as text."""
     output = Path(settings.output)
     config = next(iter(jobs.values())).config
     own = config.evaluation
@@ -181,9 +181,11 @@ def report(settings: CompareSettings, jobs: dict[str, Job], device: str) -> str:
         return evaluate(targets, protocol(config.model_dump(mode="json"), samples), output / file, device)
 
     (level,) = measured([teacher], settings.samples, "teacher.json")
-    metric = json.loads((output / "teacher.json").read_text(encoding="utf-8"))["protocol"]["metric"]
+    said = json.loads((output / "teacher.json").read_text(encoding="utf-8"))["protocol"]
+    metric = said["metric"]
+    under = curve_protocol(own, settings.samples, said["extractor_fingerprint"], said["reference"]["fingerprint"])
     rows = measured([teacher, *students], settings.final_samples, "evaluation.json")
-    curves = {name: read_curve(RunFolder(job.config.output).path / CURVE) for name, job in jobs.items()}
+    curves = {name: read_curve(RunFolder(job.config.output).path / CURVE, under) for name, job in jobs.items()}
     columns = [settings.passes * share for share in (0.125, 0.25, 0.5, 0.75, 1.0)]
     title = f"teacher, {teacher.steps} steps"
     draw_curves(curves, level["frechet"], title, metric, columns, output / "compare.png")
@@ -203,11 +205,19 @@ def report(settings: CompareSettings, jobs: dict[str, Job], device: str) -> str:
         "final": rows,
     }
     write_atomically(output / "compare.json", json.dumps(content, indent=1))
+    page = write_comparison(
+        {name: RunFolder(job.config.output).path for name, job in jobs.items()},
+        output / "report.html",
+        output / "evaluation.json",
+        output / "grid.png",
+        (title, level["frechet"]),
+        metric,
+    )
     cells = curves_table(curves, columns, level["frechet"])
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     text = "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
     return (
         f"{metric}, {settings.samples} samples, over network passes (teacher {level['frechet']:.3f})\n{text}\n\n"
         f"finished, {settings.final_samples} samples\n{table(rows, metric)}\n"
-        f"pictures {output / 'compare.png'}, {output / 'grid.png'}"
+        f"pictures {output / 'compare.png'}, {output / 'grid.png'}\nreport {page}"
     )

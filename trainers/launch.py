@@ -14,6 +14,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 import transformers
+from stepdistill.eval.processes import alone
 from stepdistill.eval.report import write_report
 from stepdistill.pipelines import check_expressible, export_student, export_students
 from stepdistill.pipelines.msd import is_msd_folder
@@ -369,7 +370,7 @@ def evaluate_and_report(enabled: bool, run: RunFolder) -> None:
     """Evaluate in a fresh process that loads the student as anyone would, then write the report."""
     if enabled:
         command = [sys.executable, "-P", "-m", "stepdistill", "evaluate", str(run.path)]
-        done = subprocess.run(command, check=False)
+        done = subprocess.run(command, check=False, env=alone())
         if done.returncode:
             raise UserError(
                 f"the evaluation ended with exit code {done.returncode}; try: stepdistill evaluate {run.path}"

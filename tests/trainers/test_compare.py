@@ -59,7 +59,7 @@ def test_one_command_makes_runs_curves_table_and_pictures(tmp_path):
     result = stepdistill("compare", config)
     assert result.code == 0, result.err[-2000:]
     out = tmp_path / "out"
-    for made in ("compare.png", "grid.png", "compare.json", "SIM/student/model_index.json"):
+    for made in ("compare.png", "grid.png", "compare.json", "report.html", "SIM/student/model_index.json"):
         assert (out / made).is_file(), made
     content = json.loads((out / "compare.json").read_text())
     for name, curve in content["curves"].items():

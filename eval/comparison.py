@@ -1,0 +1,238 @@
+"""One self-contained page of many runs: numbers, curves over passes and over time, pictures, and what differs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from stepdistill.errors import UserError
+
+from . import protocols
+from .curves import CURVE, Curve, in_thousands, logarithmic, read_curve
+from .page import escape, html_table, image, missing, read_text, svg, thin, write_page
+from .report import cost_cells, evaluation_table, metric_rows
+
+PASSES = "network passes"
+REMEDY = "measure them under one: stepdistill evaluate A=RUN/student B=RUN/student --output both.json"
+
+
+def write_comparison(
+    runs: list[Path] | dict[str, Path],
+    page: Path,
+    evaluation: Path | None = None,
+    grid: Path | None = None,
+    level: tuple[str, float] | None = None,
+    metric: str = "distance",
+) -> Path:
+    """Write one page of several runs, from whatever of them is there; the missing is named.
+
+    Args:
+        runs: run folders, by name or called as they are.
+        evaluation: a file with rows of all; None: each run's own ``evaluation.json``, which must agree in protocol.
+        grid: a picture of all on the same noise; None: each run's own ``grid.png``.
+        level: name and distance of a dashed line in the curves.
+
+    Raises:
+        UserError: a folder that is no run, or numbers of different protocols.
+    """
+    named = runs if isinstance(runs, dict) else _named(runs)
+    for run in named.values():
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"run {run}: holds no config.yaml, so it is not a run; name a distillation's output folder")
+    numbers = _own_numbers(named) if evaluation is None else _numbers(evaluation)
+    distances = {name: read_curve(run / CURVE) for name, run in named.items()}
+    pictures = (
+        image(grid.read_bytes(), "all on the same noise")
+        if grid is not None and grid.is_file()
+        else "\n".join(_own_grid(name, run) for name, run in named.items())
+    )
+    noise = "on the same noise" if grid is not None or _one_noise(named) else "each on its own noise"
+    sections = [
+        ("Runs", _runs(named)),
+        ("Evaluation", numbers),
+        ("Distance over training", _distances(named, distances, level, metric)),
+        ("Losses over training", _losses(named)),
+        (f"Pictures, {noise}", pictures),
+        ("Where the configs differ", config_differences({name: _config(run) for name, run in named.items()})),
+    ]
+    return write_page(page, "Comparison of " + ", ".join(named), sections)
+
+
+def _named(runs: list[Path]) -> dict[str, Path]:
+    """Runs by the shortest ends of their paths that tell them apart."""
+    resolved = [run.resolve() for run in runs]
+    if len(set(resolved)) < len(resolved):
+        raise UserError(f"{', '.join(map(str, runs))}: a run is named twice; name each once")
+    depth = next(n for n in range(1, 1000) if len({run.parts[-n:] for run in resolved}) == len(resolved))
+    return {"/".join(path.parts[-depth:]): run for path, run in zip(resolved, runs, strict=True)}
+
+
+# -- numbers -------------------------------------------------------------------------------------------------
+
+
+def _runs(named: dict[str, Path]) -> str:
+    rows: list[list[Any]] = [["run", "method", "student updates", "network passes", "minutes"]]
+    rows += [[name, _config(run).get("method", "-"), *cost_cells(run)] for name, run in named.items()]
+    return html_table(rows)
+
+
+def _numbers(file: Path) -> str:
+    found = protocols.read(file)
+    return missing(f"{file.name}, or it cannot be read") if found is None else evaluation_table(*found)
+
+
+def _own_numbers(named: dict[str, Path]) -> str:
+    """Every run's own rows in one table; a teacher's row that several share stands once.
+
+    Raises:
+        UserError: two of them were measured under different protocols.
+    """
+    rows: list[dict[str, Any]] = []
+    first: tuple[str, dict[str, Any]] | None = None
+    without = []
+    for name, run in named.items():
+        found = protocols.read(run / "evaluation.json")
+        if found is None:
+            without.append(name)
+            continue
+        protocol, own = found
+        if first is None:
+            first = (name, protocol)
+        protocols.require_same(first[1], protocol, f"{name}, beside {first[0]}", REMEDY)
+        seen = {row.get("fingerprint") for row in rows} - {None}
+        rows += [{**row, "name": f"{name}: {row['name']}"} for row in own if row.get("fingerprint") not in seen]
+    absent = missing(f"evaluation.json of {', '.join(without)}") if without else ""
+    return absent if first is None else evaluation_table(first[1], rows) + absent
+
+
+# -- curves --------------------------------------------------------------------------------------------------
+
+
+def _passes_and_seconds(run: Path) -> tuple[list[float], list[float]]:
+    """Network passes and seconds of training at every row of metrics, both ascending from 0."""
+    rows = [row for row in metric_rows(run / "metrics.jsonl") if "passes" in row and "seconds" in row]
+    return [0.0, *(float(row["passes"]) for row in rows)], [0.0, *(float(row["seconds"]) for row in rows)]
+
+
+def _distances(named: dict[str, Path], curves: dict[str, Curve], level: tuple[str, float] | None, metric: str) -> str:
+    known = {name: curve for name, curve in curves.items() if curve}
+    if not known:
+        return missing(f"{CURVE} (runs of stepdistill compare have it)")
+    over_passes = {name: ([p for p, _ in curve], [d for _, d in curve]) for name, curve in known.items()}
+    over_time = {}
+    for name, (passes, values) in over_passes.items():
+        at, seconds = _passes_and_seconds(named[name])
+        if len(at) > 1:
+            over_time[name] = ((np.interp(passes, at, seconds) / 60).tolist(), values)
+    drawn = [_lines(f"{metric} over network passes", over_passes, PASSES, level)]
+    drawn += [_lines(f"{metric} over time", over_time, "minutes of training", level)] if over_time else []
+    return f'<div class="curves">{"".join(drawn)}</div>'
+
+
+def _losses(named: dict[str, Path]) -> str:
+    """The losses that two runs or more have, over passes and over time."""
+    series: dict[str, dict[str, tuple[list[float], list[float], list[float]]]] = {}
+    for name, run in named.items():
+        for row in metric_rows(run / "metrics.jsonl"):
+            if "passes" not in row or "seconds" not in row:
+                continue
+            for key, value in row.items():
+                if key.startswith("loss/") and isinstance(value, int | float) and math.isfinite(value):
+                    own = series.setdefault(key, {}).setdefault(name, ([], [], []))
+                    for column, number in zip(own, (row["passes"], row["seconds"] / 60, value), strict=True):
+                        column.append(float(number))
+    shared = {key: own for key, own in sorted(series.items()) if len(own) > 1}
+    if not shared:
+        return missing("a loss in the metrics.jsonl of two runs")
+    figures = []
+    for key, own in shared.items():
+        for axis, label in ((0, PASSES), (1, "minutes of training")):
+            title = f"{key} over {'passes' if axis == 0 else 'time'}"
+            figures.append(_lines(title, {name: (xs[axis], xs[2]) for name, xs in own.items()}, label))
+    note = "Losses of different methods are of different kinds; their heights do not compare."
+    return f'<div class="curves">{"".join(figures)}</div><p class="note">{escape(note)}</p>'
+
+
+def _lines(
+    title: str,
+    series: dict[str, tuple[list[float], list[float]]],
+    label: str,
+    level: tuple[str, float] | None = None,
+) -> str:
+    """One figure with a line for each run, as an inline SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+    axes = figure.subplots()
+    values = [value for _, ys in series.values() for value in ys]
+    for name, (xs, ys) in series.items():
+        x, y = thin(xs, ys)
+        axes.plot(x, y, linewidth=1.2, marker="." if len(x) < 30 else None, label=_text(name))
+    if level is not None:
+        axes.axhline(level[1], color="black", linestyle="--", linewidth=1, label=_text(level[0]))
+    if min(values) > 0 and max(values) > 20 * min(values):
+        logarithmic(axes)
+    if label == PASSES:
+        in_thousands(axes)
+    axes.set_title(_text(title), fontsize=9)
+    axes.set_xlabel(label, fontsize=8)
+    axes.tick_params(labelsize=7, which="both")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)
+    return f'<figure role="img" aria-label="{escape(title)}">{svg(figure)}</figure>'
+
+
+def _text(text: str) -> str:
+    """For matplotlib: no mathematics, and a leading underscore would hide a line from the legend."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+# -- pictures and configs ------------------------------------------------------------------------------------
+
+
+def _own_grid(name: str, run: Path) -> str:
+    path = run / "grid.png"
+    if not path.is_file():
+        return missing(f"grid.png of {name}")
+    return f"<figure>{image(path.read_bytes(), name)}<figcaption>{escape(name)}</figcaption></figure>"
+
+
+def _one_noise(named: dict[str, Path]) -> bool:
+    """Whether the runs' own grids start from the same noise."""
+    evaluations = [_config(run).get("evaluation") or {} for run in named.values()]
+    return len({own.get("seed") for own in evaluations}) == 1
+
+
+def _config(run: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(read_text(run / "config.yaml") or "")
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def config_differences(configs: dict[str, dict[str, Any]]) -> str:
+    """A table of the keys whose values differ between runs, the places of outputs aside; ``-``: not there."""
+    flat = {name: _flat({k: v for k, v in config.items() if k != "output"}) for name, config in configs.items()}
+    keys = sorted({key for own in flat.values() for key in own})
+    rows: list[list[Any]] = [["key", *flat]]
+    for key in keys:
+        values = [repr(own[key]) if key in own else "-" for own in flat.values()]
+        if len(set(values)) > 1:
+            rows.append([key, *(value.strip("'") for value in values)])
+    return html_table(rows) if len(rows) > 1 else '<p class="note">They do not.</p>'
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by ``a.b.c``."""
+    if not isinstance(value, dict) or not value:
+        return {path: value} if path else {}
+    return {
+        key: leaf for name, own in value.items() for key, leaf in _flat(own, f"{path}.{name}" if path else name).items()
+    }

@@ -1,0 +1,74 @@
+"""Which part of the work is this process's, where several share one evaluation (torchrun, accelerate launch)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stepdistill.errors import UserError
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher sets in a process's environment."""
+PATIENCE = timedelta(days=2)
+"""How long processes wait for the first one, which alone makes references and numbers."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Process ``rank`` of ``world``, on ``device``."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def launched(cls) -> Processes:
+        """As the environment has it; joins the group where there are several."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        return cls(state.process_index, state.num_processes, state.device)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, error: UserError | None = None) -> None:
+        """Wait for all; where one of them has an error, all raise it.
+
+        Raises:
+            UserError: the first process's that has one.
+        """
+        said: list[str | None] = [None if error is None else str(error)]
+        if self.world > 1:
+            said = [None] * self.world
+            dist.all_gather_object(said, None if error is None else str(error))
+        first = next((message for message in said if message is not None), None)
+        if first is not None:
+            raise UserError(first)
+
+    def of_first(self, value: Any) -> Any:
+        """The first process's value, in all."""
+        if self.world == 1:
+            return value
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def leave(self) -> None:
+        """Leave the group, so that the interpreter ends without a warning."""
+        if self.world > 1 and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def alone() -> dict[str, str]:
+    """This process's environment for a child that is not to take part in the group."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHED}

@@ -1,0 +1,124 @@
+"""What a number was measured under, in one line; and that numbers of different protocols are not put side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepdistill.errors import UserError
+from stepdistill.run import differences
+
+if TYPE_CHECKING:
+    from .evaluate import EvaluationSettings, _Tools
+
+
+def seeds_of(settings: EvaluationSettings) -> list[int]:
+    """The seeds of the repeats."""
+    return list(range(settings.seed, settings.seed + settings.seeds))
+
+
+def describe(tools: _Tools) -> dict[str, Any]:
+    """All that the numbers depend on but the target, and :func:`protocol_line` of it."""
+    from .latency import device_name
+
+    reference, prompts, settings = tools.reference, tools.prompts, tools.settings
+    described = {
+        "metric": tools.extractor.metric,
+        "kernel_metric": tools.extractor.kernel_metric,
+        "extractor": tools.extractor.name,
+        "extractor_fingerprint": tools.extractor.fingerprint,
+        "resize": tools.extractor.resize,
+        "crop": tools.treatment.crop,
+        "size": tools.treatment.resize,
+        "clip_size": tools.clip_treatment.resize,
+        "seeds": seeds_of(settings),
+        "reference": {
+            "source": reference.source,
+            "n": reference.n,
+            "features": len(reference.features),
+            "resize": reference.resize,
+            "fingerprint": reference.fingerprint,
+        },
+        "clip": None if tools.scorer is None else tools.scorer.tag,
+        "prompts_fingerprint": None if prompts is None else hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "settings": settings.model_dump(mode="json"),
+        "device": device_name(tools.device),
+        "versions": tools.versions,
+    }
+    return {**described, "line": protocol_line(described)}
+
+
+def protocol_line(protocol: dict[str, Any]) -> str:
+    """``metric: extractor and hash; n; crop; resize filters; reference and hash; CLIP model and prefix; seeds``."""
+    settings, reference = protocol.get("settings") or {}, protocol.get("reference") or {}
+    seeds = protocol.get("seeds") or [settings.get("seed", "?")]
+    count = f", {reference['n']} pictures" if reference.get("n") else ""
+    parts = [
+        f"{protocol.get('metric', 'distance')}: extractor {protocol.get('extractor', '?')} "
+        f"{str(protocol.get('extractor_fingerprint', '?'))[:12]}",
+        f"n {settings.get('samples', '?')}{' a seed' if len(seeds) > 1 else ''}, "
+        f"{settings.get('batch_size', '?')} at a time",
+        f"crop {protocol.get('crop', 'none')}",
+        f"resize {protocol.get('size', 'none')}, the extractor's {protocol.get('resize', '?')}",
+        f"reference {reference.get('source', '?')} {str(reference.get('fingerprint', '?'))[:12]}{count}",
+    ]
+    if settings.get("quantise") == "floor":
+        parts.append("pixels cut to bytes, not rounded")
+    if settings.get("dtype", "float32") != "float32":
+        parts.append(f"drawn in {settings['dtype']}")
+    if settings.get("precision_recall"):
+        used = min(reference.get("features", 0), settings["samples"])
+        parts.append(f"precision and recall of {used} and {used} features, k {settings['neighbours']}")
+    if protocol.get("clip"):
+        parts.append(f"CLIP {protocol['clip']}, picture {protocol.get('clip_size', 'none')}")
+    if settings.get("preset"):
+        parts.insert(0, f"preset {settings['preset']}")
+    parts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
+    return "; ".join(parts)
+
+
+def compared(protocol: dict[str, Any]) -> dict[str, Any]:
+    """What two protocols must share for their numbers to stand side by side, as far as a file says it.
+
+    Where they were measured, what else was measured and what files are called are not of it.
+    """
+    settings, reference = protocol.get("settings") or {}, protocol.get("reference") or {}
+    kept = {key: protocol.get(key) for key in ("metric", "extractor", "resize", "crop", "size")}
+    kept |= {key: settings.get(key) for key in ("samples", "batch_size", "labels", "dtype", "quantise")}
+    kept["seeds"] = protocol.get("seeds") or ([settings["seed"]] if "seed" in settings else None)
+    kept["extractor's hash"] = (protocol.get("extractor_fingerprint") or "")[:12] or None
+    if reference.get("fingerprint"):
+        kept["reference"] = f"{reference.get('source')} {reference['fingerprint'][:12]}"
+    if "prompts_fingerprint" in protocol:
+        kept["prompts"] = str(protocol["prompts_fingerprint"])[:12]
+    if settings.get("kid"):
+        kept["kid"] = f"{settings.get('kid_subsets')} subsets of {settings.get('kid_subset_size')}"
+    if settings.get("precision_recall"):
+        kept["neighbours"] = settings.get("neighbours")
+    if protocol.get("clip"):
+        kept["CLIP"] = f"{protocol['clip']}, picture {protocol.get('clip_size', 'none')}"
+    return {key: value for key, value in kept.items() if value is not None}
+
+
+def require_same(there: dict[str, Any], here: dict[str, Any], whose: str, remedy: str) -> None:
+    """Refuse to put numbers of two protocols side by side; what one of them lacks or does not say is not compared.
+
+    Raises:
+        UserError: what differs, in one line.
+    """
+    a, b = compared(there), compared(here)
+    odd = differences({k: v for k, v in a.items() if k in b}, {k: v for k, v in b.items() if k in a})
+    if odd:
+        raise UserError(f"{whose}: measured under another protocol: {'; '.join(odd[:3])}; {remedy}")
+
+
+def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Protocol and rows of an ``evaluation.json``; None where there is none that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = [row for row in content["rows"] if isinstance(row, dict)]
+        return dict(content.get("protocol") or {}), rows
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
