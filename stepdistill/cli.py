@@ -79,62 +79,59 @@ def distill(
         raise typer.Exit(stop.exit_code) from None
 
 
-@app.command("evaluate", epilog="Example: stepdistill evaluate runs/quickstart")
+@app.command(
+    "evaluate", epilog="Example: stepdistill evaluate A B --preset coco30k --reference val2014 --prompts c.txt"
+)
 def evaluate_command(
     targets: Annotated[list[str], typer.Argument(help="run folders, or pipelines as [NAME=]PATH[@STEPS]")],
+    preset: Annotated[
+        str | None, typer.Option(help="a paper's protocol: coco30k, imagenet64, ... (see README)")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="pictures from each")] = None,
-    extractor: Annotated[str | None, typer.Option(help="asset:NAME, a file, inception, module:attribute")] = None,
-    reference: Annotated[str | None, typer.Option(help="reference statistics")] = None,
-    seed: Annotated[int, typer.Option()] = 1234,
+    extractor: Annotated[str | None, typer.Option(help="asset:NAME, a file, inception, dinov2:PATH, a:b")] = None,
+    reference: Annotated[str | None, typer.Option(help="its statistics, or a folder of pictures with resize")] = None,
+    seed: Annotated[int | None, typer.Option(help="1234, or the preset's")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="repeats with seed, seed + 1, ...: mean ± deviation")] = None,
     prompts: Annotated[str | None, typer.Option(help="a file, one prompt a line")] = None,
     clip_model: Annotated[str | None, typer.Option(help="open_clip's model name, e.g. ViT-g-14")] = None,
-    clip_weights: Annotated[str | None, typer.Option(help="a local weight file for --clip-model")] = None,
+    clip_weights: Annotated[str | None, typer.Option(help="a local weight file of the CLIP model")] = None,
     reward: Annotated[list[str] | None, typer.Option(help="its mean too, module:attribute; may be repeated")] = None,
+    precision_recall: Annotated[bool, typer.Option("--precision-recall", help="improved precision and recall")] = False,
+    diversity: Annotated[bool, typer.Option("--diversity", help="mean distance within a condition")] = False,
     latency: Annotated[bool, typer.Option("--latency", help="time single calls too")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, any other setting; repeatable")] = None,
     picture: Annotated[Path | None, typer.Option(help="a PNG of all pipelines on the same noise")] = None,
+    keep_samples: Annotated[Path | None, typer.Option(help="a folder for the pictures, as PNG")] = None,
     output: Annotated[Path, typer.Option(help="the JSON file, for pipelines")] = Path("evaluation.json"),
 ) -> None:
-    """Fréchet and kernel distance, latency, CLIP score.  A run's teacher and student, or any pipelines."""
-    import torch
+    """Distances, precision and recall, CLIP score, latency.  A run's teacher and student, or any pipelines.
 
+    Goes on where it was stopped; torchrun and accelerate launch share the drawing among processes.
+    """
+    from stepdistill.eval.command import evaluate_pipelines, evaluate_runs
     from stepdistill.trainers import launch
 
     launch.quiet_libraries()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = [t for t in targets if (Path(t) / "config.yaml").is_file()]
+    given = {"samples": samples, "extractor": extractor, "reference": reference, "prompts": prompts, "seeds": seeds}
+    given = {k: v for k, v in given.items() if v is not None}
+    clip = {k: v for k, v in (("model", clip_model), ("pretrained", clip_weights)) if v is not None}
+    given |= {"clip": clip} if clip else {}
+    given |= {"rewards": [{"reward": name} for name in reward]} if reward else {}
+    flags = {"precision_recall": precision_recall, "diversity": diversity, "latency": latency}
+    given |= {k: v for k, v in flags.items() if v}
+    if seed is not None or preset is None:
+        given["seed"] = 1234 if seed is None else seed
+    runs = [Path(t) for t in targets if (Path(t) / "config.yaml").is_file()]
+    if runs and len(runs) != len(targets):
+        raise UserError("give run folders or pipelines, not both")
     if runs:
-        from stepdistill.eval.of_run import evaluate_run
-
-        if len(runs) != len(targets):
-            raise UserError("give run folders or pipelines, not both")
-        for run in runs:
-            print(evaluate_run(Path(run), device, samples))
+        if preset or set_ or keep_samples or seeds or precision_recall or diversity:
+            raise UserError(
+                f"{runs[0]}: a run is measured as its config says; for other protocols name {runs[0]}/student"
+            )
+        evaluate_runs(runs, samples)
         return
-    from stepdistill import assets
-    from stepdistill.config import check
-    from stepdistill.data import read_prompts
-    from stepdistill.eval.evaluate import EvaluationSettings, Target, evaluate
-    from stepdistill.eval.of_run import label_names
-    from stepdistill.eval.pictures import grid, table
-
-    given = {"samples": samples, "extractor": extractor, "reference": reference, "seed": seed, "prompts": prompts}
-    raw = {k: v for k, v in given.items() if v is not None}
-    if clip_model is not None:
-        raw["clip"] = {"model": clip_model, "pretrained": clip_weights}
-    raw |= {"rewards": [{"reward": name} for name in reward or []], "latency": latency}
-    settings = check(EvaluationSettings, raw, "evaluate")
-    parsed = []
-    for target in targets:
-        name, _, place = target.rpartition("=")
-        path, _, steps = place.rpartition("@") if "@" in place else (place, "", "")
-        if steps and not steps.isdigit():
-            raise UserError(f"{target}: what follows @ is a number of steps")
-        parsed.append(Target(name or Path(path).name, assets.resolve(path), int(steps) if steps else None))
-    print(table(evaluate(parsed, settings, output, device)))
-    if picture is not None:
-        texts = None if prompts is None else read_prompts(prompts)[:10]
-        names = label_names(Path(parsed[0].path))
-        print(f"picture {grid(parsed, picture, 2, seed=seed, device=device, label_names=names, prompts=texts)}")
+    evaluate_pipelines(targets, preset, given, set_ or [], output, picture, keep_samples)
 
 
 @app.command(epilog="Example: stepdistill export runs/quickstart --output students/fashion")
@@ -236,7 +233,9 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="the student's own number by default")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="for text-conditional pipelines; may be repeated")] = None,
     label: Annotated[list[int] | None, typer.Option(help="for class-conditional ones; may be repeated")] = None,
-    guidance_scale: Annotated[float | None, typer.Option()] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="its maker's by default")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what to lead away from, inside the attention")] = None,
+    negative_scale: Annotated[float, typer.Option(min=0, help="how much; with --negative-prompt")] = 0.2,
     seed: Annotated[int, typer.Option()] = 0,
     output: Annotated[Path, typer.Option(help="the picture to write")] = Path("samples.png"),
 ) -> None:
@@ -245,6 +244,7 @@ def sample(
 
     from stepdistill import assets
     from stepdistill.eval.stock import StockPipeline, is_pipeline
+    from stepdistill.pipelines import NegativePrompts
     from stepdistill.trainers import launch
     from stepdistill.trainers.grids import save_grid
 
@@ -258,8 +258,14 @@ def sample(
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(count, *stock.noise_shape, generator=generator)
     steps = steps or stock.default_steps or 25
+    steer = {}
+    if negative_prompt is not None:
+        if stock.pipeline is not stock.first:
+            raise UserError("--negative-prompt: give the folder of one student, such as student/student-0")
+        steer = NegativePrompts(stock.first)(negative_prompt, negative_scale)
+    guidance = stock.default_guidance if guidance_scale is None else guidance_scale
     try:
-        pixels = stock.generate(conditions, noise, steps, generator, guidance_scale)
+        pixels = stock.generate(conditions, noise, steps, generator, guidance, **steer)
     except ValueError as error:  # a scheduler's own word on its steps
         raise UserError(f"--steps {steps}: {pipeline} cannot be sampled so: {error}") from None
     try:
@@ -314,11 +320,15 @@ def compare(
 
 
 @app.command(epilog="Example: stepdistill report runs/quickstart")
-def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Write RUN/report.html: one self-contained page."""
+def report(
+    run: Annotated[list[Path], typer.Argument(help="a run folder; of several, one page that compares them")],
+    output: Annotated[Path, typer.Option(help="the page of several runs")] = Path("report.html"),
+) -> None:
+    """Write RUN/report.html, one self-contained page; or one page of several runs side by side."""
+    from stepdistill.eval.comparison import write_comparison
     from stepdistill.eval.report import write_report
 
-    print(f"report {write_report(run)}")
+    print(f"report {write_report(run[0]) if len(run) == 1 else write_comparison(run, output)}")
 
 
 @app.command(epilog="Example: stepdistill methods")
@@ -336,17 +346,42 @@ def methods() -> None:
 
 @teacher_app.command("train", epilog="Example: stepdistill teacher train configs/teachers/fashion_mnist.yaml")
 def teacher_train(config: Annotated[Path, typer.Argument(help="a YAML config")], overrides: Overrides = None) -> None:
-    """Train a small class-conditional pixel teacher; resumes if it was stopped."""
+    """Train a small teacher, class-conditional or text-to-image; goes on if it was stopped."""
     import torch
 
     from stepdistill.config import apply_overrides, check, read_yaml
     from stepdistill.trainers import launch
     from stepdistill.trainers.teacher import TeacherConfig, train_teacher
+    from stepdistill.trainers.text_teacher import TextTeacherConfig, train_text_teacher
 
     launch.quiet_libraries()
-    checked = check(TeacherConfig, apply_overrides(read_yaml(config), overrides or []), str(config))
-    path = train_teacher(checked, "cuda" if torch.cuda.is_available() else "cpu")
+    raw = apply_overrides(read_yaml(config), overrides or [])
+    kinds = {
+        "class_conditional": (TeacherConfig, train_teacher),
+        "text_to_image": (TextTeacherConfig, train_text_teacher),
+    }
+    kind = raw.get("kind", "class_conditional")
+    if kind not in kinds:
+        raise UserError(f"{config}: kind = {kind!r}: use one of {', '.join(kinds)}")
+    model, train = kinds[kind]
+    path = train(check(model, raw, str(config)), "cuda" if torch.cuda.is_available() else "cpu")
     print(f"teacher {path}")
+
+
+@teacher_app.command(
+    "emoji", epilog="Example: stepdistill teacher emoji --icons iconify-json-2.2.535.tgz --output data/emoji"
+)
+def teacher_emoji(
+    icons: Annotated[Path, typer.Option(help="the file that npm pack @iconify/json@2.2.535 writes, or its folder")],
+    keywords: Annotated[Path | None, typer.Option(help="that of npm pack emojibase-data@17.0.0, or its folder")] = None,
+    output: Annotated[Path, typer.Option(help="the data folder to write")] = Path("data/emoji"),
+) -> None:
+    """Draw emoji of five designs with captions: the data of configs/teachers/emoji.yaml."""
+    from stepdistill.trainers.emoji import make_emoji
+
+    for name, count in make_emoji(icons, keywords, output).items():
+        print(f"{name:14s} {count}")
+    print(f"data {output}")
 
 
 @teacher_app.command(
@@ -360,9 +395,12 @@ def teacher_features(
 
     from stepdistill.config import apply_overrides, check, read_yaml
     from stepdistill.eval.prepare import FeatureConfig, prepare_assets
+    from stepdistill.eval.prepare_matching import MatchingConfig, prepare_matching
 
-    checked = check(FeatureConfig, apply_overrides(read_yaml(config), overrides or []), str(config))
-    for name, path in prepare_assets(checked, "cuda" if torch.cuda.is_available() else "cpu").items():
+    raw = apply_overrides(read_yaml(config), overrides or [])
+    model, prepare = (MatchingConfig, prepare_matching) if "kind" in raw else (FeatureConfig, prepare_assets)
+    made = prepare(check(model, raw, str(config)), "cuda" if torch.cuda.is_available() else "cpu")
+    for name, path in made.items():
         print(f"{name} {path}")
 
 
@@ -384,6 +422,46 @@ def benchmark_step(
     job = read_job(config, overrides)
     launch.quiet_libraries()
     print(measure_step(job, seconds, random_size))
+
+
+@benchmark_app.command("inference", epilog="Example: stepdistill benchmark inference runs/quickstart/student")
+def benchmark_inference(
+    student: Annotated[str | None, typer.Argument(help="an exported student, or any pipeline with --teacher")] = None,
+    teacher: Annotated[str | None, typer.Option(help="its teacher; the one it was distilled from by default")] = None,
+    random_size: Annotated[str | None, typer.Option(help="random weights instead: sd-small, sd15, sdxl")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="the student's own number by default")] = None,
+    teacher_steps: Annotated[int, typer.Option(min=1)] = 25,
+    guidance_scale: Annotated[float | None, typer.Option(help="the teacher's; its pipeline's own by default")] = None,
+    attention: Annotated[list[str] | None, typer.Option(help="the student through it; all; may be repeated")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="each accelerated row compiled too")] = False,
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    output: Annotated[Path | None, typer.Option(help="a JSON file too")] = None,
+) -> None:
+    """What a call costs: text encoder, denoiser, decoder and the rest, and the speed-up over the teacher."""
+    import torch
+
+    from stepdistill.eval import inference
+    from stepdistill.trainers import launch
+    from stepdistill.trainers.job import DTYPES
+
+    if (student is None) == (random_size is None):
+        raise UserError("name a student's folder, or a --random-size")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
+    launch.quiet_libraries()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {"steps": steps, "teacher_steps": teacher_steps, "guidance_scale": guidance_scale, "compile": compiled}
+    settings |= {"attention": tuple(attention or ()), "batch_size": batch_size, "repeats": repeats}
+    if student is None:
+        case = inference.of_random(random_size, device, DTYPES[dtype], **settings)
+    else:
+        case = inference.of_folders(student, teacher, device, DTYPES[dtype], **settings)
+    rows = case.run()
+    print(inference.table(case, rows))
+    if output is not None:
+        inference.write(output, rows)
 
 
 if __name__ == "__main__":

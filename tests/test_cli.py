@@ -34,6 +34,7 @@ COMMANDS = [
     ["methods"],
     ["teacher", "train"],
     ["teacher", "features"],
+    ["benchmark", "inference"],
     ["benchmark", "step"],
 ]
 

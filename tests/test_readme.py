@@ -14,6 +14,7 @@ from stepdistill.trainers.job import read_job
 from stepdistill.trainers.msd import is_multi_student, make_multi_student
 from stepdistill.trainers.recipe import is_recipe, make_recipe
 from stepdistill.trainers.teacher import TeacherConfig
+from stepdistill.trainers.text_teacher import TextTeacherConfig
 
 from stepdistill.config import check, read_yaml
 
@@ -70,6 +71,10 @@ def test_shipped_configs_are_valid(path):
 def test_shipped_teacher_configs_are_valid():
     path = ROOT / "configs/teachers/fashion_mnist.yaml"
     assert check(TeacherConfig, read_yaml(path), str(path)).data.num_labels == 10
+    path = ROOT / "configs/teachers/emoji.yaml"
+    emoji = check(TextTeacherConfig, read_yaml(path), str(path))
+    assert emoji.output.startswith("runs/")
+    assert emoji.dtype == "float16"
     path = ROOT / "configs/teachers/fashion_mnist_features.yaml"
     check(FeatureConfig, read_yaml(path), str(path))
 
@@ -92,7 +97,7 @@ def test_modules_keep_to_their_rooms():
             code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.S)
             assert not re.search(rf"^\s*(from|import) {rooms}", code, re.M), path
     for path in (ROOT / "trainers").glob("*.py"):
-        if path.name != "teacher.py":  # which makes a teacher of one family
+        if path.name not in ("teacher.py", "text_teacher.py"):  # which make teachers of one family each
             assert not re.search(r"UNet2D|StableDiffusionPipeline|AutoencoderKL", path.read_text()), path
     for path in (ROOT / "stepdistill/objectives").glob("*.py"):
         assert not re.search(r"no_grad|backward\(|randn|\boptim\b", path.read_text()), path

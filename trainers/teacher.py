@@ -1,20 +1,24 @@
 """Training a small teacher from scratch: how the shipped one was made, and a base for your own.
 
 The plain diffusion loss (2006.11239, 2202.00512): a weighted squared error of the network's own target, t uniform
-over the schedule's levels, labels dropped to the null label with probability ``label_dropout``.
+over the schedule's levels, labels dropped to the null label with probability ``label_dropout``.  The loop (rate,
+average, saves, resuming) is that of ``text_teacher`` too.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMScheduler
 from pydantic import Field, model_validator
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill.config import Section
@@ -47,24 +51,30 @@ class TeacherNetwork(Section):
         return self
 
 
-class TeacherConfig(Section):
-    """``stepdistill teacher train CONFIG``: a class-conditional v-predicting UNet2DModel on a cosine schedule with
-    zero terminal SNR."""
+class LoopSettings(Section):
+    """AdamW with a warm-up and a cosine, an average of the weights, and saves to go on from."""
 
-    output: str = Field(description="the stock diffusers folder to write")
-    seed: int = 0
-    data: TeacherData = TeacherData()
-    network: TeacherNetwork = TeacherNetwork()
-    steps: int = Field(20000, ge=1, description="optimizer steps")
+    steps: int = Field(20000, ge=1, description="optimizer steps; fewer than are done already ends the training")
     batch_size: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     warmup: int = Field(500, ge=0)
     final_lr: float = Field(1e-5, ge=0, description="the cosine ends here")
     weight_decay: float = Field(0.0, ge=0)
     ema_decay: float = Field(0.9995, ge=0, lt=1)
-    label_dropout: float = Field(0.1, ge=0, le=1)
     clip: float = Field(1.0, gt=0)
     save_every: int = Field(2000, ge=1, description="steps between resumable saves")
+
+
+class TeacherConfig(LoopSettings):
+    """``stepdistill teacher train CONFIG``: a class-conditional v-predicting UNet2DModel on a cosine schedule with
+    zero terminal SNR."""
+
+    kind: Literal["class_conditional"] = "class_conditional"
+    output: str = Field(description="the stock diffusers folder to write")
+    seed: int = 0
+    data: TeacherData = TeacherData()
+    network: TeacherNetwork = TeacherNetwork()
+    label_dropout: float = Field(0.1, ge=0, le=1)
 
 
 def teacher_scheduler() -> DDIMScheduler:
@@ -80,12 +90,54 @@ def teacher_scheduler() -> DDIMScheduler:
     )
 
 
-def _learning_rate(config: TeacherConfig, step: int) -> float:
+def _learning_rate(config: LoopSettings, step: int) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
     return config.final_lr + (config.lr - config.final_lr) * cosine
+
+
+def fit(
+    network: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    settings: LoopSettings,
+    partial: Path,
+    generator: torch.Generator,
+    title: str,
+    at_save: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> int:
+    """Minimise ``loss_at(step)``; ``network`` ends with the averaged weights, in eval mode.  Gives the steps done.
+
+    Goes on from ``partial`` if it is there.  ``generator`` is all that ``loss_at`` draws from beside ``step``.
+    ``at_save``: called at every save but the last with the step and the average.
+    """
+    network.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    ema = {name: p.detach().clone() for name, p in network.named_parameters()}
+    start = _resume(partial, network, ema, optimizer, generator)
+    bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=title, unit="step")
+    running = None
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(settings, step)
+        loss = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(settings.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in network.parameters()], 1 - decay)
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{running:.4f}")
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            _save_partial(partial, step + 1, network, ema, optimizer, generator)
+            if at_save is not None and step + 1 < settings.steps:
+                at_save(step + 1, ema)
+    network.load_state_dict(ema, strict=False)
+    network.eval().requires_grad_(False)
+    return max(start, settings.steps)
 
 
 def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
@@ -110,21 +162,12 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
         net.resolution, net.channels, data.num_labels, net.block_channels, net.layers_per_block
     ).to(device)
     family = UNet2DFamily(network, teacher_scheduler())
-    network.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    ema = {name: p.detach().clone() for name, p in network.named_parameters()}
     generator = torch.Generator().manual_seed(config.seed)
-    partial = Path(f"{config.output}.partial")
-    start = _resume(partial, network, ema, optimizer, generator)
-
     pixels = images.batch(list(range(len(images))))
     labels = torch.tensor(images.labels)
     order = Order(len(images), config.seed)
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="teacher", unit="step")
-    running = None
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(config, step)
+
+    def loss_at(step: int) -> Tensor:
         index = order.indices(step * config.batch_size, config.batch_size)
         x0, label = pixels[index].to(device), labels[index].to(device)
         dropped = torch.rand(len(index), generator=generator) < config.label_dropout
@@ -133,21 +176,9 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
         t = torch.randint(family.schedule.num_levels, (len(index),), generator=generator).to(device)
         x_t = family.schedule.add_noise(x0, eps, t)
         output = family.forward(network, x_t, t, {"label": label})
-        loss = (output - family.schedule.target(x0, eps, family.kind, x_t, t)).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(config.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in network.parameters()], 1 - decay)
-        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{running:.4f}")
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            _save_partial(partial, step + 1, network, ema, optimizer, generator)
+        return (output - family.schedule.target(x0, eps, family.kind, x_t, t)).square().mean()
 
-    network.load_state_dict(ema, strict=False)
-    network.eval()
+    fit(network, loss_at, config, Path(f"{config.output}.partial"), generator, "teacher")
     network.register_to_config(
         _stepdistill={
             "null_label": family.null_label,
@@ -177,12 +208,13 @@ def _save_partial(path: Path, step: int, network, ema, optimizer, generator) -> 
 def _resume(path: Path, network, ema, optimizer, generator) -> int:
     if not path.exists():
         return 0
-    from safetensors import safe_open
-
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         step = json.loads(file.metadata()["step"])
-    network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+    try:
+        network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+    except RuntimeError:
+        raise UserError(f"{path}: saved by a training of another network; remove it, or set another output") from None
     for name in ema:
         ema[name].copy_(tensors[f"ema.{name}"])
     state: dict[int, dict] = {}

