@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from stepdistill.trainers.emoji import Entry, read_pictures, training_caption
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from stepdistill.captioned import Entry, read_pictures, training_caption
 from stepdistill.config import Section
 from stepdistill.data import Order, read_array_images
 from stepdistill.errors import UserError

@@ -33,6 +33,7 @@ COMMANDS = [
     ["report"],
     ["methods"],
     ["teacher", "train"],
+    ["teacher", "emoji"],
     ["teacher", "features"],
     ["benchmark", "inference"],
     ["benchmark", "step"],

@@ -28,13 +28,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from stepdistill.captioned import Entry, read_pictures, training_caption
 from stepdistill.config import Section
 from stepdistill.data import Order
 from stepdistill.errors import UserError
 from stepdistill.families.stable_diffusion import StableDiffusionFamily, encode_prompts
 from stepdistill.schedule import Schedule
 
-from .emoji import Entry, read_pictures, training_caption
 from .grids import save_grid
 from .teacher import LoopSettings, fit, teacher_scheduler
 

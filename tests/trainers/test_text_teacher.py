@@ -16,10 +16,11 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from stepdistill.trainers import emoji, teacher, text_teacher
-from stepdistill.trainers.emoji import Entry, caption_of, training_caption
 from stepdistill.trainers.text_teacher import TextTeacherConfig, build_tokenizer, build_vae, train_text_teacher
 from transformers import CLIPTokenizer
 
+from stepdistill import captioned
+from stepdistill.captioned import Entry, caption_of, training_caption
 from stepdistill.config import check
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
@@ -38,7 +39,7 @@ def entries():
 def data(tmp_path):
     words = entries()
     images = np.random.default_rng(0).integers(0, 255, (len(words), 16, 16, 3), dtype=np.uint8)
-    emoji.write_pictures(tmp_path / "data", images, words, [])
+    captioned.write_pictures(tmp_path / "data", images, words, [])
     return tmp_path / "data"
 
 
@@ -118,7 +119,7 @@ def test_icons_are_read_from_a_tarball_or_a_folder(sources, tmp_path):
 
 def test_the_command_writes_pictures_captions_and_prompts(sources, drawn, tmp_path):
     sizes = emoji.make_emoji(*sources, tmp_path / "data", size=8)
-    images, words = emoji.read_pictures(tmp_path / "data")
+    images, words = captioned.read_pictures(tmp_path / "data")
     assert images.shape == (len(words), 8, 8, 3)
     assert images.min() == images.max() == 172  # grey, half over white
     assert sum(sizes.values()) == len(words) == 4 * 6 + 1 + 1
@@ -284,8 +285,8 @@ def test_work_of_another_training_is_refused(data, tmp_path):
     other["denoiser"]["block_channels"] = [16, 32]
     with pytest.raises(UserError, match=r"denoiser.partial: saved by a training of another network; remove it"):
         train_text_teacher(check(TextTeacherConfig, other, "test"))
-    images, words = emoji.read_pictures(data)
-    emoji.write_pictures(data, images[:-2], words[:-2], [])
+    images, words = captioned.read_pictures(data)
+    captioned.write_pictures(data, images[:-2], words[:-2], [])
     with pytest.raises(UserError, match=r"latents.safetensors: made of 10 pictures, .* has 9; remove it"):
         train_text_teacher(config(data, tmp_path / "t"))
 

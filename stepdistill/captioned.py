@@ -1,0 +1,83 @@
+"""A folder of captioned pictures: ``images.npz``, ``captions.json``, ``prompts.txt``; and captions for training."""
+
+from __future__ import annotations
+
+import json
+import random
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from stepdistill.errors import UserError
+
+
+@dataclass
+class Entry:
+    """A picture's words; ``split`` is train, held-out-name or held-out-pair."""
+
+    caption: str
+    name: str
+    style: str
+    keywords: list[str] = field(default_factory=list)
+    split: str = "train"
+
+
+def caption_of(name: str, style: str) -> str:
+    return f"{name}, {style} style"
+
+
+def training_caption(entry: Entry, draw: random.Random) -> str:
+    """A caption for one training step: canonical (75 %), the name alone (8 %), with one or two keywords (10 %), or two
+    or three keywords in the name's place (7 %)."""
+    kind = draw.random()
+    if kind < 0.08:
+        return entry.name
+    if kind < 0.83 or not entry.keywords:
+        return entry.caption
+    if kind < 0.93:
+        words = draw.sample(entry.keywords, min(len(entry.keywords), draw.randint(1, 2)))
+        return caption_of(", ".join([entry.name, *words]), entry.style)
+    words = draw.sample(entry.keywords, min(len(entry.keywords), draw.randint(2, 3)))
+    return caption_of(", ".join(words), entry.style)
+
+
+def write_pictures(output: Path, images: np.ndarray, entries: list[Entry], credit: list[dict[str, str]]) -> None:
+    """The three files of a data folder; images uint8 (N, H, W, 3)."""
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / "images.tmp"
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, images=images)
+    temporary.replace(output / "images.npz")
+    document = {"credits": credit, "pictures": [asdict(entry) for entry in entries]}
+    lines = json.dumps(document, ensure_ascii=False).replace('{"caption"', '\n{"caption"')
+    (output / "captions.json").write_text(lines + "\n", encoding="utf-8")
+    prompts = [entry.caption for entry in entries if entry.split == "train"]
+    (output / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
+
+def read_pictures(folder: str | Path) -> tuple[np.ndarray, list[Entry]]:
+    """The images uint8 (N, H, W, 3) and words of a data folder.
+
+    Raises:
+        UserError: not such a folder, or files that do not belong together.
+    """
+    folder = Path(folder)
+    remedy = "make it with: stepdistill teacher emoji"
+    try:
+        with np.load(folder / "images.npz", allow_pickle=False) as file:
+            images = file["images"]
+        raw = json.loads((folder / "captions.json").read_text(encoding="utf-8"))["pictures"]
+        entries = [Entry(**item) for item in raw]
+    except FileNotFoundError as error:
+        raise UserError(f"data: {error.filename} is not there; {remedy}") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"data: {folder} cannot be read ({' '.join(str(error).split())}); {remedy}") from None
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(entries):
+        raise UserError(
+            f"data: {folder} has {len(entries)} captions for images {images.dtype} {images.shape}; uint8 (N, H, W, 3) "
+            f"is read; {remedy}"
+        )
+    return images, entries
