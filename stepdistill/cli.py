@@ -301,7 +301,7 @@ def compare(
     overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(help="make one run alone, e.g. in a process of its own")] = None,
 ) -> None:
-    """Several methods at equal network passes: distances over training as a picture.  Goes on where it stopped."""
+    """Several methods at equal network passes: curves over training, a table, pictures.  Goes on where it stopped."""
     import torch
 
     from stepdistill.config import apply_overrides, check, read_yaml
@@ -312,8 +312,13 @@ def compare(
 
     settings = check(CompareSettings, apply_overrides(read_yaml(config), overrides or []), str(config))
     launch.quiet_libraries()
+
+    def apart(name: str) -> None:
+        if code := launch.apart(["compare", str(config), *(overrides or []), "--only", name]):
+            raise typer.Exit(code)  # it has said why
+
     try:
-        print(run_all(settings, config.parent, only, "cuda" if torch.cuda.is_available() else "cpu"))
+        print(run_all(settings, config.parent, only, "cuda" if torch.cuda.is_available() else "cpu", apart))
     except Interrupted as stop:
         print(f"{stop}: saved; go on with the same command")
         raise typer.Exit(stop.exit_code) from None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from stepdistill.eval.prepare import FeatureConfig
+from stepdistill.eval.prepare_matching import MatchingConfig
+from stepdistill.trainers.compare import CompareSettings
 from stepdistill.trainers.job import read_job
 from stepdistill.trainers.msd import is_multi_student, make_multi_student
 from stepdistill.trainers.recipe import is_recipe, make_recipe
@@ -21,6 +23,8 @@ from stepdistill.config import check, read_yaml
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in ("teachers", "compare"))
+COMPARISONS = [p for p in [*CONFIGS, *(ROOT / "configs/compare").glob("*.yaml")] if "runs" in read_yaml(p)]
+CONFIGS = [p for p in CONFIGS if p not in COMPARISONS]
 
 
 def test_the_two_commands_are_there():
@@ -68,6 +72,13 @@ def test_shipped_configs_are_valid(path):
     assert job.config.output.startswith("runs/")
 
 
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_shipped_comparisons_are_valid(path):
+    settings = check(CompareSettings, read_yaml(path), str(path))
+    entries = settings.entries(path.parent)
+    assert {made.title for made in entries.values()} == set(settings.runs)
+
+
 def test_shipped_teacher_configs_are_valid():
     path = ROOT / "configs/teachers/fashion_mnist.yaml"
     assert check(TeacherConfig, read_yaml(path), str(path)).data.num_labels == 10
@@ -77,6 +88,8 @@ def test_shipped_teacher_configs_are_valid():
     assert emoji.dtype == "float16"
     path = ROOT / "configs/teachers/fashion_mnist_features.yaml"
     check(FeatureConfig, read_yaml(path), str(path))
+    path = ROOT / "configs/teachers/emoji_features.yaml"
+    assert check(MatchingConfig, read_yaml(path), str(path)).data == emoji.data
 
 
 def test_every_command_in_the_readme_exists():

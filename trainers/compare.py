@@ -13,59 +13,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from stepdistill.eval.comparison import write_comparison
 from stepdistill.eval.curves import CURVE, curve_text, curves_table, draw_curves, read_curve
 from stepdistill.eval.distances import ReferenceStatistics, unit_uint8
-from stepdistill.eval.evaluate import Target, evaluate, step_generator, unit_noise
+from stepdistill.eval.evaluate import Target, evaluate, plural, step_generator, unit_noise
 from stepdistill.eval.features import load_extractor
 from stepdistill.eval.of_run import label_names, protocol
 from stepdistill.eval.pictures import grid, table
 from stepdistill.pipelines import export_student
 from stepdistill.trainers.base import Trainer
-from stepdistill.trainers.job import Job, build_trainer, load_teacher, provenance, read_job, resume
+from stepdistill.trainers.entries import Contestant, RunEntry, read_cost, read_entries, write_cost
+from stepdistill.trainers.job import build_trainer, load_teacher, provenance, resume
+from stepdistill.trainers.launch import run_students, train, train_recipe
+from stepdistill.trainers.msd import MultiStudent
+from stepdistill.trainers.recipe import Recipe
+from stepdistill.trainers.tables import aligned, markdown, summary
 
 from stepdistill import assets
+from stepdistill.clip import ClipSettings
 from stepdistill.config import Section
+from stepdistill.data import read_prompts
 from stepdistill.errors import UserError
 from stepdistill.run import RunFolder, write_atomically
-from stepdistill.settings import EvaluationSettings
+from stepdistill.settings import EvaluationSettings, RunSettings
 
 
 class CompareSettings(Section):
     """What is compared, and at which cost."""
 
     output: str = Field(description="the folder of the runs, the picture and the table")
-    runs: dict[str, str] = Field(min_length=1, description="name to config, relative to this file")
+    runs: dict[str, str | RunEntry] = Field(
+        min_length=1, description="name to config, relative to this file, or to what stepdistill.trainers.entries says"
+    )
     overrides: list[str] = Field([], description="key=value for every run")
+    seeds: list[int] = Field([], description="each run at each of these; the configs' own seed by default")
     passes: int = Field(ge=1, description="network passes of every run")
     points: int = Field(12, ge=1, description="measurements over training, at equal steps of passes")
     samples: int = Field(5000, ge=2, description="of each measurement")
     final_samples: int = Field(10000, ge=2, description="of the finished students and the teacher")
+    precision_recall: bool = Field(False, description="of the finished students too")
+    diversity: bool = Field(False, description="of the finished students too")
+    clip: ClipSettings | None = Field(None, description="how well their pictures fit their prompts too")
 
+    @model_validator(mode="after")
+    def _seeds(self):
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one is named twice")
+        return self
 
-def read_runs(settings: CompareSettings, folder: Path) -> dict[str, Job]:
-    """The checked jobs by name; all on one teacher, evaluation and seed.
-
-    Raises:
-        UserError: a config that is wrong, or not comparable with the first.
-    """
-    output = Path(settings.output)
-    jobs = {
-        name: read_job(
-            folder / path,
-            [*settings.overrides, f"output={output / name}", f"train.max_passes={settings.passes}"],
-        )
-        for name, path in settings.runs.items()
-    }
-    first_name, first = next(iter(jobs.items()))
-    for name, job in jobs.items():
-        for key in ("teacher", "evaluation", "seed", "sampler"):
-            if getattr(job.config, key) != getattr(first.config, key):
-                raise UserError(f"runs.{name}: its {key} is not that of {first_name}; give both the same")
-        if job.config.evaluation.extractor is None:
-            raise UserError(f"runs.{name}: set evaluation.extractor and evaluation.reference; the distance needs them")
-    return jobs
+    def entries(self, folder: Path) -> dict[str, Contestant]:
+        return read_entries(self.runs, self.seeds, self.overrides, self.passes, Path(self.output), folder)
 
 
 def curve_protocol(own: EvaluationSettings, samples: int, extractor: str, reference: str) -> dict[str, Any]:
@@ -120,17 +118,30 @@ def _drawn_by(generator: torch.Generator) -> Callable[[torch.Tensor], torch.Tens
     return lambda like: torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
-def train_one(name: str, job: Job, settings: CompareSettings) -> None:
-    """Train, measure and export one run, going on with what there is of it.
+def train_one(made: Contestant, settings: CompareSettings) -> None:
+    """Make one contestant, going on with what there is of it.
 
     Raises:
         UserError: as a distillation.
-        Interrupted: stopped; the run is saved.
+        Interrupted: stopped; what there is is saved.
     """
-    run = RunFolder(job.config.output)
-    if (run.student / "model_index.json").is_file():
-        print(f"{name}: finished before, in {run.path}")
+    if made.finished:
+        print(f"{made.name}: finished before, in {made.run.path}")
         return
+    if made.measured:
+        _train_measured(made, settings)
+    elif isinstance(made.work, MultiStudent):
+        run_students(made.work, made.run.path.exists(), None)
+    elif isinstance(made.work, Recipe):
+        train_recipe(made.work, made.work.check_folder(made.run.path.exists()))
+    else:
+        train(made.work, made.run, made.run.path.exists())
+    write_cost(made)
+
+
+def _train_measured(made: Contestant, settings: CompareSettings) -> None:
+    """A single run, its distance measured on the way."""
+    job, run = made.work, made.run
     exists = run.check(job.config, resume=run.path.exists())
     trainer = build_trainer(job, run, family=load_teacher(job.config))
     trainer.use_attention()
@@ -145,79 +156,100 @@ def train_one(name: str, job: Job, settings: CompareSettings) -> None:
     curve(trainer)
     if not trainer.spent():
         raise UserError(
-            f"runs.{name}: its train.updates = {job.config.train.updates} end after {trainer.passes} network passes, "
-            f"short of {settings.passes}; raise train.updates or lower passes"
+            f"runs.{made.name}: its train.updates = {job.config.train.updates} end after {trainer.passes} network "
+            f"passes, short of {settings.passes}; raise train.updates or lower passes"
         )
     with trainer.averaged():
         export_student(trainer.family, trainer.roles.student, trainer.sampler, run.student, provenance(job, trainer))
 
 
-def compare(settings: CompareSettings, folder: Path, only: str | None = None, device: str = "cpu") -> str:
+def compare(
+    settings: CompareSettings,
+    folder: Path,
+    only: str | None = None,
+    device: str = "cpu",
+    apart: Callable[[str], None] | None = None,
+) -> str:
     """Make all runs (or one), then the picture, grid and table of all; returns the table as text.
+
+    Args:
+        apart: makes the run of that name in a process of its own, so that its peak memory is its own; by default this
+            one makes all.
 
     Raises:
         UserError: a config that is wrong, or a name that is not one of ``runs``.
     """
-    jobs = read_runs(settings, folder)
+    entries = settings.entries(folder)
     if only is not None:
-        if only not in jobs:
-            raise UserError(f"--only {only}: the runs are {', '.join(jobs)}")
-        train_one(only, jobs[only], settings)
+        if only not in entries:
+            raise UserError(f"--only {only}: the runs are {', '.join(entries)}")
+        train_one(entries[only], settings)
         return f"{only}: done"
-    for name, job in jobs.items():
-        train_one(name, job, settings)
-    return report(settings, jobs, device)
+    for name, made in entries.items():
+        if apart is None or made.finished:
+            train_one(made, settings)
+        else:
+            apart(name)
+    return report(settings, entries, device)
 
 
-def report(settings: CompareSettings, jobs: dict[str, Job], device: str) -> str:
-    """``compare.json``, ``compare.png``, ``grid.png`` and ``report.html`` from finished runs; the tables as text."""
+def report(settings: CompareSettings, entries: dict[str, Contestant], device: str) -> str:
+    """``compare.json``, ``table.md``, ``compare.png``, ``grid.png`` and ``report.html`` from finished runs; the tables
+    as text."""
     output = Path(settings.output)
-    config = next(iter(jobs.values())).config
+    config = next(made for made in entries.values() if made.base is None).job.config
     own = config.evaluation
     teacher = Target("teacher", assets.resolve(config.teacher.path), config.teacher.steps, own.teacher_guidance_scale)
-    students = [Target(name, RunFolder(job.config.output).student) for name, job in jobs.items()]
+    asked = [(made, steps) for made in entries.values() for steps in made.entry.steps or [None]]
+    students = [Target(_said(made.name, steps), made.run.student, steps) for made, steps in asked]
+    more = {"precision_recall": settings.precision_recall, "diversity": settings.diversity, "clip": settings.clip}
 
-    def measured(targets: list[Target], samples: int, file: str) -> list[dict]:
-        return evaluate(targets, protocol(config.model_dump(mode="json"), samples), output / file, device)
+    def measured(targets: list[Target], samples: int, file: str, **changes: Any) -> list[dict]:
+        wanted = protocol(config.model_dump(mode="json"), samples).model_copy(update=changes)
+        return evaluate(targets, wanted, output / file, device)
 
     (level,) = measured([teacher], settings.samples, "teacher.json")
     said = json.loads((output / "teacher.json").read_text(encoding="utf-8"))["protocol"]
-    metric = said["metric"]
+    metric, title = said["metric"], f"teacher, {teacher.steps} steps"
     under = curve_protocol(own, settings.samples, said["extractor_fingerprint"], said["reference"]["fingerprint"])
-    rows = measured([teacher, *students], settings.final_samples, "evaluation.json")
-    curves = {name: read_curve(RunFolder(job.config.output).path / CURVE, under) for name, job in jobs.items()}
+    rows = measured([teacher, *students], settings.final_samples, "evaluation.json", **more)
+    curves = {name: read_curve(made.run.path / CURVE, under) for name, made in entries.items() if made.measured}
     columns = [settings.passes * share for share in (0.125, 0.25, 0.5, 0.75, 1.0)]
-    title = f"teacher, {teacher.steps} steps"
-    draw_curves(curves, level["frechet"], title, metric, columns, output / "compare.png")
-    grid(
-        [teacher, *students],
-        output / "grid.png",
-        2,
-        seed=own.seed,
-        device=device,
-        label_names=label_names(Path(teacher.path)),
-    )
+    if curves:
+        draw_curves(curves, level["frechet"], title, metric, columns, output / "compare.png")
+    _grid([teacher, *students], output / "grid.png", config, device)
+    cells = summary(rows[0], [(made, steps, row) for (made, steps), row in zip(asked, rows[1:], strict=True)])
+    write_atomically(output / "table.md", markdown(cells))
     content = {
         "passes": settings.passes,
         "teacher": level["frechet"],
         "metric": metric,
         "curves": curves,
         "final": rows,
+        "costs": {name: read_cost(made) for name, made in entries.items()},
     }
     write_atomically(output / "compare.json", json.dumps(content, indent=1))
     page = write_comparison(
-        {name: RunFolder(job.config.output).path for name, job in jobs.items()},
+        {name: made.run.path for name, made in entries.items()},
         output / "report.html",
         output / "evaluation.json",
         output / "grid.png",
         (title, level["frechet"]),
         metric,
     )
-    cells = curves_table(curves, columns, level["frechet"])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    text = "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+    over = aligned(curves_table(curves, columns, level["frechet"]))
     return (
-        f"{metric}, {settings.samples} samples, over network passes (teacher {level['frechet']:.3f})\n{text}\n\n"
-        f"finished, {settings.final_samples} samples\n{table(rows, metric)}\n"
-        f"pictures {output / 'compare.png'}, {output / 'grid.png'}\nreport {page}"
+        f"{metric}, {settings.samples} samples, over network passes (teacher {level['frechet']:.3f})\n{over}\n\n"
+        f"finished, {settings.final_samples} samples\n{table(rows, metric)}\n\n{aligned(cells)}\n"
+        f"pictures {output / 'compare.png'}, {output / 'grid.png'}\ntable {output / 'table.md'}\nreport {page}"
     )
+
+
+def _said(name: str, steps: int | None) -> str:
+    return name if steps is None else f"{name}, {plural(steps)}"
+
+
+def _grid(targets: list[Target], path: Path, config: RunSettings, device: str) -> None:
+    prompts = None if config.data.prompts is None else read_prompts(config.data.prompts)[:10]
+    names = label_names(Path(targets[0].path))
+    grid(targets, path, 2, seed=config.evaluation.seed, device=device, label_names=names, prompts=prompts)

@@ -4,6 +4,7 @@ or several students."""
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -361,6 +362,21 @@ def _sizes(router: Router, several: MultiStudent, family: Family) -> list[str]:
 
 def _command(command: tuple[str, ...], *more: str) -> str:
     return shlex.join(["stepdistill", "distill", *command, *more])
+
+
+def apart(arguments: list[str]) -> int:
+    """``stepdistill ARGUMENTS`` in a process of its own; its exit code.  A Ctrl-C, or a SIGTERM passed on, stops that
+    one, which saves."""
+    child = subprocess.Popen([sys.executable, "-P", "-m", "stepdistill", *arguments])
+    previous = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # the terminal has told the child too
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: child.terminate()),
+    }
+    try:
+        return child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # -- after training ----------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import yaml
 from console import stepdistill
 from stepdistill.eval.curves import at, curves_table
 from stepdistill.trainers.base import RealSource
-from stepdistill.trainers.compare import CURVE
+from stepdistill.trainers.compare import CURVE, CompareSettings, compare
 from toys import toy_family, toy_trainer
 
 from stepdistill.analytic import GaussianMixture
-from stepdistill.config import merge
+from stepdistill.config import check, merge
 from stepdistill.data import ImageSet
 
 SMALL = {
@@ -215,3 +215,116 @@ def test_curve_values_are_the_last_at_or_before():
     assert at(curve[1:], 50) is None
     cells = curves_table({"a": curve}, [100.0, 205.0], 2.0)
     assert cells == [["", "0k", "0k", "last / teacher"], ["a", "5.000", "3.000", "1.50"]]
+
+
+# -- more than single runs -------------------------------------------------------------------------------------
+
+STAGE = {"method": "tscd", "data": {"images": {"npz": "asset:fashion_mnist/images.npz"}}}
+
+
+def write_all_kinds(folder, **changes):
+    """A run, a recipe of two stages, two students, and a tuning of the recipe's student, of about 200 passes each."""
+    config = write(folder)
+    stages = [
+        {"name": "a", **STAGE, "train": {"updates": 5}, "tscd": {"segments": 2}, "sampler": {"transition": "ode"}},
+        {"name": "b", **STAGE, "train": {"updates": 5}},
+    ]
+    recipe = {**SMALL, "output": "unused", "sampler": {"steps": 2}, "stages": stages}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    students = {
+        **SMALL,
+        "method": "dmd2",
+        "dmd2": {"fake_score_updates": 2},
+        "output": "unused",
+        "msd": {"students": 2},
+    }
+    (folder / "msd.yaml").write_text(yaml.safe_dump(students))
+    tuning = {**SMALL, "method": "pso", "output": "unused", "sampler": {"steps": 2}, "roles": {"lora": {"rank": 2}}}
+    tuning = merge(
+        tuning, {"pso": {"rewards": [{"reward": "stepdistill.rewards:Brightness"}]}, "train": {"updates": 1}}
+    )
+    (folder / "pso.yaml").write_text(yaml.safe_dump(tuning))
+    raw = yaml.safe_load(config.read_text())
+    raw["runs"] = {
+        "DMD2": "dmd2.yaml",
+        "MSD": {"config": "msd.yaml"},
+        "recipe": {"config": "recipe.yaml", "steps": [1, 2]},
+        "PSO": {"config": "pso.yaml", "tunes": "recipe", "steps": [2]},
+    }
+    config.write_text(yaml.safe_dump({**raw, **changes}, sort_keys=False))
+    return config
+
+
+def in_one_process(config):
+    """What the command does, without a process for each run."""
+    return compare(check(CompareSettings, yaml.safe_load(config.read_text()), str(config)), config.parent)
+
+
+def test_every_kind_of_run_in_one_table(tmp_path, capsys):
+    in_one_process(write_all_kinds(tmp_path, precision_recall=True, diversity=True))
+    content = json.loads((tmp_path / "out/compare.json").read_text())
+    names = ["teacher", "DMD2", "MSD", "recipe, 1 step", "recipe, 2 steps", "PSO, 2 steps"]
+    assert [row["name"] for row in content["final"]] == names
+    assert content["curves"].keys() == {"DMD2"}
+    costs = content["costs"]
+    assert costs["recipe"]["passes"] == 200
+    assert 200 <= costs["MSD"]["passes"] <= 260  # shared by two
+    assert costs["MSD"]["students"] == 2
+    assert costs["PSO"]["parameters"] < costs["DMD2"]["parameters"]
+    assert all(0 < own["peak_gib"] < 64 and own["minutes"] > 0 for own in costs.values())
+    lines = (tmp_path / "out/table.md").read_text().splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == 13
+    cells = {tuple(c.strip() for c in line.split("|")[1:3]): line for line in lines[2:]}
+    assert cells.keys() == {
+        ("teacher", "2"),
+        ("DMD2", "1"),
+        ("MSD", "1"),
+        ("recipe", "1"),
+        ("recipe", "2"),
+        ("PSO", "2"),
+    }
+    assert "0k + " in cells["PSO", "2"]  # the recipe's passes, and its own
+    assert "2 x 0.69M" in cells["MSD", "1"]
+    capsys.readouterr()
+    in_one_process(tmp_path / "compare.yaml")
+    out = capsys.readouterr().out
+    assert all(f"{name}: finished before" in out for name in ("DMD2", "MSD", "recipe", "PSO"))
+
+
+def test_training_seeds_are_averaged(tmp_path):
+    in_one_process(write(tmp_path, seeds=[0, 3], runs={"DMD2": "dmd2.yaml"}))
+    rows = json.loads((tmp_path / "out/compare.json").read_text())["final"]
+    assert [row["name"] for row in rows] == ["teacher", "DMD2, seed 0", "DMD2, seed 3"]
+    first, second = (row["frechet"] for row in rows[1:])
+    assert first != second
+    mean, std = (first + second) / 2, abs(first - second) / 2**0.5
+    assert f"| {mean:.3f} ± {std:.3f} |" in (tmp_path / "out/table.md").read_text()
+    saved = [yaml.safe_load((tmp_path / f"out/DMD2, seed {s}/config.yaml").read_text())["seed"] for s in (0, 3)]
+    assert saved == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"passes": 400}, "runs.recipe: its stages plan 200 network passes, the budget is 400"),
+        (
+            {"runs": {"PSO": {"config": "pso.yaml", "tunes": "recipe"}}},
+            "tunes = recipe: no run that tunes none has that name",
+        ),
+        ({"runs": {"DMD2": {"config": "dmd2.yaml", "step": 1}}}, "step"),
+        ({"seeds": [1, 1]}, "seeds: one is named twice"),
+    ],
+)
+def test_entries_that_do_not_fit_are_one_line(tmp_path, changes, says):
+    result = stepdistill("compare", write_all_kinds(tmp_path, **changes))
+    assert result.code == 2
+    assert says in result.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_ends_the_comparison_with_its_own_line(tmp_path, capfd):
+    config = write(tmp_path, overrides=["train.updates=2"], passes=100000, points=1)
+    result = stepdistill("compare", config)
+    assert result.code == 2
+    assert "runs.DMD2: its train.updates = 2 end after" in capfd.readouterr().err
+    assert not (tmp_path / "out/compare.json").exists()
