@@ -35,7 +35,7 @@ class RunEntry(Section):
 
     config: str = Field(description="a run's, recipe's or several students' config, relative to the comparison's file")
     overrides: list[str] = Field([], description="key=value for it alone")
-    tunes: str | None = Field(None, description="another run, whose student this one starts from, its passes come on top")
+    tunes: str | None = Field(None, description="another run, whose student this one starts from; its passes are extra")
     steps: list[int] = Field([], description="numbers of steps that the student is measured at; its own by default")
 
 
