@@ -37,13 +37,14 @@ class NegativePrompts:
                 f"{type(pipe).__name__}: negative prompts need a UNet with cross-attention to a text; for joint "
                 "attention see stepdistill.joint_attention"
             )
-        self.pipe, self.network = pipe, network
-        kept = attention.install(network, "negative")
+        self.pipe, self.network, self.user = pipe, network, f"negative {id(self)}"
+        kept = attention.install(network, self.user)
         if kept:
-            attention.release(network, "negative")
+            self.remove()
             name, reason = next(iter(kept.items()))
             raise UserError(
-                f"{type(pipe).__name__}: unet.{name} {reason}; reset it with unet.set_default_attn_processor()"
+                f"{type(pipe).__name__}: unet.{name} {reason}; reset all with "
+                "unet.set_attn_processor(AttnProcessor2_0())"
             )
 
     @torch.no_grad()
@@ -70,7 +71,7 @@ class NegativePrompts:
 
     def remove(self) -> None:
         """Put the network's own processors back."""
-        attention.release(self.network, "negative")
+        attention.release(self.network, self.user)
 
     def __enter__(self) -> NegativePrompts:
         return self

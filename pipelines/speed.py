@@ -11,6 +11,7 @@ from torch import nn
 
 from stepdistill import attention as kernels
 from stepdistill.errors import UserError
+from stepdistill.families.stable_diffusion import read_tiny_vae
 
 Choice = bool | Literal["auto"]
 
@@ -91,7 +92,7 @@ def accelerate(
     made = Acceleration()
     main = networks.get("unet", networks.get("transformer"))
     device, dtype = next(main.parameters()).device, main.dtype
-    kernels.require(attention, "attention", device, dtype, gradients=False)
+    kernels.require(attention, "attention", device, dtype, gradients=False, networks=[main])
     if tiny_vae is not None:  # first: the other parts are for the VAE that stays
         networks["vae"] = _replace_vae(made, pipe, tiny_vae, device, dtype)
     for name, network in sorted(networks.items(), key=lambda item: item[1] is not main):
@@ -124,6 +125,8 @@ def _set_attention(made: Acceleration, name: str, network: nn.Module, main: nn.M
 
     def back() -> None:
         kernels.set_backend(network, kernels.NATIVE)
+        for backend in {backend for backend in before.values() if backend is not None}:
+            kernels.set_backend(network, backend.value)  # what was chosen before, with its processors
         for module, backend in before.items():
             if hasattr(module.processor, "_attention_backend"):
                 module.processor._attention_backend = backend
@@ -142,11 +145,14 @@ def _fuse(made: Acceleration, networks: dict[str, nn.Module]) -> None:
     count = 0
     for name, network in networks.items():
         left = kernels.fuse(network)
-        count += sum(hasattr(module, "_fused_of") for module in kernels.modules_of(network))
+        count += sum(hasattr(module, "_fused_weight") for module in kernels.modules_of(network))
         made.skipped |= {f"{name}.{module}": reason for module, reason in left.items()}
+    undo = [lambda n=n: kernels.unfuse(n) for n in networks.values()]
     if count:
-        made.add("fuse_qkv", f"{count} attentions", *(lambda n=n: kernels.unfuse(n) for n in networks.values()))
+        made.add("fuse_qkv", f"{count} attentions", *undo)
     else:
+        for step in undo:  # stock processors again
+            step()
         made.skipped["fuse_qkv"] = "no attention module that it is for"
 
 
@@ -199,13 +205,9 @@ def _replace_vae(made: Acceleration, pipe, given: str | AutoencoderTiny, device:
     old = getattr(pipe, "vae", None)
     if old is None:
         raise UserError(f"tiny_vae: {type(pipe).__name__} has no VAE; leave it out")
-    tiny = given
-    if isinstance(given, str):
-        try:
-            tiny = AutoencoderTiny.from_pretrained(given)
-        except Exception as error:  # diffusers raises many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"tiny_vae = {given}: no AutoencoderTiny can be loaded from it: {reason}") from None
+    tiny = read_tiny_vae(given, "tiny_vae") if isinstance(given, str) else given
+    if "block_out_channels" not in old.config:
+        raise UserError(f"tiny_vae: an AutoencoderTiny cannot stand in for an {type(old).__name__}; leave it out")
     factor = 2 ** (len(old.config.block_out_channels) - 1)
     own = 2 ** (len(tiny.config.decoder_block_out_channels) - 1)
     if tiny.config.latent_channels != old.config.latent_channels or own != factor:

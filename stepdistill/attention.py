@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +61,12 @@ def why_not(
     """
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 32, head_dim, generator=generator) for _ in range(3))
-    exact = F.scaled_dot_product_attention(query, key, value)
+    mask = None
+    if masked:  # as a call has it: added, and hiding something
+        mask = torch.zeros(1, 1, 1, 32).index_fill(-1, torch.arange(20, 32), float("-inf"))
+    exact = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     inputs = [x.to(device, dtype).requires_grad_(gradients) for x in (query, key, value)]
-    mask = torch.ones(1, 1, 32, 32, dtype=torch.bool, device=device) if masked else None
+    mask = None if mask is None else mask.to(device, dtype)
     try:
         with attention_backend(backend):  # checks what it needs, and puts the process-wide default back
             output = attend(*inputs, mask, backend)
@@ -75,15 +78,36 @@ def why_not(
     return None if wrong < 0.1 else f"its result is off by {wrong:.2g}"
 
 
-def require(backend: str, key: str, device: torch.device | str, dtype: torch.dtype, gradients: bool) -> None:
-    """Raise UserError, naming the config's ``key``, where ``backend`` is unknown or does not run here."""
+def require(
+    backend: str,
+    key: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    gradients: bool,
+    networks: Iterable[nn.Module] = (),
+) -> None:
+    """Raise UserError, naming the config's ``key``, where ``backend`` is unknown or does not run here, on the heads of
+    ``networks``."""
     if backend in (AUTO, NATIVE):
         return
     if backend not in BACKENDS:
         raise UserError(f"{key} = {backend}: use auto, or one of diffusers' backends: {', '.join(sorted(BACKENDS))}")
-    reason = why_not(backend, device, dtype, gradients=gradients)
+    reason = _why_not_heads(backend, device, dtype, networks, gradients)
     if reason is not None:
         raise UserError(f"{key} = {backend}: it does not run on this {torch.device(device).type} ({reason}); use auto")
+
+
+def _why_not_heads(
+    backend: str, device: torch.device | str, dtype: torch.dtype, networks: Iterable[nn.Module], gradients: bool
+) -> str | None:
+    """:func:`why_not` on every width of head that ``networks`` have: kernels differ in those that they take."""
+    dims = sorted({head_dim_of(module) for network in networks for module in modules_of(network)}) or [64]
+    found = [(dim, why_not(backend, device, dtype, dim, gradients)) for dim in dims]
+    reasons = [(dim, reason) for dim, reason in found if reason is not None]
+    if not reasons:
+        return None
+    dim, reason = reasons[0]
+    return reason if len(reasons) == len(dims) else f"heads of {dim}: {reason}"
 
 
 def fastest(
@@ -96,10 +120,11 @@ def fastest(
     """
     if torch.device(device).type != "cuda":
         return NATIVE, {", ".join(FASTEST_OF): f"on a {torch.device(device).type} SDPA's own choice is fused already"}
-    heads, head_dim = max(((m.heads, head_dim_of(m)) for m in modules_of(network)), default=(8, 64))
+    widths = [(m.heads, head_dim_of(m)) for m in modules_of(network)]
+    heads, head_dim = max(widths, key=lambda width: width[0] * width[1], default=(8, 64))
     times, reasons = {}, {}
     for backend in (NATIVE, *FASTEST_OF):
-        reason = None if backend == NATIVE else why_not(backend, device, dtype, head_dim, gradients)
+        reason = None if backend == NATIVE else _why_not_heads(backend, device, dtype, [network], gradients)
         if reason is None:
             times[backend] = _seconds(backend, device, dtype, heads, head_dim)
         else:
@@ -177,7 +202,7 @@ def set_backend(network: nn.Module, backend: str) -> dict[str, str]:
             processor._attention_backend = None if backend == NATIVE else AttentionBackendName(backend)
             processor.masked_backend = masked.get(place, NATIVE)
         elif hasattr(processor, "_attention_backend"):
-            processor._attention_backend = None if backend == NATIVE else AttentionBackendName(backend)
+            processor._attention_backend = AttentionBackendName(backend)  # None would be the process-wide default
     if backend == NATIVE:
         release(network, "backend")
     return kept
@@ -223,7 +248,7 @@ class AttentionProcessor:
         Args:
             hidden_states: (B, L, C), or (B, C, h, w) for a VAE's.
             encoder_hidden_states: (B, S+, W), the text; None for self-attention.
-            attention_mask: of the text, as diffusers' UNets prepare it: added, (B, 1, S+).
+            attention_mask: of the text, as diffusers' UNets prepare it: added, (B, 1, S+); or boolean.
             negative_hidden_states: (B, S-, W) or (1, S-, W); its length is its own.
             negative_mask: (B, S-) or (1, S-), boolean, True is seen; at least one a row.
             negative_scale: a, a number or one a sample, (B,) or (1,).
@@ -247,9 +272,14 @@ class AttentionProcessor:
                 count, attn.heads, -1, mask.shape[-1]
             )
         off = isinstance(negative_scale, float | int) and negative_scale == 0
-        steered = encoder_hidden_states is not None and negative_hidden_states is not None and not off
+        crossed = encoder_hidden_states is not None
+        steered = crossed and negative_hidden_states is not None and not off
+        negative = negative_hidden_states.to(context) if steered else None
+        if crossed and attn.norm_cross is not None:  # each by itself: a group norm is over the tokens too
+            context = attn.norm_encoder_hidden_states(context)
+            negative = attn.norm_encoder_hidden_states(negative) if steered else None
         if steered:
-            context, mask = _both(context, mask, negative_hidden_states, negative_mask)
+            context, mask = _both(context, mask, negative, negative_mask)
         query, key, value = _projections(attn, hidden_states, context, encoder_hidden_states is None)
         if steered:
             query = torch.cat([query, query])
@@ -284,19 +314,24 @@ def _both(
             f"{len(negative)} negative prompts for a batch of {count}: give one for all, or one a picture "
             "(images_per_prompt), with guidance off"
         )
-    negative = negative.to(context).expand(count, -1, -1)
+    negative = negative.expand(count, -1, -1)
     own = negative.shape[1]
     if mask is None and negative_mask is None and own == length:
         return torch.cat([context, negative]), None
     wide = max(length, own)
     hidden = float("-inf")
+
+    def added(seen: Tensor) -> Tensor:
+        return torch.zeros_like(seen, dtype=context.dtype).masked_fill(~seen, hidden)
+
     if mask is None:
         mask = context.new_zeros(count, 1, 1, length)
+    elif mask.dtype == torch.bool:
+        mask = added(mask)
     if negative_mask is None:
         seen = context.new_zeros(count, 1, 1, own)
     else:
-        negative_mask = negative_mask.bool().expand(count, -1)[:, None, None]
-        seen = torch.zeros_like(negative_mask, dtype=context.dtype).masked_fill(~negative_mask, hidden)
+        seen = added(negative_mask.bool().expand(count, -1)[:, None, None])
     mask = F.pad(mask, (0, wide - length), value=hidden)
     seen = F.pad(seen, (0, wide - own), value=hidden).expand(-1, *mask.shape[1:3], -1)
     both = [F.pad(x, (0, 0, 0, wide - x.shape[1])) for x in (context, negative)]
@@ -305,17 +340,14 @@ def _both(
 
 def _projections(attn: Attention, hidden: Tensor, context: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Q (B, H, L, D) of ``hidden``, K and V of ``context`` (the same where ``own``), through fused weights if those
-    are there and still what they were made of."""
-    if not own and attn.norm_cross:
-        context = attn.norm_encoder_hidden_states(context)
-    fused = fused_projection(attn)
-    if fused is not None and own:
+    are there, for this use, and still what they were made of."""
+    fused = None if own == attn.is_cross_attention else fused_projection(attn)
+    if fused is None:
+        query, key, value = attn.to_q(hidden), attn.to_k(context), attn.to_v(context)
+    elif own:
         query, key, value = F.linear(hidden, *fused).chunk(3, -1)
     else:
-        query = attn.to_q(hidden)
-        key, value = (
-            (attn.to_k(context), attn.to_v(context)) if fused is None else F.linear(context, *fused).chunk(2, -1)
-        )
+        query, (key, value) = attn.to_q(hidden), F.linear(context, *fused).chunk(2, -1)
     query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
     if attn.norm_q is not None:
         query = attn.norm_q(query)
@@ -336,9 +368,11 @@ def _parts(attn: nn.Module) -> list[nn.Module]:
 def fuse(network: nn.Module) -> dict[str, str]:
     """Q, K and V of self-attention as one product, K and V of cross-attention too; gives what is left, with the reason.
 
-    The fused weights are buffers outside of the state dict, so that saving writes what it always wrote (diffusers' own
-    ``fuse_qkv_projections`` writes them beside the others).  Where a LoRA is injected later, or weights change, the
-    module goes back to its separate projections by itself.
+    The separate weights become views of the fused ones, so whatever changes the former in place (an optimizer, a LoRA
+    merged into them) changes the latter, and no memory is spent.  The fused ones are outside of the state dict, so that
+    saving writes what it always wrote (diffusers' own ``fuse_qkv_projections`` writes them beside the others).  Where
+    a LoRA is injected later, or weights are replaced or moved, the module goes back to its separate projections by
+    itself; compiled code notices the LoRA alone.
     """
     left = {}
     install(network, "fused")
@@ -346,35 +380,60 @@ def fuse(network: nn.Module) -> dict[str, str]:
         if not (isinstance(attn, Attention) and isinstance(attn.processor, AttentionProcessor)):
             continue
         parts = _parts(attn)
-        odd = next((type(part).__name__ for part in parts if type(part) is not nn.Linear), None)
+        odd = next((type(part) for part in parts if type(part) is not nn.Linear), None)
         if odd is not None:
-            left[name] = f"its projections are {odd}, not Linear; fuse a LoRA into the weights first"
+            kind = f"{odd.__module__.split('.')[0]}'s {odd.__name__}"
+            left[name] = f"its projections are {kind}, not torch's Linear; fuse a LoRA into the weights first"
             continue
-        weight = torch.cat([part.weight.detach() for part in parts])
-        bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
-        attn.register_buffer("_fused_weight", weight, persistent=False)
-        attn.register_buffer("_fused_bias", bias, persistent=False)
-        attn._fused_of = _versions(parts)
+        for buffer, own in zip(_FUSED, ("weight", "bias"), strict=True):
+            attn.register_buffer(buffer, _joined([getattr(part, own) for part in parts]), persistent=False)
     return left
 
 
 def unfuse(network: nn.Module) -> None:
     """Undo :func:`fuse`."""
     for attn in modules_of(network):
-        if hasattr(attn, "_fused_of"):
-            for name in (*_FUSED, "_fused_of"):
+        if hasattr(attn, "_fused_weight"):
+            for parameter in (p for part in _parts(attn) for p in part.parameters()):
+                parameter.data = parameter.data.clone()  # a tensor of its own again
+            for name in _FUSED:
                 delattr(attn, name)
     release(network, "fused")
 
 
-def _versions(parts: list[nn.Module]) -> tuple:
-    return tuple((type(part), part.weight._version) for part in parts)
+def _joined(parts: list[nn.Parameter | None]) -> Tensor | None:
+    """One tensor of which the parameters are views from now on."""
+    if parts[0] is None:
+        return None
+    whole = torch.cat([part.detach() for part in parts])
+    for part, own in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = own
+    return whole
+
+
+def _are_views(parts: list[nn.Parameter | None], whole: Tensor | None) -> bool:
+    """Whether the parameters, one after the other, still are ``whole``."""
+    if whole is None:
+        return all(part is None for part in parts)
+    place = whole.data_ptr()
+    for part in parts:
+        if part is None or part.data_ptr() != place:
+            return False
+        place += part.nbytes
+    return True
 
 
 def fused_projection(attn: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """The fused weight and bias, None where there are none or they are not of the weights as they are now."""
-    if not hasattr(attn, "_fused_of"):
+    """The fused weight and bias; None where there are none, they are no longer the weights, or the weights train."""
+    if not hasattr(attn, "_fused_weight"):
         return None
-    if not torch.compiler.is_compiling() and attn._fused_of != _versions(_parts(attn)):
+    parts, fused = _parts(attn), (attn._fused_weight, attn._fused_bias)
+    if any(type(part) is not nn.Linear for part in parts):
         return None
-    return attn._fused_weight, attn._fused_bias
+    if torch.is_grad_enabled() and any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        return None
+    if not torch.compiler.is_compiling():  # which knows no addresses
+        weights, biases = ([getattr(part, own) for part in parts] for own in ("weight", "bias"))
+        if not (_are_views(weights, fused[0]) and _are_views(biases, fused[1])):
+            return None
+    return fused

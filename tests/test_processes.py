@@ -126,7 +126,8 @@ def raw_config(row: dict, root: Path, batch: int) -> dict:
         "roles": row["roles"],
         "sampler": row.get("sampler", {}),
         # a large eps: AdamW would else turn the rounding of gradients that are zero (a key's bias) into whole steps
-        "optimizer": {"student": {"lr": 1e-3, "eps": 1e-2}, "fake_score": {"lr": 1e-3, "eps": 1e-2}},
+        # so large an eps that a gradient that is nothing but rounding moves nothing
+        "optimizer": {role: {"lr": 1e-3, "eps": 1e-2} for role in ("student", "fake_score", "discriminator")},
         "train": {
             "updates": UPDATES,
             "batch_size": batch,
@@ -228,8 +229,10 @@ def test_gradients_are_the_single_process_ones(results, name):
     for rank in ranks:
         assert rank["gradients"].keys() == gradients.keys()
         for key, expected in gradients.items():
-            assert expected.abs().max() > 1e-4, key
-            torch.testing.assert_close(rank["gradients"][key], expected, rtol=0, atol=1e-6, msg=key)
+            largest = expected.abs().max().item()
+            assert largest > 1e-4, key
+            rounding = 1e-6 + 2e-5 * largest  # float32 sums in another order; how much of it depends on the processor
+            torch.testing.assert_close(rank["gradients"][key], expected, rtol=0, atol=rounding, msg=key)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from stepdistill.trainers.grids import save_grid
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -324,10 +325,11 @@ class Trainer(abc.ABC):
         """
         asked, device = self.config.train.attention, self.family.device
         dtype = self.roles.autocast_dtype or torch.float32
-        attention.require(asked, "train.attention", device, dtype, gradients=True)
+        attention.require(asked, "train.attention", device, dtype, gradients=True, networks=self.roles.networks())
         self.attention = asked
         if asked == attention.AUTO:
             self.attention, _ = attention.fastest(self.roles.student.network, device, dtype, gradients=True)
+            (self.attention,) = broadcast_object_list([self.attention])  # timings differ, processes must not
         for network in self.roles.networks():
             attention.set_backend(network, self.attention)
 

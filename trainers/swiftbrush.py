@@ -131,7 +131,10 @@ class SwiftBrush(ScoreTrainer):
         if self.settings.negatives is not None:
             prompts = read_prompts(self.settings.negatives.prompts, "swiftbrush.negatives.prompts")
             self.negatives = ConditionSource(self.family, prompts, self.config.seed)
-            attention.install(self.roles.student.network, "negative")
+            kept = attention.install(self.roles.student.network, "negative")
+            if kept:
+                name, reason = next(iter(kept.items()))
+                raise UserError(f"swiftbrush.negatives: the teacher's {name} {reason}; remove the section")
 
     def next_batch(self) -> Batch:
         batch = super().next_batch()

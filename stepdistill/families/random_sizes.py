@@ -110,6 +110,8 @@ def _tokenizer() -> CLIPTokenizer:
 class RandomStableDiffusion(StableDiffusionFamily):
     """A UNet of :data:`RANDOM_SIZES` with random text embeddings, no VAE and no text encoder: for benchmarks alone."""
 
+    takes_negatives = False
+
     def __init__(self, size: str):
         config = RANDOM_SIZES[size]
         self.network = UNet2DConditionModel(**config).requires_grad_(False).eval()

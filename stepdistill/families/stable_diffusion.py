@@ -39,6 +39,22 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
     return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
 
 
+def read_tiny_vae(path: str, key: str) -> AutoencoderTiny:
+    """The frozen AutoencoderTiny (TAESD) of a folder or hub id; ``key`` is the config's, for errors.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        vae, found = AutoencoderTiny.from_pretrained(path, output_loading_info=True)
+        if found["missing_keys"]:  # diffusers would fill them with random numbers
+            raise ValueError("its weights are of another model")
+        return vae.requires_grad_(False).eval()
+    except Exception as error:  # diffusers raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key} = {path}: no AutoencoderTiny can be loaded from it: {reason}") from None
+
+
 @torch.no_grad()
 def encode_prompts(tokenizer, text_encoder: nn.Module, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Last hidden states (B, tokens, width), as the stock pipeline makes them, and which tokens are no padding."""
@@ -203,11 +219,7 @@ class StableDiffusionFamily(Family):
         """The VAE's decoder, or an AutoencoderTiny (TAESD) at ``path``, which takes the scaled latents as they are."""
         vae = self.vae
         if path is not None:
-            try:
-                vae = AutoencoderTiny.from_pretrained(path).requires_grad_(False).eval().to(self.device)
-            except Exception as error:  # diffusers raises many kinds
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"decoder = {path}: no AutoencoderTiny can be loaded from it: {reason}") from None
+            vae = read_tiny_vae(path, "decoder").to(self.device)
         factor = vae.config.scaling_factor
         return lambda samples: vae.decode(samples.to(vae.device, vae.dtype) / factor).sample.float()
 
