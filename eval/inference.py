@@ -25,10 +25,9 @@ from stepdistill.attention import (
     BACKENDS,
     AttentionProcessor,
     attend,
-    head_dim_of,
     modules_of,
     negative_away,
-    why_not,
+    why_not_heads,
 )
 from stepdistill.errors import UserError
 from stepdistill.families.random_sizes import PIPELINE_SIZES, random_pipeline
@@ -98,14 +97,13 @@ class Inference:
         return rows
 
     def _backends(self) -> list[str]:
-        network = self.student.denoiser
-        place = (self.student.device, network.dtype, max((head_dim_of(m) for m in modules_of(network)), default=64))
+        place = (self.student.device, self.student.denoiser.dtype, [self.student.denoiser], False)
         if ALL in self.attention:
-            return [name for name in BACKENDS if not name.endswith("_hub") and why_not(name, *place) is None]
+            return [name for name in BACKENDS if not name.endswith("_hub") and why_not_heads(name, *place) is None]
         for name in self.attention:
             if name not in BACKENDS:
                 raise UserError(f"--attention {name}: use all, or one of {', '.join(sorted(BACKENDS))}")
-            if (reason := why_not(name, *place)) is not None:
+            if (reason := why_not_heads(name, *place)) is not None:
                 raise UserError(f"--attention {name}: it does not run on this {place[0].type} ({reason})")
         return list(self.attention)
 

@@ -92,12 +92,12 @@ def require(
         return
     if backend not in BACKENDS:
         raise UserError(f"{key} = {backend}: use auto, or one of diffusers' backends: {', '.join(sorted(BACKENDS))}")
-    reason = _why_not_heads(backend, device, dtype, networks, gradients)
+    reason = why_not_heads(backend, device, dtype, networks, gradients)
     if reason is not None:
         raise UserError(f"{key} = {backend}: it does not run on this {torch.device(device).type} ({reason}); use auto")
 
 
-def _why_not_heads(
+def why_not_heads(
     backend: str, device: torch.device | str, dtype: torch.dtype, networks: Iterable[nn.Module], gradients: bool
 ) -> str | None:
     """:func:`why_not` on every width of head that ``networks`` have: kernels differ in those that they take."""
@@ -124,7 +124,7 @@ def fastest(
     heads, head_dim = max(widths, key=lambda width: width[0] * width[1], default=(8, 64))
     times, reasons = {}, {}
     for backend in (NATIVE, *FASTEST_OF):
-        reason = None if backend == NATIVE else _why_not_heads(backend, device, dtype, [network], gradients)
+        reason = None if backend == NATIVE else why_not_heads(backend, device, dtype, [network], gradients)
         if reason is None:
             times[backend] = _seconds(backend, device, dtype, heads, head_dim)
         else:
