@@ -271,7 +271,7 @@ class PSO(DirectTrainer):
         winner, loser = (self._pictures([self.pairs.order[i][side] for i in index]) for side in (0, 1))
         items = [] if self.family.condition_kind == "none" else [self.pairs.labels[i] for i in index]
         condition = self.family.encode_conditions(items) if items else {}
-        return PairBatch(condition, self.noise.randn_like(winner), items, winner, tuple(index), loser)
+        return PairBatch(condition, self.noise.randn_like(winner), items, winner, tuple(index), loser=loser)
 
     def _pictures(self, which: list[tuple[int, int]]) -> Tensor:
         """Samples (B, C, H, W), each named by its set and index."""
