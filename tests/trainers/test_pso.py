@@ -140,9 +140,11 @@ def outputs(denoiser, label=1):
 @pytest.mark.parametrize("over_steps", ["step", "sum"])
 def test_at_first_the_student_is_the_reference_and_has_something_to_learn(teacher, tmp_path, weights, over_steps):
     trainer = trainer_of(teacher, tmp_path, roles={"weights": weights}, pso={"over_steps": over_steps})
-    assert torch.equal(outputs(trainer.roles.student), outputs(trainer.roles.teacher))
+    student, reference = outputs(trainer.roles.student), outputs(trainer.roles.teacher)
+    rounding = 0 if weights == "shared" else 1e-6  # a copy lies elsewhere in memory, and some processors' sums see that
+    torch.testing.assert_close(student, reference, rtol=0, atol=rounding)
     loss, found = gradients(trainer, trainer.next_batch())
-    assert loss.item() == torch.tensor(math.log(2)).item()
+    assert loss.item() == pytest.approx(math.log(2), abs=rounding or 1e-7)
     assert max(g.abs().max() for g in found) > 1e-4
     assert not torch.equal(outputs(trainer.roles.teacher), outputs(trainer.roles.teacher, label=2))
 
