@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill import assets
 from stepdistill.errors import UserError
-from stepdistill.matching import MatchingNetwork, is_matching
+from stepdistill.matching import CalibratedFeatures, MatchingNetwork, is_matching
 from stepdistill.plugins import import_attribute
 
 SMALLEST, LARGEST = 16, 64
@@ -83,7 +83,7 @@ def _convolution(inside: int, outside: int, stride: int) -> nn.Sequential:
     )
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(CalibratedFeatures):
     """A small classifier of 16x16 to 64x64 pictures; its penultimate layer is the feature.
 
     The feature is linear (no ReLU before it, so it is dense and roughly Gaussian); the classifier reads it
@@ -137,24 +137,9 @@ class FeatureNetwork(nn.Module):
             )
         return self.feature(self.backbone(unit_pixels(images) * 2 - 1))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features (B, num_features), float32, of uint8 0..255 or float [0, 1] pictures (B, C, H, W).
-
-        Raises:
-            UserError: pictures of other channels or sides.
-        """
-        return (self.raw_feature(images) - self.center) * self.scale
-
     def logits(self, images: Tensor) -> Tensor:
         """Class scores (B, num_labels) of pictures as in :meth:`forward`."""
         return self.classifier(nn.functional.silu(self.raw_feature(images)))
-
-    @torch.inference_mode()
-    def calibrate(self, images: Tensor, batch_size: int = 500) -> None:
-        """Make the mean of the features of these pictures (N, C, H, W) 0, and their mean variance 1."""
-        raw = torch.cat([self.raw_feature(batch) for batch in images.split(batch_size)]).double()
-        self.center.copy_(raw.mean(0))
-        self.scale.copy_(raw.var(0).mean().rsqrt())
 
     def fingerprint(self) -> str:
         """SHA-256 of the architecture and the weights."""

@@ -34,7 +34,27 @@ def is_matching(path: str | Path) -> bool:
         return False
 
 
-class MatchingNetwork(nn.Module):
+class CalibratedFeatures(nn.Module):
+    """A network whose ``raw_feature`` (B, F) is centred and scaled by one number, ``center`` (F,)
+    and ``scale``."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, F), float32, of uint8 0..255 or float [0, 1] pictures (B, C, H, W).
+
+        Raises:
+            UserError: pictures of other channels or sides.
+        """
+        return (self.raw_feature(images) - self.center) * self.scale
+
+    @torch.inference_mode()
+    def calibrate(self, images: Tensor, batch_size: int = 500) -> None:
+        """Make the mean of the features of these pictures (N, C, H, W) 0, and their mean variance 1."""
+        raw = torch.cat([self.raw_feature(batch) for batch in images.split(batch_size)]).double()
+        self.center.copy_(raw.mean(0))
+        self.scale.copy_(raw.var(0).mean().rsqrt())
+
+
+class MatchingNetwork(CalibratedFeatures):
     """Pictures (B, 3, S, S) and captions to unit vectors of the same space.
 
     The picture's feature (B, F), before its embedding, is what distances are measured in: linear, centred and scaled by
@@ -93,10 +113,6 @@ class MatchingNetwork(nn.Module):
         unit = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         return self.feature(self.backbone(unit * 2 - 1))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features (B, F), float32."""
-        return (self.raw_feature(images) - self.center) * self.scale
-
     def encode_image(self, images: Tensor) -> Tensor:
         """Embeddings (B, E) of pictures."""
         return self.picture(nn.functional.silu(self.raw_feature(images)))
@@ -120,13 +136,6 @@ class MatchingNetwork(nn.Module):
             nn.functional.normalize(x, dim=-1) for x in (self.encode_image(images), self.encode_text(tokens))
         )
         return self.log_scale.clamp(max=4.6).exp() * picture @ caption.T
-
-    @torch.inference_mode()
-    def calibrate(self, images: Tensor, batch_size: int = 500) -> None:
-        """Make the mean of the features of these pictures (N, 3, S, S) 0, and their mean variance 1."""
-        raw = torch.cat([self.raw_feature(batch) for batch in images.split(batch_size)]).double()
-        self.center.copy_(raw.mean(0))
-        self.scale.copy_(raw.var(0).mean().rsqrt())
 
     def scorer(self, device: str | torch.device = "cpu") -> ClipScorer:
         """As what ``clip`` settings and losses take."""

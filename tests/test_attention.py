@@ -702,12 +702,17 @@ def test_requires_error_is_one_line(backend, says):
     assert "\n" not in str(caught.value)
 
 
-def test_require_lets_pass_what_runs(monkeypatch):
+def test_require_tries_what_is_named_and_never_auto_or_native(monkeypatch):
+    asked, own = [], attention.why_not
+    monkeypatch.setattr(
+        attention, "why_not", lambda name, *given, **more: asked.append(name) or own(name, *given, **more)
+    )
     for backend in ("auto", "native", "_native_math", "_native_flash"):
         attention.require(backend, "attention", torch.device("cpu"), torch.float32, True, [condition_unet()])
+    assert set(asked) == {"_native_math", "_native_flash"}
     monkeypatch.setattr(attention, "why_not", lambda *given, **more: "nothing runs")
-    for backend in ("auto", "native"):  # never in question, so never tried
-        attention.require(backend, "attention", "cpu", torch.float32, True)
+    with pytest.raises(UserError, match="nothing runs"):
+        attention.require("_native_math", "attention", "cpu", torch.float32, True)
 
 
 def heads_unet() -> UNet2DConditionModel:

@@ -378,7 +378,12 @@ def test_settings_that_do_not_go_together(own, says, root):
 
 
 def test_without_guidance_a_range_will_do(root):
-    make_job(raw(root, "unused", swiftbrush={"guidance_scale": 1.0, "guidance_range": [0.5, 4.0]}))
+    own = {"guidance_scale": 1.0, "guidance_range": [0.5, 4.0]}
+    settings = make_job(raw(root, "unused", swiftbrush=own)).settings
+    assert settings.negatives is not None
+    assert (settings.guidance_scale, settings.guidance_range) == (1.0, (0.5, 4.0))
+    with pytest.raises(UserError, match="through its guidance"):
+        make_job(raw(root, "unused", swiftbrush={**own, "guidance_range": None}))
 
 
 def test_teachers_of_labels_and_pixels_are_refused(root):
