@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill.config import Section
-from stepdistill.data import ImageSet, Order, read_idx, read_npz
+from stepdistill.data import ImageSet, Order, mirrored, read_idx, read_npz, write_npz
 from stepdistill.errors import UserError
 
 from .distances import make_reference, pixels_uint8
@@ -68,6 +68,7 @@ class FeatureConfig(Section):
     lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW (one cycle)")
     weight_decay: float = Field(0.01, ge=0)
     shift: int = Field(1, ge=0, description="random shift of training pictures, pixels each way")
+    mirror: bool = Field(False, description="mirror half of the training pictures, left to right")
     label_smoothing: float = Field(0.05, ge=0, lt=1)
     kid_features: int = Field(5000, ge=2, description="features kept for the kernel distance")
     packed_images: int = Field(6000, ge=1, description="pictures in images.npz, the same number of each label")
@@ -146,7 +147,8 @@ def _fit(network: FeatureNetwork, pixels: Tensor, labels: Tensor, config: Featur
     bar = tqdm(range(steps), desc="features", unit="step")
     for step in bar:
         index = order.indices(step * config.batch_size, config.batch_size)
-        logits = network.logits(_shifted(pixels[index], config.shift, generator))
+        x0 = mirrored(pixels[index], generator) if config.mirror else pixels[index]
+        logits = network.logits(_shifted(x0, config.shift, generator))
         loss = nn.functional.cross_entropy(logits, labels[index], label_smoothing=config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
@@ -178,15 +180,7 @@ def pack_images(images: ImageSet, count: int, seed: int, path: str | Path) -> Pa
     """A class-balanced subset as a compressed ``.npz``: ``images`` uint8 (N, H, W[, C]), ``labels`` int64 (N,)."""
     index = balanced_subset(images.labels, count, seed)
     pixels = pixels_uint8(images.batch(index)).permute(0, 2, 3, 1).numpy()
-    if pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, images=pixels, labels=np.asarray(images.labels)[index].astype(np.int64))
-    temporary.replace(path)
-    return path
+    return write_npz(path, pixels, np.asarray(images.labels)[index])
 
 
 def prepare_assets(config: FeatureConfig, device: str = "cpu") -> dict[str, Path]:

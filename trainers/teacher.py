@@ -7,6 +7,7 @@ average, saves, resuming) is that of ``text_teacher`` too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill.config import Section
-from stepdistill.data import Order, read_idx, read_npz
+from stepdistill.data import Order, mirrored, read_idx, read_npz
 from stepdistill.errors import UserError
 from stepdistill.families.unet2d import UNet2DFamily, build_teacher_network
 
@@ -33,6 +34,7 @@ class TeacherData(Section):
     npz: str | None = Field(None, description="an .npz with 'images' and 'labels'")
     num_labels: int = Field(10, ge=1)
     label_names: list[str] | None = Field(None, description="kept in the UNet's config, for pictures")
+    mirror: bool = Field(False, description="mirror half of the pictures, left to right")
 
 
 class TeacherNetwork(Section):
@@ -75,6 +77,7 @@ class TeacherConfig(LoopSettings):
     data: TeacherData = TeacherData()
     network: TeacherNetwork = TeacherNetwork()
     label_dropout: float = Field(0.1, ge=0, le=1)
+    bf16: bool = Field(False, description="autocast to bfloat16 in training")
 
 
 def teacher_scheduler() -> DDIMScheduler:
@@ -88,6 +91,11 @@ def teacher_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=True,
     )
+
+
+def autocast(bf16: bool, device: str) -> contextlib.AbstractContextManager:
+    """Of a training's forward passes."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 def _learning_rate(config: LoopSettings, step: int) -> float:
@@ -169,14 +177,16 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
 
     def loss_at(step: int) -> Tensor:
         index = order.indices(step * config.batch_size, config.batch_size)
-        x0, label = pixels[index].to(device), labels[index].to(device)
+        x0, label = pixels[index], labels[index].to(device)
+        x0 = (mirrored(x0, generator) if data.mirror else x0).to(device)
         dropped = torch.rand(len(index), generator=generator) < config.label_dropout
         label = torch.where(dropped.to(device), family.null_label, label)
         eps = torch.randn(x0.shape, generator=generator).to(device)
         t = torch.randint(family.schedule.num_levels, (len(index),), generator=generator).to(device)
         x_t = family.schedule.add_noise(x0, eps, t)
-        output = family.forward(network, x_t, t, {"label": label})
-        return (output - family.schedule.target(x0, eps, family.kind, x_t, t)).square().mean()
+        with autocast(config.bf16, device):
+            output = family.forward(network, x_t, t, {"label": label})
+        return (output.float() - family.schedule.target(x0, eps, family.kind, x_t, t)).square().mean()
 
     fit(network, loss_at, config, Path(f"{config.output}.partial"), generator, "teacher")
     network.register_to_config(

@@ -10,7 +10,6 @@ What a stopped training goes on from is in ``OUTPUT.work``: the VAE once it is d
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import random
@@ -20,23 +19,23 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.models.attention_processor import AttnProcessor
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from stepdistill.captioned import Entry, read_pictures, training_caption
 from stepdistill.config import Section
 from stepdistill.data import Order
 from stepdistill.errors import UserError
+from stepdistill.families import small
 from stepdistill.families.stable_diffusion import StableDiffusionFamily, encode_prompts
 from stepdistill.schedule import Schedule
 
 from .grids import save_grid
-from .teacher import LoopSettings, fit, teacher_scheduler
+from .teacher import LoopSettings, autocast, fit, teacher_scheduler
 
 
 def _multiples(key: str, channels: list[int], of: int) -> None:
@@ -123,80 +122,15 @@ class TextTeacherConfig(Section):
 
 
 def text_teacher_scheduler() -> DDIMScheduler:
-    """The other teachers' scheduler with the steps_offset that StableDiffusionPipeline insists on; trailing steps do
+    """The other teachers' scheduler with the steps_offset that the stock pipeline insists on; trailing steps do
     not use it."""
     return DDIMScheduler.from_config(teacher_scheduler().config, steps_offset=1)
-
-
-# -- parts -------------------------------------------------------------------------------------------------
-
-
-def build_tokenizer(texts: list[str], vocabulary: int, max_tokens: int) -> CLIPTokenizer:
-    """A CLIPTokenizer whose merges are learned on ``texts``; every byte is a token, so nothing is unknown."""
-    clip = CLIPTokenizer().backend_tokenizer
-    learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learned.normalizer, learned.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 2, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
-    )
-    learned.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]][: vocabulary - 514]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=max_tokens)
-
-
-def build_vae(settings: VAESettings, size: int) -> AutoencoderKL:
-    levels = len(settings.block_channels)
-    return AutoencoderKL(
-        sample_size=size,
-        latent_channels=settings.latent_channels,
-        block_out_channels=tuple(settings.block_channels),
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=settings.layers_per_block,
-        norm_num_groups=8,
-    )
-
-
-def build_text_encoder(settings: TextSettings, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.width,
-            intermediate_size=4 * settings.width,
-            projection_dim=settings.width,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            max_position_embeddings=settings.max_tokens,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def build_unet(settings: DenoiserSettings, latent_channels: int, size: int, text_width: int) -> UNet2DConditionModel:
-    """A UNet on (latent_channels, size, size); diffusers' ``attention_head_dim`` is the number of heads."""
-    return UNet2DConditionModel(
-        sample_size=size,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        block_out_channels=tuple(settings.block_channels),
-        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in settings.attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(settings.attention)),
-        layers_per_block=settings.layers_per_block,
-        cross_attention_dim=text_width,
-        attention_head_dim=settings.heads,
-        norm_num_groups=16,
-    )
 
 
 # -- the VAE -----------------------------------------------------------------------------------------------
 
 
-def vae_loss(vae: AutoencoderKL, x0: Tensor, settings: VAESettings, generator: torch.Generator) -> Tensor:
+def vae_loss(vae: ModelMixin, x0: Tensor, settings: VAESettings, generator: torch.Generator) -> Tensor:
     """Mean absolute and squared error of pixels (B, 3, H, W), absolute error of their differences, and the KL's mean
     over latents."""
     posterior = vae.encode(x0).latent_dist
@@ -209,13 +143,13 @@ def vae_loss(vae: AutoencoderKL, x0: Tensor, settings: VAESettings, generator: t
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
+def encode_all(vae: ModelMixin, pixels: Tensor, batch_size: int = 64) -> Tensor:
     """The posterior's means of pixels (N, 3, H, W)."""
     return torch.cat([vae.encode(chunk.to(vae.device)).latent_dist.mean.cpu() for chunk in pixels.split(batch_size)])
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> float:
+def reconstruction_psnr(vae: ModelMixin, pixels: Tensor, batch_size: int = 64) -> float:
     """Mean PSNR in dB over pictures (N, 3, H, W) in [-1, 1], through the posterior's mean."""
     values = []
     for chunk in pixels.split(batch_size):
@@ -226,7 +160,7 @@ def reconstruction_psnr(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 64
 
 
 @torch.no_grad()
-def standardise_latents(vae: AutoencoderKL, pixels: Tensor) -> None:
+def standardise_latents(vae: ModelMixin, pixels: Tensor) -> None:
     """Give each latent channel mean 0 and variance 1 over ``pixels`` by changing the two 1x1 convolutions beside the
     latents: what is decoded stays the same, and ``scaling_factor`` is 1."""
     latents = encode_all(vae, pixels)
@@ -241,20 +175,21 @@ def standardise_latents(vae: AutoencoderKL, pixels: Tensor) -> None:
     vae.register_to_config(scaling_factor=1.0)
 
 
-def train_vae(config: TextTeacherConfig, pixels: Tensor, held_out: Tensor, device: str) -> AutoencoderKL:
+def train_vae(config: TextTeacherConfig, pixels: Tensor, held_out: Tensor, device: str) -> ModelMixin:
     """Train the VAE on pixels (N, 3, H, W), standardise its latents, keep it in ``OUTPUT.work/vae``; loads it from
     there if it is done already."""
     work, settings = Path(f"{config.output}.work"), config.vae
     if (work / "vae").is_dir():
-        return AutoencoderKL.from_pretrained(work / "vae").requires_grad_(False).eval().to(device)
+        return small.load_vae(work / "vae").to(device)
     torch.manual_seed(config.seed)
-    vae = build_vae(settings, pixels.shape[-1]).to(device)
+    shape = settings.block_channels, settings.layers_per_block, settings.latent_channels, pixels.shape[-1]
+    vae = small.build_vae(*shape).to(device)
     generator = torch.Generator().manual_seed(config.seed)
     order = Order(len(pixels), config.seed)
 
     def loss_at(step: int) -> Tensor:
         x0 = pixels[order.indices(step * settings.batch_size, settings.batch_size)].to(device)
-        with _autocast(config, device):
+        with autocast(config.bf16, device):
             return vae_loss(vae, x0, settings, generator)
 
     def show(step: int, ema: dict[str, Tensor]) -> None:
@@ -273,16 +208,12 @@ def train_vae(config: TextTeacherConfig, pixels: Tensor, held_out: Tensor, devic
 
 
 @torch.no_grad()
-def _show_reconstructions(vae: AutoencoderKL, pixels: Tensor, path: Path) -> None:
+def _show_reconstructions(vae: ModelMixin, pixels: Tensor, path: Path) -> None:
     """Rows of pictures, each followed by the row of its reconstructions."""
     rows = []
     for x0 in pixels[:60].split(20):
         rows += [x0, vae.decode(vae.encode(x0.to(vae.device)).latent_dist.mean).sample.cpu()]
     save_grid(torch.cat(rows), path, columns=min(20, len(pixels)))
-
-
-def _autocast(config: TextTeacherConfig, device: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(torch.device(device).type, torch.bfloat16) if config.bf16 else contextlib.nullcontext()
 
 
 # -- the denoiser ------------------------------------------------------------------------------------------
@@ -310,8 +241,12 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
     tokenizer = _tokenizer(config, entries)
     del pixels, images
     torch.manual_seed(config.seed + 1)
-    text_encoder = build_text_encoder(config.text, tokenizer).to(device)
-    unet = build_unet(config.denoiser, latents.shape[1], latents.shape[-1], config.text.width).to(device)
+    text, net = config.text, config.denoiser
+    text_encoder = small.build_text_encoder(tokenizer, text.width, text.layers, text.heads).to(device)
+    shape = tuple(latents.shape[1:])
+    unet = small.build_unet(net.block_channels, net.attention, net.layers_per_block, net.heads, shape, text.width).to(
+        device
+    )
     family = StableDiffusionFamily(unet, text_teacher_scheduler(), vae, text_encoder, tokenizer)
     steps = _train_denoiser(config, family, latents, known, device)
     unet.register_to_config(
@@ -326,7 +261,7 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
     return _save(family.to("cpu").pipeline(unet, family.scheduler), config)
 
 
-def _save(pipeline: StableDiffusionPipeline, config: TextTeacherConfig) -> Path:
+def _save(pipeline: DiffusionPipeline, config: TextTeacherConfig) -> Path:
     """Write the folder.  transformers loads a model in the dtype that its config names, diffusers in float32: the text
     encoder's config says float32, whatever is stored, so that all parts load alike."""
     path = Path(config.output)
@@ -337,7 +272,7 @@ def _save(pipeline: StableDiffusionPipeline, config: TextTeacherConfig) -> Path:
     return path
 
 
-def _latents(config: TextTeacherConfig, vae: AutoencoderKL, pixels: Tensor, held_out: Tensor) -> tuple[Tensor, float]:
+def _latents(config: TextTeacherConfig, vae: ModelMixin, pixels: Tensor, held_out: Tensor) -> tuple[Tensor, float]:
     """Latents of the training pictures and the held-out PSNR, kept in ``OUTPUT.work``."""
     file = Path(f"{config.output}.work") / "latents.safetensors"
     if not file.is_file():
@@ -351,17 +286,17 @@ def _latents(config: TextTeacherConfig, vae: AutoencoderKL, pixels: Tensor, held
     return found["latents"], found["psnr"].item()
 
 
-def _tokenizer(config: TextTeacherConfig, entries: list[Entry]) -> CLIPTokenizer:
+def _tokenizer(config: TextTeacherConfig, entries: list[Entry]) -> PreTrainedTokenizerBase:
     """The one in ``OUTPUT.work``, or a new one of the captions and keywords, held-out ones too."""
     folder = Path(f"{config.output}.work") / "tokenizer"
     if folder.is_dir():
-        return CLIPTokenizer.from_pretrained(folder)
+        return small.load_tokenizer(folder)
     texts = [text for entry in entries for text in (entry.caption, *entry.keywords)]
-    tokenizer = build_tokenizer(texts, config.text.vocabulary, config.text.max_tokens)
+    tokenizer = small.build_tokenizer(texts, config.text.vocabulary, config.text.max_tokens)
     unfinished = folder.with_suffix(".unfinished")
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)
-    return CLIPTokenizer.from_pretrained(folder)
+    return small.load_tokenizer(folder)
 
 
 def loss_weight(schedule: Schedule, t: Tensor, cap: float) -> Tensor:
@@ -391,7 +326,7 @@ def _train_denoiser(
         share = torch.rand(len(index), generator=generator) ** (1 / settings.noise_bias)
         t = (family.schedule.num_levels * share).long().clamp(max=family.schedule.num_levels - 1).to(device)
         x_t = family.schedule.add_noise(x0, eps, t)
-        with _autocast(config, device):
+        with autocast(config.bf16, device):
             text = encode_prompts(family.tokenizer, family.text_encoder, captions)[0]
             output = family.forward(family.network, x_t, t, {"text": text})
         error = (output.float() - family.schedule.target(x0, eps, family.kind, x_t, t)).square().mean(dim=(1, 2, 3))
@@ -410,16 +345,10 @@ def _train_denoiser(
 def _show_samples(config: TextTeacherConfig, family: StableDiffusionFamily, both: nn.ModuleDict, path: Path) -> None:
     """The configured prompts, drawn by the stock pipeline from fixed noise."""
     settings, prompts = config.samples, config.samples.prompts
-    pipeline = StableDiffusionPipeline(
-        vae=family.vae,
-        text_encoder=both["text_encoder"],
-        tokenizer=family.tokenizer,
-        unet=both["unet"],
-        scheduler=text_teacher_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    averaged = StableDiffusionFamily(
+        both["unet"], text_teacher_scheduler(), family.vae, both["text_encoder"], family.tokenizer
     )
+    pipeline = averaged.pipeline(averaged.network, averaged.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(len(prompts), *family.sample_shape, generator=torch.Generator().manual_seed(0))
     pictures = pipeline(

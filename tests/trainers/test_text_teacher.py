@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from stepdistill.trainers import emoji, teacher, text_teacher
-from stepdistill.trainers.text_teacher import TextTeacherConfig, build_tokenizer, build_vae, train_text_teacher
+from stepdistill.trainers.text_teacher import TextTeacherConfig, train_text_teacher
 from transformers import CLIPTokenizer
 
 from stepdistill import captioned
@@ -24,6 +24,7 @@ from stepdistill.captioned import Entry, caption_of, training_caption
 from stepdistill.config import check
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
+from stepdistill.families.small import build_tokenizer, build_vae
 from stepdistill.schedule import from_scheduler
 
 NAMES = ["red heart", "blue heart", "grinning face", "cat face", "up arrow", "clock"]
@@ -209,7 +210,7 @@ def test_the_tokenizer_learns_words_and_survives_saving(tmp_path):
 
 def test_standardised_latents_decode_to_the_same_pictures():
     torch.manual_seed(0)
-    vae = build_vae(text_teacher.VAESettings(block_channels=[8, 8]), 16).eval().requires_grad_(False)
+    vae = build_vae([8, 8], 1, 4, 16).eval().requires_grad_(False)
     vae.quant_conv.bias += torch.linspace(-2, 2, 8)
     pixels = torch.rand(12, 3, 16, 16) * 2 - 1
     before, scale = vae.encode(pixels).latent_dist, vae.config.scaling_factor
