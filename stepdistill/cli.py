@@ -380,11 +380,14 @@ def teacher_emoji(
     icons: Annotated[Path, typer.Option(help="the file that npm pack @iconify/json@2.2.535 writes, or its folder")],
     keywords: Annotated[Path | None, typer.Option(help="that of npm pack emojibase-data@17.0.0, or its folder")] = None,
     output: Annotated[Path, typer.Option(help="the data folder to write")] = Path("data/emoji"),
+    styles: Annotated[str, typer.Option(help="some of noto,blob,firefox,fluent,flat; all by default")] = "",
+    without: Annotated[str, typer.Option(help="leave out names with one of these words: man,woman,person")] = "",
 ) -> None:
     """Draw emoji of five designs with captions: the data of configs/teachers/emoji.yaml."""
     from stepdistill.trainers.emoji import make_emoji
 
-    for name, count in make_emoji(icons, keywords, output).items():
+    some = {"styles": _listed(styles), "without": _listed(without)}
+    for name, count in make_emoji(icons, keywords, output, **some).items():
         print(f"{name:14s} {count}")
     print(f"data {output}")
 
@@ -421,6 +424,11 @@ def teacher_features(
     made = prepare(check(model, raw, str(config)), "cuda" if torch.cuda.is_available() else "cpu")
     for name, path in made.items():
         print(f"{name} {path}")
+
+
+def _listed(text: str) -> list[str]:
+    """The words between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 # -- benchmarks --------------------------------------------------------------------------------------------

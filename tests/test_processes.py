@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from ranks import two_ranks
 
 UPDATES = 2
 ROWS = {
@@ -190,31 +189,8 @@ def results(tmp_path_factory):
     tiny.save_pixels(root / "pixels", "v", labels=3, null=True)
     pixels = np.random.default_rng(0).integers(0, 255, (7, 8, 8), dtype=np.uint8)
     np.savez(root / "images.npz", images=pixels, labels=np.arange(7) % 3)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(root)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    single = {name: train(row, root, batch=4) for name, row in ROWS.items()}
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)[-3000:]
+    with two_ranks(__file__, root, timeout=240):
+        single = {name: train(row, root, batch=4) for name, row in ROWS.items()}
     ranks = {name: [torch.load(root / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in ROWS}
     return ranks, single
 

@@ -80,14 +80,17 @@ def test_shipped_comparisons_are_valid(path):
 
 
 def test_shipped_teacher_configs_are_valid():
-    path = ROOT / "configs/teachers/fashion_mnist.yaml"
-    assert check(TeacherConfig, read_yaml(path), str(path)).data.num_labels == 10
+    for name in ("fashion_mnist", "cifar10", "cifar10_16"):
+        path = ROOT / f"configs/teachers/{name}.yaml"
+        config = check(TeacherConfig, read_yaml(path), str(path))
+        assert len(config.data.label_names) == config.data.num_labels == 10
     path = ROOT / "configs/teachers/emoji.yaml"
     emoji = check(TextTeacherConfig, read_yaml(path), str(path))
     assert emoji.output.startswith("runs/")
     assert emoji.dtype == "float16"
-    path = ROOT / "configs/teachers/fashion_mnist_features.yaml"
-    check(FeatureConfig, read_yaml(path), str(path))
+    for name in ("fashion_mnist", "cifar10_16"):
+        path = ROOT / f"configs/teachers/{name}_features.yaml"
+        check(FeatureConfig, read_yaml(path), str(path))
     path = ROOT / "configs/teachers/emoji_features.yaml"
     assert check(MatchingConfig, read_yaml(path), str(path)).data == emoji.data
 

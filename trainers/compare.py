@@ -131,7 +131,7 @@ def train_one(made: Contestant, settings: CompareSettings) -> None:
     if made.measured:
         _train_measured(made, settings)
     elif isinstance(made.work, MultiStudent):
-        run_students(made.work, made.run.path.exists(), None)
+        run_students(made.work, made.run.path.exists(), None, closing=False)
     elif isinstance(made.work, Recipe):
         train_recipe(made.work, made.work.check_folder(made.run.path.exists()))
     else:

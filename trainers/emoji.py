@@ -130,7 +130,7 @@ def render(svg: str, size: int) -> np.ndarray | None:
     try:
         import resvg_py
     except ImportError:
-        raise UserError("drawing SVG needs the package resvg-py: pip install resvg-py") from None
+        raise UserError("drawing SVG needs the package resvg-py: pip install 'stepdistill[emoji]'") from None
     try:
         png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
     except ValueError:
@@ -141,15 +141,36 @@ def render(svg: str, size: int) -> np.ndarray | None:
     return None if (pixels == 255).all() else pixels
 
 
-def make_emoji(icons: Path, keywords: Path | None, output: Path, size: int = 64) -> dict[str, int]:
+def chosen(name: str, style: str, styles: list[str], without: list[str]) -> bool:
+    """Whether a drawing is of one of ``styles`` (all, if there are none) and has no word of ``without`` in its name."""
+    return (not styles or style in styles) and not set(without) & set(re.split(r"[^a-z0-9]+", name))
+
+
+def make_emoji(
+    icons: Path,
+    keywords: Path | None,
+    output: Path,
+    size: int = 64,
+    styles: list[str] | None = None,
+    without: list[str] | None = None,
+) -> dict[str, int]:
     """Write ``images.npz``, ``captions.json`` and ``prompts.txt`` into ``output``; gives the sizes of the splits.
 
+    Args:
+        styles, without: as :func:`chosen`.
+
     Raises:
-        UserError: a source that is not there or not what it should be, or no resvg-py.
+        UserError: a source that is not there or not what it should be, a style that is none, or no resvg-py.
     """
+    styles, without = styles or [], without or []
+    unknown = [style for style in styles if style not in STYLES.values()]
+    if unknown:
+        raise UserError(f"--styles {unknown[0]}: the styles are {', '.join(STYLES.values())}")
     tags = {} if keywords is None else read_keywords(keywords)
     sets = read_sets(icons)
-    drawings = sorted(icons_of(sets).items())
+    drawings = sorted((pair, svg) for pair, svg in icons_of(sets).items() if chosen(*pair, styles, without))
+    if not drawings:
+        raise UserError("--styles, --without: no picture is left")
     render("<svg xmlns='http://www.w3.org/2000/svg'/>", 1)  # says at once if resvg-py is missing
     pictures, kept = [], []
     for pair, svg in tqdm(drawings, desc="emoji", unit="picture"):
@@ -161,5 +182,6 @@ def make_emoji(icons: Path, keywords: Path | None, output: Path, size: int = 64)
     for (name, style), part in zip(kept, split(kept), strict=True):
         words = [word for word in tags.get(_letters(name), []) if word != name]
         entries.append(Entry(caption_of(name, style), name, style, words, part))
-    write_pictures(output, np.stack(pictures), entries, credits_of(sets))
+    credits = [line for line in credits_of(sets) if not styles or line["style"] in styles]
+    write_pictures(output, np.stack(pictures), entries, credits)
     return {part: sum(e.split == part for e in entries) for part in ("train", "held-out-name", "held-out-pair")}

@@ -257,10 +257,13 @@ def print_recipe(recipe: Recipe) -> None:
 # -- several students --------------------------------------------------------------------------------------
 
 
-def run_students(several: MultiStudent, go_on: bool, only: str | None) -> None:
+def run_students(several: MultiStudent, go_on: bool, only: str | None, closing: bool = True) -> None:
     """The shared stages, then every student that is not finished, then all of them together; or one of these alone.
 
     A student of its own (``only``) may start while others are trained elsewhere.
+
+    Args:
+        closing: evaluate, report and say what to do next when all are there.
     """
     exists = several.check_folder(go_on or only is not None)
     if only not in (None, SHARED) and several.shared is not None and not several.shared.last.finished:
@@ -297,7 +300,8 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None) -> None:
         return
     write_config(several.output, several.config)
     export_students([several.folder(k).student for k in range(count)], router, several.run.student)
-    evaluate_and_report(several.job.config.evaluation.enabled, several.run)
+    if closing:
+        evaluate_and_report(several.job.config.evaluation.enabled, several.run)
 
 
 def _one(work: Job | Recipe, run: RunFolder, title: str, go_on: bool, main_process: bool) -> None:

@@ -1,8 +1,6 @@
 """An evaluation that is stopped and gone on with, and one that two processes share, give one process's numbers."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import two_ranks
 from stepdistill.eval.distances import unit_uint8
 from stepdistill.eval.evaluate import EvaluationSettings, Target, evaluate, samples
 from stepdistill.eval.processes import LAUNCHED, Processes, alone
@@ -159,32 +158,9 @@ def shared(tmp_path_factory, label_folder, student_folder, network_file, referen
         "student": str(student_folder),
     }
     (root / "given.json").write_text(json.dumps(given))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(root)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
     targets = [Target("teacher", label_folder, 2), Target("student", student_folder)]
-    one = evaluate(targets, settings_with(network_file), root / "one.json", keep_samples=root / "kept-by-one")
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in running]
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)[-3000:]
+    with two_ranks(__file__, root, timeout=120):
+        one = evaluate(targets, settings_with(network_file), root / "one.json", keep_samples=root / "kept-by-one")
     return root, one, [json.loads((root / f"said-{rank}.json").read_text()) for rank in range(2)]
 
 

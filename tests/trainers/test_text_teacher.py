@@ -132,6 +132,23 @@ def test_the_command_writes_pictures_captions_and_prompts(sources, drawn, tmp_pa
     assert prompts == [e.caption for e in words if e.split == "train"]
 
 
+def test_styles_and_words_may_be_left_out(sources, drawn, tmp_path):
+    emoji.make_emoji(*sources, tmp_path / "all", size=8)
+    whole = {e.caption: e for e in captioned.read_pictures(tmp_path / "all")[1]}
+    said = ("--icons", sources[0], "--keywords", sources[1], "--output", tmp_path / "some")
+    answer = stepdistill("teacher", "emoji", *said, "--styles", "noto, flat", "--without", "heart")
+    assert answer.code == 0, answer.err
+    some = {e.caption: e for e in captioned.read_pictures(tmp_path / "some")[1]}
+    assert {c for c, e in whole.items() if e.style in ("noto", "flat") and "heart" not in e.name} == set(some)
+    assert "red heart, noto style" in whole
+    assert "red heart, noto style" not in some
+    owed = json.loads((tmp_path / "some/captions.json").read_text())["credits"]
+    assert [line["style"] for line in owed] == ["noto", "flat"]
+    assert "the styles are noto, blob," in stepdistill("teacher", "emoji", *said, "--styles", "noto,nota").error
+    words = ",".join({w for e in whole.values() for w in e.name.split()})
+    assert "no picture is left" in stepdistill("teacher", "emoji", *said, "--without", words).error
+
+
 def test_held_out_names_and_pairs_are_stable_and_of_the_wanted_kind():
     pairs = [(f"name {i}", style) for i in range(400) for style in emoji.STYLES.values()]
     parts = emoji.split(pairs)
@@ -170,7 +187,7 @@ def test_bad_sources_are_answered_in_one_line(sources, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--icons .*no.tgz: cannot be read"):
         emoji.make_emoji(tmp_path / "no.tgz", None, tmp_path / "data")
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(UserError, match="pip install resvg-py"):
+    with pytest.raises(UserError, match=r"resvg-py: pip install 'stepdistill\[emoji\]'"):
         emoji.make_emoji(icons, None, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
