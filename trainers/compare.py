@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from stepdistill.eval.comparison import write_comparison
 from stepdistill.eval.curves import CURVE, curve_text, curves_table, draw_curves, read_curve
 from stepdistill.eval.distances import ReferenceStatistics, unit_uint8
-from stepdistill.eval.evaluate import Target, evaluate, plural, step_generator, unit_noise
+from stepdistill.eval.evaluate import Target, evaluate, step_generator, unit_noise
 from stepdistill.eval.features import load_extractor
 from stepdistill.eval.of_run import label_names, protocol
 from stepdistill.eval.pictures import grid, table
@@ -201,7 +201,7 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
     own = config.evaluation
     teacher = Target("teacher", assets.resolve(config.teacher.path), config.teacher.steps, own.teacher_guidance_scale)
     asked = [(made, steps) for made in entries.values() for steps in made.entry.steps or [None]]
-    students = [Target(_said(made.name, steps), made.run.student, steps) for made, steps in asked]
+    students = [Target(made.name, made.run.student, steps) for made, steps in asked]
     more = {"precision_recall": settings.precision_recall, "diversity": settings.diversity, "clip": settings.clip}
 
     def measured(targets: list[Target], samples: int, file: str, **changes: Any) -> list[dict]:
@@ -243,10 +243,6 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
         f"finished, {settings.final_samples} samples\n{table(rows, metric)}\n\n{aligned(cells)}\n"
         f"pictures {output / 'compare.png'}, {output / 'grid.png'}\ntable {output / 'table.md'}\nreport {page}"
     )
-
-
-def _said(name: str, steps: int | None) -> str:
-    return name if steps is None else f"{name}, {plural(steps)}"
 
 
 def _grid(targets: list[Target], path: Path, config: RunSettings, device: str) -> None:

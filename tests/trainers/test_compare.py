@@ -263,8 +263,9 @@ def in_one_process(config):
 def test_every_kind_of_run_in_one_table(tmp_path, capsys):
     in_one_process(write_all_kinds(tmp_path, precision_recall=True, diversity=True))
     content = json.loads((tmp_path / "out/compare.json").read_text())
-    names = ["teacher", "DMD2", "MSD", "recipe, 1 step", "recipe, 2 steps", "PSO, 2 steps"]
+    names = ["teacher", "DMD2", "MSD", "recipe", "recipe", "PSO"]
     assert [row["name"] for row in content["final"]] == names
+    assert [row["steps"] for row in content["final"]][3:] == [1, 2, 2]
     assert content["curves"].keys() == {"DMD2"}
     costs = content["costs"]
     assert costs["recipe"]["passes"] == 200
