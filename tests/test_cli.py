@@ -34,6 +34,7 @@ COMMANDS = [
     ["methods"],
     ["teacher", "train"],
     ["teacher", "emoji"],
+    ["teacher", "cifar10"],
     ["teacher", "features"],
     ["benchmark", "inference"],
     ["benchmark", "step"],
