@@ -47,7 +47,6 @@ def training_caption(entry: Entry, draw: random.Random) -> str:
 
 def write_pictures(output: Path, images: np.ndarray, entries: list[Entry], credit: list[dict[str, str]]) -> None:
     """The three files of a data folder; images uint8 (N, H, W, 3)."""
-    output.mkdir(parents=True, exist_ok=True)
     write_npz(output / "images.npz", images)
     document = {"credits": credit, "pictures": [asdict(entry) for entry in entries]}
     lines = json.dumps(document, ensure_ascii=False).replace('{"caption"', '\n{"caption"')

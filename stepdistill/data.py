@@ -139,11 +139,16 @@ def read_npz(path: str | Path, shape: tuple[int, int, int], resize: bool = False
 
 
 def write_npz(path: str | Path, images: np.ndarray, labels: np.ndarray | None = None) -> Path:
-    """A compressed ``.npz`` that :func:`read_npz` reads, whole or not at all; grey pictures lose their last axis."""
+    """A compressed ``.npz`` that :func:`read_npz` reads, whole or not at all.
+
+    Args:
+        images: uint8 (N, H, W) or (N, H, W, C); of one channel they are written as (N, H, W).
+        labels: integers (N,).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    images = images[..., 0] if images.shape[-1] == 1 else images
+    images = images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images
     with open(temporary, "wb") as file:
         np.savez_compressed(file, images=images, **({} if labels is None else {"labels": labels.astype(np.int64)}))
     temporary.replace(path)

@@ -94,7 +94,7 @@ def teacher_scheduler() -> DDIMScheduler:
 
 
 def autocast(bf16: bool, device: str) -> contextlib.AbstractContextManager:
-    """Of a training's forward passes."""
+    """For a training's forward passes: bfloat16 where it is safe, or nothing; weights stay float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 

@@ -182,8 +182,8 @@ def train_vae(config: TextTeacherConfig, pixels: Tensor, held_out: Tensor, devic
     if (work / "vae").is_dir():
         return small.load_vae(work / "vae").to(device)
     torch.manual_seed(config.seed)
-    shape = settings.block_channels, settings.layers_per_block, settings.latent_channels, pixels.shape[-1]
-    vae = small.build_vae(*shape).to(device)
+    net, size = settings, pixels.shape[-1]
+    vae = small.build_vae(net.block_channels, net.layers_per_block, net.latent_channels, size).to(device)
     generator = torch.Generator().manual_seed(config.seed)
     order = Order(len(pixels), config.seed)
 
@@ -241,12 +241,10 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
     tokenizer = _tokenizer(config, entries)
     del pixels, images
     torch.manual_seed(config.seed + 1)
-    text, net = config.text, config.denoiser
+    text, net, shape = config.text, config.denoiser, tuple(latents.shape[1:])
     text_encoder = small.build_text_encoder(tokenizer, text.width, text.layers, text.heads).to(device)
-    shape = tuple(latents.shape[1:])
-    unet = small.build_unet(net.block_channels, net.attention, net.layers_per_block, net.heads, shape, text.width).to(
-        device
-    )
+    unet = small.build_unet(net.block_channels, net.attention, net.layers_per_block, net.heads, shape, text.width)
+    unet = unet.to(device)
     family = StableDiffusionFamily(unet, text_teacher_scheduler(), vae, text_encoder, tokenizer)
     steps = _train_denoiser(config, family, latents, known, device)
     unet.register_to_config(

@@ -86,4 +86,5 @@ def load_vae(folder) -> AutoencoderKL:
 
 
 def load_tokenizer(folder) -> CLIPTokenizer:
+    """The tokenizer in ``folder``, with the ``model_max_length`` it was made with."""
     return CLIPTokenizer.from_pretrained(folder)

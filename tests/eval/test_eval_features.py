@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from stepdistill.eval import inception
 from stepdistill.eval.distances import ReferenceStatistics
 from stepdistill.eval.features import FeatureNetwork, as_extractor, load_extractor
-from stepdistill.eval.prepare import FeatureConfig, balanced_subset, pack_images, prepare_assets
+from stepdistill.eval.prepare import FeatureConfig, balanced_subset, pack_images, prepare_assets, train_features
 
 from stepdistill import assets
 from stepdistill.errors import UserError
@@ -238,6 +238,25 @@ def test_prepare_assets_learns_and_is_reproducible(tmp_path, pictures, capsys):
     reference.check(as_extractor(network))
     with np.load(first["images"]) as packed:
         assert np.bincount(packed["labels"]).tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_mirrored_training_cannot_tell_left_from_right_alone(tmp_path, mirror):
+    generator = np.random.default_rng(0)
+    labels = np.arange(200) % 4
+    images = generator.integers(0, 60, (200, 16, 16), dtype=np.uint8)
+    halves = [np.s_[:, :8], np.s_[:, 8:], np.s_[:8], np.s_[8:]]
+    for image, label in zip(images, labels, strict=True):
+        image[halves[label]] += 150
+    np.savez(tmp_path / "halves.npz", images=images, labels=labels)
+    data = {"npz": str(tmp_path / "halves.npz")}
+    own = {"num_labels": 4, "num_features": 8, "width": 8, "epochs": 8, "batch_size": 20, "mirror": mirror}
+    network = train_features(FeatureConfig(output=str(tmp_path), source="x", train=data, test=data, **own))
+    logits = network.logits(torch.from_numpy(images)[:, None]).numpy()
+    assert (logits.argmax(1) == labels)[labels >= 2].mean() > 0.95
+    gap = np.where(labels == 0, 1, -1) * (logits[:, 0] - logits[:, 1])  # how sure of the side
+    side = gap[labels < 2].mean()
+    assert abs(side) < 1 if mirror else side > 2
 
 
 def test_packed_pictures_are_the_chosen_ones(tmp_path, pictures):

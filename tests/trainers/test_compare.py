@@ -262,6 +262,7 @@ def in_one_process(config):
 
 def test_every_kind_of_run_in_one_table(tmp_path, capsys):
     in_one_process(write_all_kinds(tmp_path, precision_recall=True, diversity=True))
+    assert "Done." not in capsys.readouterr().out  # a run's closing screen
     content = json.loads((tmp_path / "out/compare.json").read_text())
     names = ["teacher", "DMD2", "MSD", "recipe", "recipe", "PSO"]
     assert [row["name"] for row in content["final"]] == names
