@@ -39,14 +39,10 @@ class LabelledImages(Section):
         return self
 
     def read(self, shape: tuple[int, int, int]) -> ImageSet:
-        """The pictures as ``shape`` (C, H, W), Lanczos-resized where they differ; labels are required."""
+        """The pictures as ``shape`` (C, H, W), Lanczos-resized where they differ."""
         if self.npz is not None:
-            images = read_npz(self.npz, shape, resize=True)
-        else:
-            images = read_idx(self.idx_images, self.idx_labels, shape, resize=True)
-        if images.labels is None:
-            raise UserError(f"{images.source}: has no labels; a feature network learns from them")
-        return images
+            return read_npz(self.npz, shape, resize=True)
+        return read_idx(self.idx_images, self.idx_labels, shape, resize=True)
 
 
 class FeatureConfig(Section):
@@ -111,22 +107,17 @@ def train_features(config: FeatureConfig, device: str = "cpu") -> FeatureNetwork
         UserError: data that is missing, of the wrong kind, or with labels outside ``num_labels``.
     """
     train, test = config.train.read(config.shape), config.test.read(config.shape)
-    for images in (train, test):
-        if not 0 <= min(images.labels) <= max(images.labels) < config.num_labels:
-            raise UserError(
-                f"{images.source}: labels {min(images.labels)}..{max(images.labels)} are outside "
-                f"0..{config.num_labels - 1} (num_labels)"
-            )
-    pixels, labels = read_all(train).to(device), torch.tensor(train.labels, device=device)
+    known, tested = (torch.tensor(images.classes(config.num_labels), device=device) for images in (train, test))
+    pixels = read_all(train).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = FeatureNetwork(config.channels, config.num_labels, config.num_features, config.width, config.name)
     network = network.to(device)
     started = time.perf_counter()
-    _fit(network, pixels, labels, config)
+    _fit(network, pixels, known, config)
     network.eval().requires_grad_(False)
     network.calibrate(pixels)
-    score = accuracy(network, read_all(test).to(device), torch.tensor(test.labels, device=device))
+    score = accuracy(network, read_all(test).to(device), tested)
     print(f"feature network {config.name}: {score:.2%} of {len(test)} test pictures named right")
     network.notes = {
         "accuracy": score,

@@ -1,4 +1,8 @@
-"""A folder of captioned pictures: ``images.npz``, ``captions.json``, ``prompts.txt``; and captions for training."""
+"""A folder of captioned pictures, and captions for training.
+
+``images.npz`` and ``captions.json`` are all pictures and words; ``training.npz`` and ``prompts.txt`` are the training
+split alone, as ``data.images.npz`` and ``data.prompts`` take them.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +50,14 @@ def training_caption(entry: Entry, draw: random.Random) -> str:
 
 
 def write_pictures(output: Path, images: np.ndarray, entries: list[Entry], credit: list[dict[str, str]]) -> None:
-    """The three files of a data folder; images uint8 (N, H, W, 3)."""
+    """The four files of a data folder; images uint8 (N, H, W, 3)."""
     write_npz(output / "images.npz", images)
+    training = [n for n, entry in enumerate(entries) if entry.split == "train"]
+    prompts = [entries[n].caption for n in training]
+    write_npz(output / "training.npz", images[training], np.array(prompts))
     document = {"credits": credit, "pictures": [asdict(entry) for entry in entries]}
     lines = json.dumps(document, ensure_ascii=False).replace('{"caption"', '\n{"caption"')
     (output / "captions.json").write_text(lines + "\n", encoding="utf-8")
-    prompts = [entry.caption for entry in entries if entry.split == "train"]
     (output / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 

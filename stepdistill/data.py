@@ -65,6 +65,21 @@ class ImageSet:
         stack = np.stack([self._read(i) for i in indices])
         return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
 
+    def classes(self, num_labels: int) -> list[int]:
+        """The labels, all in 0..num_labels - 1.
+
+        Raises:
+            UserError: there are none, they are captions, or one is out of range.
+        """
+        if not self.labels or isinstance(self.labels[0], str):
+            raise UserError(f"{self.source}: its images have no class labels, which are needed here")
+        if not 0 <= min(self.labels) <= max(self.labels) < num_labels:
+            raise UserError(
+                f"{self.source}: labels {min(self.labels)}..{max(self.labels)} are outside 0..{num_labels - 1}; set "
+                "num_labels, or correct the file"
+            )
+        return self.labels
+
     def __len__(self) -> int:
         return self.size
 
@@ -98,7 +113,7 @@ def _open(source, name: str) -> Image.Image:
 
 
 def read_array_images(pixels: np.ndarray, labels, shape: tuple[int, int, int], resize: bool, source: str) -> ImageSet:
-    """An ImageSet over a uint8 array (N, H, W) or (N, H, W, C)."""
+    """An ImageSet over a uint8 array (N, H, W) or (N, H, W, C); ``labels`` are integers or captions (N,), or None."""
     whole = pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[-1] in (1, 3, 4))
     if not whole or pixels.dtype != np.uint8 or pixels.size == 0:
         raise UserError(
@@ -108,8 +123,10 @@ def read_array_images(pixels: np.ndarray, labels, shape: tuple[int, int, int], r
     if pixels.ndim == 4 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     labels = None if labels is None else np.asarray(labels)
-    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
-        raise UserError(f"{source}: labels must be integers of shape (N,), not {labels.dtype} {labels.shape}")
+    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iuU"):
+        raise UserError(
+            f"{source}: labels must be integers or captions of shape (N,), not {labels.dtype} {labels.shape}"
+        )
     if labels is not None and len(labels) != len(pixels):
         raise UserError(f"{source}: {len(pixels)} images but {len(labels)} labels")
 
@@ -118,11 +135,11 @@ def read_array_images(pixels: np.ndarray, labels, shape: tuple[int, int, int], r
 
     read(0)  # a wrong size is answered at once
     fingerprint = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
-    return ImageSet(source, read, len(pixels), None if labels is None else [int(x) for x in labels], fingerprint)
+    return ImageSet(source, read, len(pixels), None if labels is None else labels.tolist(), fingerprint)
 
 
 def read_npz(path: str | Path, shape: tuple[int, int, int], resize: bool = False) -> ImageSet:
-    """``.npz`` with ``images`` uint8 (N, H, W[, C]) and, if it has them, ``labels`` int (N,)."""
+    """``.npz`` with ``images`` uint8 (N, H, W[, C]) and, if it has them, ``labels`` (N,): integers or captions."""
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
@@ -143,14 +160,15 @@ def write_npz(path: str | Path, images: np.ndarray, labels: np.ndarray | None = 
 
     Args:
         images: uint8 (N, H, W) or (N, H, W, C); of one channel they are written as (N, H, W).
-        labels: integers (N,).
+        labels: integers or captions (N,).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     images = images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images
+    labelled = {} if labels is None else {"labels": labels if labels.dtype.kind == "U" else labels.astype(np.int64)}
     with open(temporary, "wb") as file:
-        np.savez_compressed(file, images=images, **({} if labels is None else {"labels": labels.astype(np.int64)}))
+        np.savez_compressed(file, images=images, **labelled)
     temporary.replace(path)
     return path
 

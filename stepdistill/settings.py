@@ -25,7 +25,9 @@ class ImagesSettings(Section):
     """Real images, from one of four places."""
 
     folder: str | None = None
-    npz: str | None = Field(None, description="'images' uint8 (N, H, W[, C]) and 'labels'; asset:NAME is allowed")
+    npz: str | None = Field(
+        None, description="'images' uint8 (N, H, W[, C]) and 'labels', integers or captions; asset:NAME is allowed"
+    )
     dataset: str | None = Field(None, description="a Hugging Face dataset: a save_to_disk folder or a hub id")
     split: str = "train"
     revision: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import struct
 
 import numpy as np
@@ -114,6 +115,29 @@ def test_npz_pixels_are_exact_and_in_range(tmp_path, shape, wanted):
     assert len(images) == images.size == 5
 
 
+def test_npz_captions_are_what_they_were(tmp_path):
+    captions = ["a cat", "", "ein Löwe, naïve, 虎"]
+    write_npz(tmp_path / "a.npz", pixels(3, (4, 6, 3)), np.array(captions))
+    images = read_npz(tmp_path / "a.npz", COLOUR)
+    assert images.labels == captions
+    assert all(type(caption) is str for caption in images.labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "part"),
+    [
+        (None, "a.npz: its images have no class labels"),
+        (np.array(["a", "b", "c"]), "a.npz: its images have no class labels"),
+        (np.array([0, 1, 3]), "a.npz: labels 0..3 are outside 0..2"),
+        (np.array([-1, 1, 2]), "a.npz: labels -1..2 are outside 0..2"),
+    ],
+)
+def test_class_labels_are_refused_when_they_are_none(tmp_path, labels, part):
+    images = read_npz(write_npz(tmp_path / "a.npz", pixels(3, (4, 6)), labels), GRAY)
+    with pytest.raises(UserError, match=re.escape(part)):
+        images.classes(3)
+
+
 def test_npz_without_labels_and_with_gray_for_a_colour_teacher(tmp_path):
     array = pixels(2, (4, 6))
     np.savez_compressed(tmp_path / "a.npz", images=array)
@@ -134,7 +158,8 @@ def test_npz_without_labels_and_with_gray_for_a_colour_teacher(tmp_path):
         ({"images": pixels(2, (4, 6)), "labels": np.array([0.5, 1])}, ["labels must be integers", "float64 (2,)"]),
         ({"images": pixels(2, (4, 6)), "labels": np.eye(2, dtype=int)}, ["labels must be integers", "(2, 2)"]),
         ({"images": pixels(2, (4, 6)), "labels": np.int64(1)}, ["labels must be integers"]),
-        ({"images": pixels(2, (4, 6)), "labels": np.array(["a", "b"])}, ["labels must be integers"]),
+        ({"images": pixels(2, (4, 6)), "labels": np.array([b"a", b"b"])}, ["labels must be integers or captions"]),
+        ({"images": pixels(2, (4, 6)), "labels": np.array(["a"])}, ["2 images but 1 labels"]),
         ({"images": np.array([None, 1], dtype=object)}, ["not a readable .npz"]),
         ({"images": pixels(2, (6, 6))}, ["[0]: the image is 6x6, the teacher needs 6x4", "data.images.resize=true"]),
     ],

@@ -154,7 +154,7 @@ def make_emoji(
     styles: list[str] | None = None,
     without: list[str] | None = None,
 ) -> dict[str, int]:
-    """Write ``images.npz``, ``captions.json`` and ``prompts.txt`` into ``output``; gives the sizes of the splits.
+    """Write a folder of captioned pictures (:mod:`stepdistill.captioned`) into ``output``; gives its splits' sizes.
 
     Args:
         styles, without: as :func:`chosen`.

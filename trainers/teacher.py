@@ -158,12 +158,7 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
         images = read_idx(data.idx_images, data.idx_labels, shape, resize=True)
     else:
         raise UserError("data: set npz or idx_images")
-    if images.labels is None:
-        raise UserError(f"{images.source}: a class-conditional teacher needs labels")
-    if max(images.labels) >= data.num_labels:
-        raise UserError(
-            f"{images.source}: label {max(images.labels)} is outside 0..{data.num_labels - 1} (data.num_labels)"
-        )
+    labels = torch.tensor(images.classes(data.num_labels))
 
     torch.manual_seed(config.seed)
     network = build_teacher_network(
@@ -172,7 +167,6 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
     family = UNet2DFamily(network, teacher_scheduler())
     generator = torch.Generator().manual_seed(config.seed)
     pixels = images.batch(list(range(len(images))))
-    labels = torch.tensor(images.labels)
     order = Order(len(images), config.seed)
 
     def loss_at(step: int) -> Tensor:

@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer
 from stepdistill import captioned
 from stepdistill.captioned import Entry, caption_of, training_caption
 from stepdistill.config import check
+from stepdistill.data import read_npz
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.families.small import build_tokenizer, build_vae
@@ -130,6 +131,8 @@ def test_the_command_writes_pictures_captions_and_prompts(sources, drawn, tmp_pa
     assert owed[0] == {"style": "noto", "set": "Noto", "author": "G", "url": "u", "licence": "Apache-2.0"}
     prompts = (tmp_path / "data/prompts.txt").read_text().splitlines()
     assert prompts == [e.caption for e in words if e.split == "train"]
+    packed = read_npz(tmp_path / "data/training.npz", (3, 8, 8))
+    assert packed.labels == prompts
 
 
 def test_styles_and_words_may_be_left_out(sources, drawn, tmp_path):
