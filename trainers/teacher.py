@@ -24,8 +24,10 @@ from tqdm import tqdm
 
 from stepdistill.config import Section
 from stepdistill.data import Order, mirrored, read_idx, read_npz
+from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError
 from stepdistill.families.unet2d import UNet2DFamily, build_teacher_network
+from stepdistill.objectives.denoising import denoising_loss
 
 
 class TeacherData(Section):
@@ -180,7 +182,8 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
         x_t = family.schedule.add_noise(x0, eps, t)
         with autocast(config.bf16, device):
             output = family.forward(network, x_t, t, {"label": label})
-        return (output.float() - family.schedule.target(x0, eps, family.kind, x_t, t)).square().mean()
+        prediction = Prediction(family.schedule, x_t, t, output.float(), family.kind)
+        return denoising_loss(prediction, x0, eps, family.kind)
 
     fit(network, loss_at, config, Path(f"{config.output}.partial"), generator, "teacher")
     network.register_to_config(

@@ -29,10 +29,11 @@ from transformers import PreTrainedTokenizerBase
 from stepdistill.captioned import Entry, read_pictures, training_caption
 from stepdistill.config import Section
 from stepdistill.data import Order
+from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError
 from stepdistill.families import small
 from stepdistill.families.stable_diffusion import StableDiffusionFamily, encode_prompts
-from stepdistill.schedule import Schedule
+from stepdistill.objectives.denoising import capped_snr_weight, denoising_loss
 
 from .grids import save_grid
 from .teacher import LoopSettings, autocast, fit, teacher_scheduler
@@ -297,13 +298,6 @@ def _tokenizer(config: TextTeacherConfig, entries: list[Entry]) -> PreTrainedTok
     return small.load_tokenizer(folder)
 
 
-def loss_weight(schedule: Schedule, t: Tensor, cap: float) -> Tensor:
-    """``min(1, (cap + 1) / (SNR + 1))`` (B,): as min-SNR weighting (2303.09556) where the noise is small, but 1 and not
-    0 where it is all, which one-step students start from."""
-    alpha, sigma = schedule.alpha_sigma(t)
-    return ((cap + 1) * sigma**2 / (alpha**2 + sigma**2)).clamp(max=1).float()
-
-
 def _train_denoiser(
     config: TextTeacherConfig, family: StableDiffusionFamily, latents: Tensor, entries: list[Entry], device: str
 ) -> int:
@@ -327,8 +321,8 @@ def _train_denoiser(
         with autocast(config.bf16, device):
             text = encode_prompts(family.tokenizer, family.text_encoder, captions)[0]
             output = family.forward(family.network, x_t, t, {"text": text})
-        error = (output.float() - family.schedule.target(x0, eps, family.kind, x_t, t)).square().mean(dim=(1, 2, 3))
-        return (loss_weight(family.schedule, t, settings.snr_cap) * error).mean()
+        prediction = Prediction(family.schedule, x_t, t, output.float(), family.kind)
+        return denoising_loss(prediction, x0, eps, family.kind, capped_snr_weight(family.schedule, t, settings.snr_cap))
 
     def show(step: int, ema: dict[str, Tensor]) -> None:
         average = copy.deepcopy(both).requires_grad_(False).eval()

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from stepdistill.denoiser import Prediction
-from stepdistill.schedule import EDMSchedule, PredictionType, expand
+from stepdistill.schedule import EDMSchedule, PredictionType, Schedule, expand
 
 
 def denoising_loss(
@@ -28,3 +28,10 @@ def denoising_loss(
     else:
         error = (prediction.of(target) - schedule.target(x0, eps, target, x_t, t)).square()
     return (error if weight is None else error * expand(weight, error)).mean()
+
+
+def capped_snr_weight(schedule: Schedule, t: Tensor, cap: float) -> Tensor:
+    """``min(1, (cap + 1) / (SNR + 1))`` (B,), a weight for v's error: as min-SNR weighting (2303.09556) where the noise
+    is small, but 1 and not 0 where it is all, which one-step students start from."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return ((cap + 1) * sigma**2 / (alpha**2 + sigma**2)).clamp(max=1).float()
