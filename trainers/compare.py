@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class CompareSettings(Section):
     precision_recall: bool = Field(False, description="of the finished students too")
     diversity: bool = Field(False, description="of the finished students too")
     clip: ClipSettings | None = Field(None, description="how well their pictures fit their prompts too")
+    shown: list[str] = Field([], description="the prompts of the pictures; the first ten of data.prompts by default")
 
     @model_validator(mode="after")
     def _seeds(self):
@@ -185,6 +187,7 @@ def compare(
             raise UserError(f"--only {only}: the runs are {', '.join(entries)}")
         train_one(entries[only], settings)
         return f"{only}: done"
+    measure(settings, entries, device)  # a protocol that does not work is answered before anything is trained
     for name, made in entries.items():
         if apart is None or made.finished:
             train_one(made, settings)
@@ -193,32 +196,56 @@ def compare(
     return report(settings, entries, device)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a comparison's table and pictures are made of.
+
+    Attributes:
+        config: whose teacher, data and evaluation are those of all.
+        asked: the finished contestants, once for each number of steps that they are measured at.
+        targets, rows: the teacher, then those ``asked``; as measured when finished.
+        level: the teacher's row as a point of a curve is measured; ``said`` is that protocol.
+    """
+
+    config: RunSettings
+    asked: list[tuple[Contestant, int | None]]
+    targets: list[Target]
+    rows: list[dict]
+    level: dict
+    said: dict[str, Any]
+
+
+def measure(settings: CompareSettings, entries: dict[str, Contestant], device: str) -> Measured:
+    """The teacher and what is finished, into ``evaluation.json`` and ``teacher.json``, unless it stands there."""
+    output = Path(settings.output)
+    config = next(made for made in entries.values() if made.base is None).job.config
+    asked = [(made, steps) for made in entries.values() if made.finished for steps in made.entry.steps or [None]]
+    guidance = config.evaluation.teacher_guidance_scale
+    teacher = Target("teacher", assets.resolve(config.teacher.path), config.teacher.steps, guidance)
+    targets = [teacher, *(Target(made.name, made.run.student, steps) for made, steps in asked)]
+    raw = config.model_dump(mode="json")
+    more = {key: getattr(settings, key) for key in ("precision_recall", "diversity", "clip")}
+    final = protocol(raw, settings.final_samples).model_copy(update=more)
+    rows = evaluate(targets, final, output / "evaluation.json", device)
+    (level,) = evaluate([teacher], protocol(raw, settings.samples), output / "teacher.json", device)
+    said = json.loads((output / "teacher.json").read_text(encoding="utf-8"))["protocol"]
+    return Measured(config, asked, targets, rows, level, said)
+
+
 def report(settings: CompareSettings, entries: dict[str, Contestant], device: str) -> str:
     """``compare.json``, ``table.md``, ``compare.png``, ``grid.png`` and ``report.html`` from finished runs; the tables
     as text."""
-    output = Path(settings.output)
-    config = next(made for made in entries.values() if made.base is None).job.config
-    own = config.evaluation
-    teacher = Target("teacher", assets.resolve(config.teacher.path), config.teacher.steps, own.teacher_guidance_scale)
-    asked = [(made, steps) for made in entries.values() for steps in made.entry.steps or [None]]
-    students = [Target(made.name, made.run.student, steps) for made, steps in asked]
-    more = {"precision_recall": settings.precision_recall, "diversity": settings.diversity, "clip": settings.clip}
-
-    def measured(targets: list[Target], samples: int, file: str, **changes: Any) -> list[dict]:
-        wanted = protocol(config.model_dump(mode="json"), samples).model_copy(update=changes)
-        return evaluate(targets, wanted, output / file, device)
-
-    (level,) = measured([teacher], settings.samples, "teacher.json")
-    said = json.loads((output / "teacher.json").read_text(encoding="utf-8"))["protocol"]
-    metric, title = said["metric"], f"teacher, {teacher.steps} steps"
-    under = curve_protocol(own, settings.samples, said["extractor_fingerprint"], said["reference"]["fingerprint"])
-    rows = measured([teacher, *students], settings.final_samples, "evaluation.json", **more)
+    output, found = Path(settings.output), measure(settings, entries, device)
+    config, rows, level, said = found.config, found.rows, found.level, found.said
+    metric, title = said["metric"], f"teacher, {found.targets[0].steps} steps"
+    fingerprints = said["extractor_fingerprint"], said["reference"]["fingerprint"]
+    under = curve_protocol(config.evaluation, settings.samples, *fingerprints)
     curves = {name: read_curve(made.run.path / CURVE, under) for name, made in entries.items() if made.measured}
     columns = [settings.passes * share for share in (0.125, 0.25, 0.5, 0.75, 1.0)]
     if curves:
         draw_curves(curves, level["frechet"], title, metric, columns, output / "compare.png")
-    _grid([teacher, *students], output / "grid.png", config, device)
-    cells = summary(rows[0], [(made, steps, row) for (made, steps), row in zip(asked, rows[1:], strict=True)])
+    _grid(found.targets, output / "grid.png", config, settings.shown, device)
+    cells = summary(rows[0], [(made, steps, row) for (made, steps), row in zip(found.asked, rows[1:], strict=True)])
     write_atomically(output / "table.md", markdown(cells))
     content = {
         "passes": settings.passes,
@@ -245,7 +272,7 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
     )
 
 
-def _grid(targets: list[Target], path: Path, config: RunSettings, device: str) -> None:
-    prompts = None if config.data.prompts is None else read_prompts(config.data.prompts)[:10]
+def _grid(targets: list[Target], path: Path, config: RunSettings, shown: list[str], device: str) -> None:
+    prompts = shown or (None if config.data.prompts is None else read_prompts(config.data.prompts)[:10])
     names = label_names(Path(targets[0].path))
     grid(targets, path, 2, seed=config.evaluation.seed, device=device, label_names=names, prompts=prompts)

@@ -85,6 +85,12 @@ def test_the_curves_last_point_is_what_evaluate_measures(tmp_path):
     assert content["curves"]["DMD2"][-1][1] == pytest.approx(content["final"][1]["frechet"], rel=1e-4)
 
 
+def test_a_protocol_that_does_not_work_is_answered_before_anything_is_trained(tmp_path):
+    result = stepdistill("compare", write(tmp_path, diversity=True, final_samples=8))
+    assert (result.code, "diversity is of pictures of one condition, and each of the 8" in result.error) == (2, True)
+    assert not any((tmp_path / "out" / name).exists() for name in ("DMD2", "SIM"))
+
+
 def test_one_run_alone_and_the_rest_later(tmp_path):
     config = write(tmp_path)
     assert stepdistill("compare", config, "--only", "SIM").out.strip().endswith("SIM: done")
