@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -57,16 +58,26 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """``[NAME=]PATH[@STEPS]``; by default called as its folder is.
+        """``[NAME=]PATH[@STEPS[@GUIDANCE]]``; by default called as its folder is.
 
         Raises:
-            UserError: steps that are no number, or an asset that is not shipped.
+            UserError: steps or a guidance scale that are no numbers, or an asset that is not shipped.
         """
         name, _, place = text.rpartition("=")
-        path, _, steps = place.rpartition("@") if "@" in place else (place, "", "")
-        if steps and not steps.isdigit():
+        path, *call = place.rsplit("@", 2)
+        if len(call) == 2 and not call[0].isdigit():  # an @ of the path
+            path, call = f"{path}@{call[0]}", call[1:]
+        steps, guidance = [*call, None, None][:2]
+        if steps is not None and not steps.isdigit():
             raise UserError(f"{text}: what follows @ is a number of steps")
-        return cls(name or Path(path).name, assets.resolve(path), int(steps) if steps else None)
+        if guidance is not None and not re.fullmatch(r"\d+(\.\d+)?", guidance):
+            raise UserError(f"{text}: what follows the second @ is a guidance scale")
+        return cls(
+            name or Path(path).name,
+            assets.resolve(path),
+            None if steps is None else int(steps),
+            None if guidance is None else float(guidance),
+        )
 
 
 class EvaluationSettings(Section):

@@ -83,7 +83,7 @@ def distill(
     "evaluate", epilog="Example: stepdistill evaluate A B --preset coco30k --reference val2014 --prompts c.txt"
 )
 def evaluate_command(
-    targets: Annotated[list[str], typer.Argument(help="run folders, or pipelines as [NAME=]PATH[@STEPS]")],
+    targets: Annotated[list[str], typer.Argument(help="run folders, or pipelines as [NAME=]PATH[@STEPS[@GUIDANCE]]")],
     preset: Annotated[
         str | None, typer.Option(help="a paper's protocol: coco30k, imagenet64, ... (see README)")
     ] = None,

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import time
 
@@ -298,3 +299,32 @@ def test_the_command_names_targets_times_them_and_draws_them(tmp_path, label_fol
     assert all(word in result.out for word in ("Sharpness", "ms/call", "params", "e.png"))
     with Image.open(tmp_path / "e.png") as picture:
         assert picture.height > 4 * 64  # two blocks of two rows
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("runs/a", Target("a", "runs/a")),
+        ("A=runs/a@4", Target("A", "runs/a", 4)),
+        ("A=runs/a@25@3", Target("A", "runs/a", 25, 3.0)),
+        ("runs/a@25@7.5", Target("a", "runs/a", 25, 7.5)),
+        ("runs/a@home@2", Target("a@home", "runs/a@home", 2)),
+        ("runs/a@home@2@1.5", Target("a@home", "runs/a@home", 2, 1.5)),
+    ],
+)
+def test_a_target_says_its_steps_and_guidance(text, target):
+    assert Target.parse(text) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a@b", "a@b: what follows @ is a number of steps"),
+        ("a@", "a@: what follows @ is a number of steps"),
+        ("a@2@", "a@2@: what follows the second @ is a guidance scale"),
+        ("a@2@-1", "a@2@-1: what follows the second @ is a guidance scale"),
+    ],
+)
+def test_a_call_that_is_no_number_is_one_line(text, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        Target.parse(text)
