@@ -1,7 +1,7 @@
 """The judge of a captioned set: ``stepdistill teacher features CONFIG`` with ``kind: matching``.
 
-A picture-caption network (:class:`stepdistill.matching.MatchingNetwork`) trained on what the teacher was trained on,
-and the reference statistics of those pictures in its features.
+A picture-caption network (:class:`stepdistill.matching.MatchingNetwork`) trained on captioned pictures, and the
+reference statistics, in its features, of those that the teacher was trained on: the same ones, or some of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class MatchingConfig(Section):
     output: str = Field(description="the folder for matching.safetensors and reference.safetensors")
     name: str = Field("matching", pattern=r"^[A-Za-z0-9_.-]+$", description="what metrics call it")
     source: str = Field(description="what the data is called in reports")
-    data: str = Field(description="a folder written by stepdistill teacher emoji")
+    data: str = Field(description="a folder written by stepdistill teacher emoji: what the network learns from")
+    reference_data: str | None = Field(None, description="another one, whose training split the reference is of")
     seed: int = Field(0, ge=0)
     num_features: int = Field(128, ge=2)
     width: int = Field(32, ge=8, multiple_of=8)
@@ -76,13 +78,20 @@ def prepare_matching(config: MatchingConfig, device: str = "cpu") -> dict[str, P
     network.notes = {
         "ranks": {split: list(own) for split, own in found.items()},
         "seconds": round(time.perf_counter() - started, 1),
-        "config": config.model_dump(mode="json", exclude={"output", "data"}),
+        "config": config.model_dump(mode="json", exclude={"output", "data", "reference_data"}),
     }
     output = Path(config.output)
     path = write_tensors(output / "matching.safetensors", network.cpu().state_dict(), network.metadata())
-    own = read_array_images(images[trained], None, (3, size, size), False, config.data)
+    wanted = pixels_of(config.reference_data) if config.reference_data is not None else images[trained]
+    own = read_array_images(wanted, None, (3, size, size), False, config.reference_data or config.data)
     reference = make_reference(own, as_extractor(network), config.source, config.kid_features, config.seed)
     return {"matching": path, "reference": reference.save(output / "reference.safetensors")}
+
+
+def pixels_of(data: str) -> np.ndarray:
+    """The training pictures of a data folder, uint8 (N, H, W, 3)."""
+    images, entries = read_pictures(data)
+    return images[[i for i, entry in enumerate(entries) if entry.split == "train"]]
 
 
 @torch.inference_mode()

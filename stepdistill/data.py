@@ -19,6 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from stepdistill import assets
 from stepdistill.errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -309,9 +310,10 @@ def read_dataset(
 
 
 def read_prompts(path: str | Path, key: str = "data.prompts") -> list[str]:
-    """A text file, one prompt a line, blank lines skipped; ``key`` is the config's, for errors."""
+    """A text file or asset, one prompt a line, blank lines skipped; ``key`` is the config's, for errors."""
     try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = Path(assets.resolve(str(path))).read_text(encoding="utf-8-sig")
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; set {key} to a text file, one prompt a line") from None
     except (UnicodeDecodeError, OSError) as error:

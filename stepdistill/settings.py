@@ -61,7 +61,7 @@ class DataSettings(Section):
     """Conditions, and real images for the methods that want them."""
 
     labels: Literal["all"] | list[int] = Field("all", description="for class-conditional teachers")
-    prompts: str | None = Field(None, description="a text file, one prompt a line")
+    prompts: str | None = Field(None, description="a text file, one prompt a line; asset:NAME is allowed")
     prompt_dataset: PromptColumnSettings | None = None
     images: ImagesSettings | None = None
     part: PartSettings | None = Field(None, description="set for each student by msd; not by hand")

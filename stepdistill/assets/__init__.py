@@ -1,4 +1,4 @@
-"""What is shipped: a small real teacher, its feature network, reference statistics and real images.
+"""What is shipped: two small real teachers, their feature networks, reference statistics and real images.
 
 ``asset:fashion_mnist/teacher`` in a config names the file or folder of that path beside this module.
 """

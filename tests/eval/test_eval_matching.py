@@ -119,3 +119,18 @@ def test_what_is_no_such_file(tmp_path, network_file):
     ):
         with pytest.raises(UserError, match=says):
             load_clip(ClipSettings(model=str(path)))
+
+
+def test_the_reference_may_be_of_other_pictures_than_the_network_learns_from(data, tmp_path):
+    images, entries = read_pictures(data)
+    some = [i for i, entry in enumerate(entries) if entry.name.startswith("red")]
+    write_pictures(tmp_path / "some", images[some], [entries[i] for i in some], [])
+    raw = {"kind": "matching", "output": str(tmp_path / "out"), "source": "halves", "data": str(data), "steps": 1}
+    raw |= {"num_features": 8, "width": 8, "batch_size": 8, "reference_data": str(tmp_path / "some")}
+    files = prepare_matching(check(MatchingConfig, raw, "test"))
+    reference = ReferenceStatistics.load(files["reference"])
+    assert reference.n == sum(entries[i].split == "train" for i in some) == 28
+    judge = load_extractor(str(files["matching"]), "cpu")
+    trained = [i for i in some if entries[i].split == "train"]
+    own = judge(torch.from_numpy(images[trained]).permute(0, 3, 1, 2))
+    torch.testing.assert_close(reference.mean.double(), own.double().mean(0), atol=1e-5, rtol=1e-4)
