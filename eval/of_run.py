@@ -11,6 +11,7 @@ import yaml
 from stepdistill.pipelines.msd import is_msd_folder
 
 from stepdistill import assets
+from stepdistill.data import read_prompts
 from stepdistill.errors import UserError
 
 from .evaluate import EvaluationSettings, Target, evaluate
@@ -95,7 +96,6 @@ def evaluate_run(
     if not is_pipeline(run / "student"):
         raise UserError(f"{run}: there is no student in it yet; finish the run, or: stepdistill export {run}")
     targets = run_targets(run, config)
-    prompts = config["data"].get("prompts")
     lines = []
     if own["extractor"] is not None:
         settings = protocol(config, samples or own["samples"], own["latency"])
@@ -107,17 +107,23 @@ def evaluate_run(
     if processes is not None and not processes.main:
         return ""
     shown = [t for t in targets if t.name in ("student", "untuned") or t.steps in (targets[0].steps, 1)]
-    texts = Path(prompts).read_text(encoding="utf-8").split("\n")[:4] if prompts else None
     grid(
         shown,
         run / "grid.png",
         seed=own["seed"],
         device=device,
-        prompts=texts,
+        prompts=shown_prompts(config["data"]),
         label_names=label_names(run / "student"),
         labels="uniform" if config["data"]["labels"] == "all" else config["data"]["labels"],
     )
     return "\n".join(lines)
+
+
+def shown_prompts(data: dict[str, Any]) -> list[str] | None:
+    """The prompts of a run's pictures, by the ``data`` of its config: as said there, or its first ones; None: none."""
+    if data.get("shown"):
+        return data["shown"]
+    return None if data.get("prompts") is None else read_prompts(data["prompts"])[:10]
 
 
 def measured_text(file: Path, rows: list[dict[str, Any]]) -> str:

@@ -504,7 +504,8 @@ class Trainer(abc.ABC):
         count = self.config.train.sample_count
         fixed = Noise(self.config.seed + 1, self.family.device)
         noise = fixed.randn(count, *self.family.sample_shape)
-        items = self.conditions.items
+        own = self.config.data
+        items = self.conditions.items if own.part is not None else own.shown or self.conditions.items
         condition = self.family.encode_conditions([items[i % len(items)] for i in range(count)]) if items else {}
         passes = self.roles.meter.forward
         with self.averaged():

@@ -20,7 +20,7 @@ from stepdistill.eval.curves import CURVE, curve_text, curves_table, draw_curves
 from stepdistill.eval.distances import ReferenceStatistics, unit_uint8
 from stepdistill.eval.evaluate import Target, evaluate, step_generator, unit_noise
 from stepdistill.eval.features import load_extractor
-from stepdistill.eval.of_run import label_names, protocol
+from stepdistill.eval.of_run import label_names, protocol, shown_prompts
 from stepdistill.eval.pictures import grid, table
 from stepdistill.pipelines import export_student
 from stepdistill.trainers.base import Trainer
@@ -34,7 +34,6 @@ from stepdistill.trainers.tables import aligned, markdown, summary
 from stepdistill import assets
 from stepdistill.clip import ClipSettings
 from stepdistill.config import Section
-from stepdistill.data import read_prompts
 from stepdistill.errors import UserError
 from stepdistill.run import RunFolder, write_atomically
 from stepdistill.settings import EvaluationSettings, RunSettings
@@ -56,7 +55,6 @@ class CompareSettings(Section):
     precision_recall: bool = Field(False, description="of the finished students too")
     diversity: bool = Field(False, description="of the finished students too")
     clip: ClipSettings | None = Field(None, description="how well their pictures fit their prompts too")
-    shown: list[str] = Field([], description="the prompts of the pictures; the first ten of data.prompts by default")
 
     @model_validator(mode="after")
     def _seeds(self):
@@ -244,7 +242,7 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
     columns = [settings.passes * share for share in (0.125, 0.25, 0.5, 0.75, 1.0)]
     if curves:
         draw_curves(curves, level["frechet"], title, metric, columns, output / "compare.png")
-    _grid(found.targets, output / "grid.png", config, settings.shown, device)
+    _grid(found.targets, output / "grid.png", config, device)
     cells = summary(rows[0], [(made, steps, row) for (made, steps), row in zip(found.asked, rows[1:], strict=True)])
     write_atomically(output / "table.md", markdown(cells))
     content = {
@@ -272,7 +270,7 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
     )
 
 
-def _grid(targets: list[Target], path: Path, config: RunSettings, shown: list[str], device: str) -> None:
-    prompts = shown or (None if config.data.prompts is None else read_prompts(config.data.prompts)[:10])
+def _grid(targets: list[Target], path: Path, config: RunSettings, device: str) -> None:
+    prompts = shown_prompts(config.data.model_dump())
     names = label_names(Path(targets[0].path))
     grid(targets, path, 2, seed=config.evaluation.seed, device=device, label_names=names, prompts=prompts)

@@ -133,8 +133,9 @@ def condition_items(config: RunSettings, family: Family) -> list:
             source = own.prompt_dataset
             return data.read_prompt_column(source.name, source.column, source.split, source.revision)
         raise UserError("data: this teacher takes prompts; set data.prompts (a text file) or data.prompt_dataset")
-    if own.prompts is not None or own.prompt_dataset is not None:
-        raise UserError(f"data.prompts: the teacher {config.teacher.path} takes no prompts; remove the key")
+    for key in ("prompts", "prompt_dataset", "shown"):
+        if getattr(own, key):
+            raise UserError(f"data.{key}: the teacher {config.teacher.path} takes no prompts; remove the key")
     if family.condition_kind == "none":
         if own.labels != "all":
             raise UserError(f"data.labels: the teacher {config.teacher.path} takes no labels; remove the key")

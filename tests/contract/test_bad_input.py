@@ -178,6 +178,9 @@ TEACHERS = {
     "prompts of a label teacher": row(
         {"data": {"prompts": "{root}/prompts.txt"}}, "data.prompts", "takes no prompts; remove the key"
     ),
+    "shown prompts of a label teacher": row(
+        {"data": {"shown": ["a cat"]}}, "data.shown", "takes no prompts; remove the key"
+    ),
     "no prompts": row({"data": {"prompts": None}}, "set data.prompts (a text file)", teacher="text"),
     "prompts gone": row({"data": {"prompts": "{root}/gone.txt"}}, "{root}/gone.txt: no such file", teacher="text"),
     "prompts empty": row({"data": {"prompts": "{root}/blank.txt"}}, "{root}/blank.txt: no prompts", teacher="text"),

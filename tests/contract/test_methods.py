@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from methods import DIRECT_ROWS, HELD, METHODS, SCORE_ROWS, TEACHERS, weights_of
 from PIL import Image
+from stepdistill.eval.of_run import shown_prompts
 from stepdistill.pipelines import export_student
 from stepdistill.trainers.job import build_trainer, make_job, provenance, resume
 
@@ -289,3 +290,16 @@ def test_checkpoint_of_another_method_or_teacher_is_refused(teachers, tmp_path):
     other = build_trainer(job_for("dmd2", teachers["stable_diffusion"], "full", tmp_path / "b"), None)
     with pytest.raises(UserError, match="do not fit"):
         other.restore(tensors, meta, "here")
+
+
+@pytest.mark.parametrize(("shown", "drawn"), [([], ["a cat", "a dog"]), (["a red bus"], ["a red bus", "a red bus"])])
+def test_a_runs_pictures_are_of_the_prompts_that_it_shows(shown, drawn, teachers, tmp_path, monkeypatch):
+    base = teachers["stable_diffusion"]
+    teacher = merge(base, {"data": {"shown": shown}})
+    trainer, run = started(job_for("dmd2", teacher, "shared", tmp_path / "a", sample_count=2), tmp_path / "a")
+    asked, encode = [], trainer.family.encode_conditions
+    monkeypatch.setattr(trainer.family, "encode_conditions", lambda items: asked.extend(items) or encode(items))
+    trainer.save_samples()
+    assert asked == drawn
+    assert (run.samples / "000000.png").is_file()
+    assert shown_prompts(trainer.config.data.model_dump()) == (shown or ["a cat", "a dog", "a red bus"])
