@@ -33,22 +33,20 @@ def test_the_two_commands_are_there():
     assert re.search(install + r'"\.\[test\]" && \.venv/bin/python -m pytest$', README, re.M)
 
 
-def test_quickstart_runs_whole_on_a_small_scale(tmp_path):
+@pytest.mark.parametrize(("config", "samples", "teacher"), [("quickstart", 80, [25, 5, 1]), ("emoji", 12, [25, 1])])
+def test_the_first_runs_are_whole_on_a_small_scale(config, samples, teacher, tmp_path):
     """Shipped teacher, training, export, evaluation in a fresh process, grid and report."""
-    small = ["train.updates=2", "train.batch_size=8", "evaluation.samples=80", "evaluation.batch_size=40"]
-    command = [sys.executable, "-P", "-m", "stepdistill", "distill", str(ROOT / "configs/quickstart.yaml"), *small]
+    small = ["train.updates=2", "train.batch_size=8", f"evaluation.samples={samples}"]
+    small += [f"evaluation.batch_size={samples // 2}", "train.sample_count=4"]
+    command = [sys.executable, "-P", "-m", "stepdistill", "distill", str(ROOT / f"configs/{config}.yaml"), *small]
     done = subprocess.run(
         [*command, f"output={tmp_path / 'run'}"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "run"
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert [(row["name"], row["steps"]) for row in evaluation["rows"]] == [
-        ("teacher", 25),
-        ("teacher", 5),
-        ("teacher", 1),
-        ("student", 1),
-    ]
+    rows = [("teacher", steps) for steps in teacher] + [("student", 1)]
+    assert [(row["name"], row["steps"]) for row in evaluation["rows"]] == rows
     for made in ("student/model_index.json", "student/README.md", "grid.png", "report.html", "config.yaml"):
         assert (run / made).is_file(), made
     for said in ("student", "report.html", "grid.png", "Next:"):
