@@ -300,6 +300,7 @@ def compare(
     config: Annotated[Path, typer.Argument(help="a YAML config that names several runs")],
     overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(help="make one run alone, e.g. in a process of its own")] = None,
+    finished: Annotated[bool, typer.Option("--finished", help="make no run; show what is finished")] = False,
 ) -> None:
     """Several methods at equal network passes: curves over training, a table, pictures.  Goes on where it stopped."""
     import torch
@@ -317,8 +318,11 @@ def compare(
         if code := launch.apart(["compare", str(config), *(overrides or []), "--only", name]):
             raise typer.Exit(code)  # it has said why
 
+    if finished and only is not None:
+        raise UserError("give --only or --finished, not both: one makes a run, the other none")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        print(run_all(settings, config.parent, only, "cuda" if torch.cuda.is_available() else "cpu", apart))
+        print(run_all(settings, config.parent, only, device, apart, finished))
     except Interrupted as stop:
         print(f"{stop}: saved; go on with the same command")
         raise typer.Exit(stop.exit_code) from None

@@ -169,17 +169,24 @@ def compare(
     only: str | None = None,
     device: str = "cpu",
     apart: Callable[[str], None] | None = None,
+    finished: bool = False,
 ) -> str:
     """Make all runs (or one), then the picture, grid and table of all; returns the table as text.
 
     Args:
+        finished: make none, and show what is finished.
         apart: makes the run of that name in a process of its own, so that its peak memory is its own; by default this
             one makes all.
 
     Raises:
-        UserError: a config that is wrong, or a name that is not one of ``runs``.
+        UserError: a config that is wrong, a name that is not one of ``runs``, or nothing to show.
     """
     entries = settings.entries(folder)
+    if finished:
+        entries = {name: made for name, made in entries.items() if made.finished}
+        if not any(made.base is None for made in entries.values()):
+            raise UserError(f"--finished: no run is finished in {settings.output}; leave it out to make them")
+        return report(settings, entries, device)
     if only is not None:
         if only not in entries:
             raise UserError(f"--only {only}: the runs are {', '.join(entries)}")
@@ -214,7 +221,8 @@ class Measured:
 
 
 def measure(settings: CompareSettings, entries: dict[str, Contestant], device: str) -> Measured:
-    """The teacher and what is finished, into ``evaluation.json`` and ``teacher.json``, unless it stands there."""
+    """The teacher and what is finished, into ``evaluation.json``, unless it stands there; and the teacher into
+    ``teacher.json``, where the points of a curve are of another number of pictures."""
     output = Path(settings.output)
     config = next(made for made in entries.values() if made.base is None).job.config
     asked = [(made, steps) for made in entries.values() if made.finished for steps in made.entry.steps or [None]]
@@ -225,8 +233,11 @@ def measure(settings: CompareSettings, entries: dict[str, Contestant], device: s
     more = {key: getattr(settings, key) for key in ("precision_recall", "diversity", "clip")}
     final = protocol(raw, settings.final_samples).model_copy(update=more)
     rows = evaluate(targets, final, output / "evaluation.json", device)
-    (level,) = evaluate([teacher], protocol(raw, settings.samples), output / "teacher.json", device)
-    said = json.loads((output / "teacher.json").read_text(encoding="utf-8"))["protocol"]
+    level, file = rows[0], output / "evaluation.json"
+    if settings.samples != settings.final_samples:
+        file = output / "teacher.json"
+        (level,) = evaluate([teacher], protocol(raw, settings.samples), file, device)
+    said = json.loads(file.read_text(encoding="utf-8"))["protocol"]
     return Measured(config, asked, targets, rows, level, said)
 
 

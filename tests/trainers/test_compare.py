@@ -95,6 +95,12 @@ def test_one_run_alone_and_the_rest_later(tmp_path):
     config = write(tmp_path)
     assert stepdistill("compare", config, "--only", "SIM").out.strip().endswith("SIM: done")
     assert not (tmp_path / "out" / "DMD2").exists()
+    shown = stepdistill("compare", config, "--finished")
+    assert shown.code == 0, shown.err[-2000:]
+    content = json.loads((tmp_path / "out/compare.json").read_text())
+    assert [row["name"] for row in content["final"]] == ["teacher", "SIM"]
+    assert list(content["curves"]) == ["SIM"]
+    assert not (tmp_path / "out" / "DMD2").exists()
     (tmp_path / "out" / "SIM" / CURVE).rename(tmp_path / "kept")
     (tmp_path / "kept").rename(tmp_path / "out" / "SIM" / CURVE)
     assert stepdistill("compare", config).code == 0
@@ -327,6 +333,13 @@ def test_entries_that_do_not_fit_are_one_line(tmp_path, changes, says):
     result = stepdistill("compare", write_all_kinds(tmp_path, **changes))
     assert result.code == 2
     assert says in result.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_finished_needs_something_finished(tmp_path):
+    config = write(tmp_path)
+    assert "--finished: no run is finished in" in stepdistill("compare", config, "--finished").error
+    assert "give --only or --finished, not both" in stepdistill("compare", config, "--finished", "--only", "SIM").error
     assert not (tmp_path / "out").exists()
 
 
