@@ -29,7 +29,7 @@ CONFIGS = [p for p in CONFIGS if p not in COMPARISONS]
 
 def test_the_two_commands_are_there():
     install = r"python3 -m venv \.venv && \.venv/bin/pip install -e "
-    assert re.search(install + r"\. && \.venv/bin/stepdistill distill configs/quickstart\.yaml$", README, re.M)
+    assert re.search(install + r"\. && \.venv/bin/stepdistill distill configs/emoji\.yaml$", README, re.M)
     assert re.search(install + r'"\.\[test\]" && \.venv/bin/python -m pytest$', README, re.M)
 
 
@@ -51,6 +51,7 @@ def test_the_first_runs_are_whole_on_a_small_scale(config, samples, teacher, tmp
         assert (run / made).is_file(), made
     for said in ("student", "report.html", "grid.png", "Next:"):
         assert said in done.stdout
+    assert ('--count 40 --prompt "grinning face, noto style"' in done.stdout) == (config == "emoji")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))

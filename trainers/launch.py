@@ -15,6 +15,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 import transformers
+from stepdistill.eval.of_run import shown_prompts
 from stepdistill.eval.processes import alone
 from stepdistill.eval.report import write_report
 from stepdistill.pipelines import check_expressible, export_student, export_students
@@ -36,7 +37,7 @@ from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe, write_co
 from stepdistill.trainers.regression import Regression
 
 from stepdistill.attention import AUTO, require
-from stepdistill.config import dump_yaml
+from stepdistill.config import dump_yaml, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.partition import Router
@@ -403,12 +404,14 @@ def _last_screen(run: RunFolder) -> None:
     several = is_msd_folder(run.student)
     what = "several students, each a stock diffusers folder" if several else "a stock diffusers folder"
     call = f'{"MSD" if several else "Diffusion"}Pipeline.from_pretrained("{run.student}")'
+    shown = shown_prompts(read_yaml(run.path / "config.yaml").get("data") or {})
+    prompt = f' --prompt "{shown[0]}"' if shown else ""
     grid = f"\n  pictures   {run.path / 'grid.png'}" if (run.path / "grid.png").exists() else ""
     print(f"""
 Done.
   student    {run.student}  ({what}: {call})
   report     {run.path / "report.html"}{grid}
 Next:
-  stepdistill sample {run.student} --count 40         more pictures
+  stepdistill sample {run.student} --count 40{prompt}         more pictures
   stepdistill distill CONFIG method=...              the same with another method (stepdistill methods)
   stepdistill distill CONFIG teacher.path=FOLDER       your own teacher""")
