@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -82,16 +81,12 @@ def prepare_matching(config: MatchingConfig, device: str = "cpu") -> dict[str, P
     }
     output = Path(config.output)
     path = write_tensors(output / "matching.safetensors", network.cpu().state_dict(), network.metadata())
-    wanted = pixels_of(config.reference_data) if config.reference_data is not None else images[trained]
-    own = read_array_images(wanted, None, (3, size, size), False, config.reference_data or config.data)
+    if config.reference_data is not None:
+        images, entries = read_pictures(config.reference_data)
+        trained = [i for i, entry in enumerate(entries) if entry.split == "train"]
+    own = read_array_images(images[trained], None, (3, size, size), False, config.reference_data or config.data)
     reference = make_reference(own, as_extractor(network), config.source, config.kid_features, config.seed)
     return {"matching": path, "reference": reference.save(output / "reference.safetensors")}
-
-
-def pixels_of(data: str) -> np.ndarray:
-    """The training pictures of a data folder, uint8 (N, H, W, 3)."""
-    images, entries = read_pictures(data)
-    return images[[i for i, entry in enumerate(entries) if entry.split == "train"]]
 
 
 @torch.inference_mode()

@@ -63,7 +63,7 @@ class DataSettings(Section):
     labels: Literal["all"] | list[int] = Field("all", description="for class-conditional teachers")
     prompts: str | None = Field(None, description="a text file, one prompt a line; asset:NAME is allowed")
     prompt_dataset: PromptColumnSettings | None = None
-    shown: list[str] = Field([], description="the prompts of the pictures that a run draws; the first of its prompts")
+    shown: list[str] = Field([], description="the prompts of a run's pictures; by default the first of its prompts")
     images: ImagesSettings | None = None
     part: PartSettings | None = Field(None, description="set for each student by msd; not by hand")
 

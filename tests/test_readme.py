@@ -51,7 +51,7 @@ def test_the_first_runs_are_whole_on_a_small_scale(config, samples, teacher, tmp
         assert (run / made).is_file(), made
     for said in ("student", "report.html", "grid.png", "Next:"):
         assert said in done.stdout
-    assert ('--count 40 --prompt "grinning face, noto style"' in done.stdout) == (config == "emoji")
+    assert ("--count 40 --prompt 'grinning face, noto style'" in done.stdout) == (config == "emoji")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))

@@ -15,7 +15,6 @@ import diffusers
 import torch
 import torch.distributed as dist
 import transformers
-from stepdistill.eval.of_run import shown_prompts
 from stepdistill.eval.processes import alone
 from stepdistill.eval.report import write_report
 from stepdistill.pipelines import check_expressible, export_student, export_students
@@ -404,8 +403,9 @@ def _last_screen(run: RunFolder) -> None:
     several = is_msd_folder(run.student)
     what = "several students, each a stock diffusers folder" if several else "a stock diffusers folder"
     call = f'{"MSD" if several else "Diffusion"}Pipeline.from_pretrained("{run.student}")'
-    shown = shown_prompts(read_yaml(run.path / "config.yaml").get("data") or {})
-    prompt = f' --prompt "{shown[0]}"' if shown else ""
+    data = read_yaml(run.path / "config.yaml").get("data") or {}
+    asks = data.get("shown") or ["PROMPT"] * any(data.get(key) for key in ("prompts", "prompt_dataset"))
+    prompt = f" --prompt {shlex.quote(asks[0])}" if asks else ""
     grid = f"\n  pictures   {run.path / 'grid.png'}" if (run.path / "grid.png").exists() else ""
     print(f"""
 Done.

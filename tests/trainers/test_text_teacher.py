@@ -324,6 +324,17 @@ def test_the_loss_weight_is_one_at_pure_noise_and_capped_below():
     assert found[0] < 0.01
 
 
+def test_the_loss_is_weighted_by_the_cap(data, tmp_path):
+    def unet(cap):
+        own = raw(data, tmp_path / str(cap))
+        own["denoiser"]["snr_cap"] = cap
+        path = train_text_teacher(check(TextTeacherConfig, own, "test"))
+        return load_file(path / "unet/diffusion_pytorch_model.safetensors")
+
+    low, high = unet(0.5), unet(1e6)
+    assert any(not torch.allclose(low[key], high[key], atol=1e-6) for key in low)
+
+
 def test_the_folder_is_a_stock_pipeline(data, tmp_path):
     path = train_text_teacher(config(data, tmp_path / "t", dtype="float16"))
     assert load_file(path / "text_encoder/model.safetensors").popitem()[1].dtype == torch.float16
