@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import yaml
 from stepdistill.errors import UserError
 
 from . import protocols
-from .curves import CURVE, Curve, in_thousands, logarithmic, read_curve
+from .curves import CURVE, in_thousands, logarithmic, read_curve
 from .page import escape, html_table, image, missing, read_text, svg, thin, write_page
 from .report import cost_cells, evaluation_table, metric_rows
 
@@ -20,21 +22,32 @@ PASSES = "network passes"
 REMEDY = "measure them under one: stepdistill evaluate A=RUN/student B=RUN/student --output both.json"
 
 
-def write_comparison(
-    runs: list[Path] | dict[str, Path],
-    page: Path,
-    evaluation: Path | None = None,
-    grid: Path | None = None,
-    level: tuple[str, float] | None = None,
-    metric: str = "distance",
-) -> Path:
+@dataclass(frozen=True)
+class Together:
+    """What was made of all runs together, in place of each run's own.
+
+    Attributes:
+        evaluation: a file with rows of all.
+        grid: a picture of all on the same noise.
+        level: name and distance of a dashed line in the curves; ``metric`` is what they show.
+        summary: a table of all, its header first.
+        titles: run to what it is called together with its other training seeds, which are drawn in one colour.
+    """
+
+    evaluation: Path
+    grid: Path
+    level: tuple[str, float]
+    metric: str
+    summary: list[list[str]] = field(default_factory=list)
+    titles: dict[str, str] = field(default_factory=dict)
+
+
+def write_comparison(runs: list[Path] | dict[str, Path], page: Path, together: Together | None = None) -> Path:
     """Write one page of several runs, from whatever of them is there; the missing is named.
 
     Args:
         runs: run folders, by name or called as they are.
-        evaluation: a file with rows of all; None: each run's own ``evaluation.json``, which must agree in protocol.
-        grid: a picture of all on the same noise; None: each run's own ``grid.png``.
-        level: name and distance of a dashed line in the curves.
+        together: None: each run's own ``evaluation.json``, which must agree in protocol, and ``grid.png``.
 
     Raises:
         UserError: a folder that is no run, or numbers of different protocols.
@@ -43,23 +56,18 @@ def write_comparison(
     for run in named.values():
         if not (run / "config.yaml").is_file():
             raise UserError(f"run {run}: holds no config.yaml, so it is not a run; name a distillation's output folder")
-    numbers = _own_numbers(named) if evaluation is None else _numbers(evaluation)
-    distances = {name: read_curve(run / CURVE) for name, run in named.items()}
-    pictures = (
-        image(grid.read_bytes(), "all on the same noise")
-        if grid is not None and grid.is_file()
-        else "\n".join(_own_grid(name, run) for name, run in named.items())
-    )
-    noise = "on the same noise" if grid is not None or _one_noise(named) else "each on its own noise"
+    titles = {name: name for name in named} | (together.titles if together else {})
+    one_noise = together is not None or _one_noise(named)
+    first = {titles[name]: name for name in reversed(named)}.values()  # of each title's training seeds
     sections = [
         ("Runs", _runs(named)),
-        ("Evaluation", numbers),
-        ("Distance over training", _distances(named, distances, level, metric)),
-        ("Losses over training", _losses(named)),
-        (f"Pictures, {noise}", pictures),
-        ("Where the configs differ", config_differences({name: _config(run) for name, run in named.items()})),
+        ("Evaluation", _own_numbers(named) if together is None else _numbers(together)),
+        ("Distance over training", _distances(named, titles, together)),
+        ("Losses over training", _losses(named, titles)),
+        (f"Pictures, {'on the same noise' if one_noise else 'each on its own noise'}", _pictures(named, together)),
+        ("Where the configs differ", config_differences({n: _config(run) for n, run in named.items() if n in first})),
     ]
-    return write_page(page, "Comparison of " + ", ".join(named), sections)
+    return write_page(page, "Comparison of " + ", ".join(dict.fromkeys(titles.values())), sections)
 
 
 def _named(runs: list[Path]) -> dict[str, Path]:
@@ -80,9 +88,11 @@ def _runs(named: dict[str, Path]) -> str:
     return html_table(rows)
 
 
-def _numbers(file: Path) -> str:
+def _numbers(together: Together) -> str:
+    file, summary = together.evaluation, together.summary
     found = protocols.read(file)
-    return missing(f"{file.name}, or it cannot be read") if found is None else evaluation_table(*found)
+    rows = missing(f"{file.name}, or it cannot be read") if found is None else evaluation_table(*found)
+    return (html_table(summary) if summary else "") + rows
 
 
 def _own_numbers(named: dict[str, Path]) -> str:
@@ -118,22 +128,36 @@ def _passes_and_seconds(run: Path) -> tuple[list[float], list[float]]:
     return [0.0, *(float(row["passes"]) for row in rows)], [0.0, *(float(row["seconds"]) for row in rows)]
 
 
-def _distances(named: dict[str, Path], curves: dict[str, Curve], level: tuple[str, float] | None, metric: str) -> str:
-    known = {name: curve for name, curve in curves.items() if curve}
+Lines = dict[str, list[tuple[list[float], list[float]]]]
+"""Lines (x, y) by what they are called together."""
+
+
+def _grouped(lines: Iterable[tuple[str, list[float], list[float]]]) -> Lines:
+    found: Lines = {}
+    for title, xs, ys in lines:
+        found.setdefault(title, []).append((xs, ys))
+    return found
+
+
+def _distances(named: dict[str, Path], titles: dict[str, str], together: Together | None) -> str:
+    curves = {name: read_curve(run / CURVE) for name, run in named.items()}
+    known = {name: tuple(map(list, zip(*curve, strict=True))) for name, curve in curves.items() if curve}
     if not known:
         return missing(f"{CURVE} (runs of stepdistill compare have it)")
-    over_passes = {name: ([p for p, _ in curve], [d for _, d in curve]) for name, curve in known.items()}
-    over_time = {}
-    for name, (passes, values) in over_passes.items():
-        at, seconds = _passes_and_seconds(named[name])
-        if len(at) > 1:
-            over_time[name] = ((np.interp(passes, at, seconds) / 60).tolist(), values)
+    level, metric = (together.level, together.metric) if together else (None, "distance")
+    times = {name: _passes_and_seconds(named[name]) for name in known}
+    over_passes = _grouped((titles[name], passes, values) for name, (passes, values) in known.items())
+    over_time = _grouped(
+        (titles[name], (np.interp(passes, *times[name]) / 60).tolist(), values)
+        for name, (passes, values) in known.items()
+        if len(times[name][0]) > 1
+    )
     drawn = [_lines(f"{metric} over network passes", over_passes, PASSES, level)]
     drawn += [_lines(f"{metric} over time", over_time, "minutes of training", level)] if over_time else []
     return f'<div class="curves">{"".join(drawn)}</div>'
 
 
-def _losses(named: dict[str, Path]) -> str:
+def _losses(named: dict[str, Path], titles: dict[str, str]) -> str:
     """The losses that two runs or more have, over passes and over time."""
     series: dict[str, dict[str, tuple[list[float], list[float], list[float]]]] = {}
     for name, run in named.items():
@@ -152,26 +176,23 @@ def _losses(named: dict[str, Path]) -> str:
     for key, own in shared.items():
         for axis, label in ((0, PASSES), (1, "minutes of training")):
             title = f"{key} over {'passes' if axis == 0 else 'time'}"
-            figures.append(_lines(title, {name: (xs[axis], xs[2]) for name, xs in own.items()}, label))
+            figures.append(_lines(title, _grouped((titles[name], xs[axis], xs[2]) for name, xs in own.items()), label))
     note = "Losses of different methods are of different kinds; their heights do not compare."
     return f'<div class="curves">{"".join(figures)}</div><p class="note">{escape(note)}</p>'
 
 
-def _lines(
-    title: str,
-    series: dict[str, tuple[list[float], list[float]]],
-    label: str,
-    level: tuple[str, float] | None = None,
-) -> str:
-    """One figure with a line for each run, as an inline SVG."""
+def _lines(title: str, series: Lines, label: str, level: tuple[str, float] | None = None) -> str:
+    """One figure, a colour for each name, as an inline SVG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, 3.0), layout="constrained")
     axes = figure.subplots()
-    values = [value for _, ys in series.values() for value in ys]
-    for name, (xs, ys) in series.items():
-        x, y = thin(xs, ys)
-        axes.plot(x, y, linewidth=1.2, marker="." if len(x) < 30 else None, label=_text(name))
+    values = [value for lines in series.values() for _, ys in lines for value in ys]
+    for number, (name, lines) in enumerate(series.items()):
+        for again, (xs, ys) in enumerate(lines):
+            x, y = thin(xs, ys)
+            marker, called = "." if len(x) < 30 else None, None if again else _text(name)
+            axes.plot(x, y, linewidth=1.2, marker=marker, color=f"C{number}", label=called)
     if level is not None:
         axes.axhline(level[1], color="black", linestyle="--", linewidth=1, label=_text(level[0]))
     if min(values) > 0 and max(values) > 20 * min(values):
@@ -194,6 +215,12 @@ def _text(text: str) -> str:
 
 
 # -- pictures and configs ------------------------------------------------------------------------------------
+
+
+def _pictures(named: dict[str, Path], together: Together | None) -> str:
+    if together is not None and together.grid.is_file():
+        return image(together.grid.read_bytes(), "all on the same noise")
+    return "\n".join(_own_grid(name, run) for name, run in named.items())
 
 
 def _own_grid(name: str, run: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,22 @@ def at(curve: Curve, passes: float) -> float | None:
     return seen[-1] if seen else None
 
 
-def curves_table(curves: dict[str, Curve], columns: list[float], teacher: float) -> list[list[str]]:
-    """Header and one row a student: its distance at each of ``columns`` passes, and the last over the teacher's."""
+def spread(values: list[float], digits: int) -> str:
+    """Their mean, ± their standard deviation (unbiased) where there are several."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def curves_table(curves: dict[str, list[Curve]], columns: list[float], teacher: float) -> list[list[str]]:
+    """Header and one row a student: its distance at each of ``columns`` passes, and the last over the teacher's; of
+    several training seeds their mean ± standard deviation, and the mean over the teacher's."""
     header = ["", *(f"{column / 1000:.0f}k" for column in columns), "last / teacher"]
     rows = []
-    for name, curve in curves.items():
-        found = [at(curve, column) for column in columns]
-        cells = ["-" if distance is None else f"{distance:.3f}" for distance in found]
-        rows.append([name, *cells, f"{curve[-1][1] / teacher:.2f}" if curve else "-"])
+    for name, seeds in curves.items():
+        found = [[at(curve, column) for curve in seeds] for column in columns]
+        cells = ["-" if None in distances else spread(distances, 3) for distances in found]
+        last = [curve[-1][1] for curve in seeds if curve]
+        rows.append([name, *cells, f"{statistics.fmean(last) / teacher:.2f}" if last else "-"])
     return [header, *rows]
 
 
@@ -74,17 +83,20 @@ def in_thousands(axes) -> None:
 
 
 def draw_curves(
-    curves: dict[str, Curve], teacher: float, teacher_name: str, metric: str, columns: list[float], path: Path
+    curves: dict[str, list[Curve]], teacher: float, teacher_name: str, metric: str, columns: list[float], path: Path
 ) -> Path:
-    """Write the picture; ``teacher`` is the distance that a dashed line stands at."""
+    """Write the picture: a line for each training seed, in the student's colour; ``teacher`` is the distance that a
+    dashed line stands at."""
     from matplotlib.figure import Figure
 
     cells = curves_table(curves, columns, teacher)
     figure = Figure(figsize=(8.4, 5.2 + 0.28 * len(cells)), layout="constrained", dpi=110)
     axes, below = figure.subplots(2, 1, height_ratios=[5, 0.42 * len(cells) + 0.3])
-    lines = {}
-    for name, curve in curves.items():
-        (lines[name],) = axes.plot(*zip(*curve, strict=True), marker=".", linewidth=1.4, label=name)
+    colours = {name: f"C{number}" for number, name in enumerate(curves)}
+    for name, seeds in curves.items():
+        for again, curve in enumerate(filter(None, seeds)):
+            own = {"color": colours[name], "label": None if again else name}
+            axes.plot(*zip(*curve, strict=True), marker=".", linewidth=1.4 if len(seeds) == 1 else 1, **own)
     axes.axhline(teacher, color="black", linestyle="--", linewidth=1, label=teacher_name)
     logarithmic(axes)
     in_thousands(axes)
@@ -98,7 +110,7 @@ def draw_curves(
     table.auto_set_font_size(False)
     table.set_fontsize(9)
     for row, name in enumerate(curves, 1):
-        table[row, 0].set_text_props(color=lines[name].get_color(), ha="left")
+        table[row, 0].set_text_props(color=colours[name], ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from stepdistill.eval.comparison import write_comparison
-from stepdistill.eval.curves import CURVE, curve_text, curves_table, draw_curves, read_curve
+from stepdistill.eval.comparison import Together, write_comparison
+from stepdistill.eval.curves import CURVE, Curve, curve_text, curves_table, draw_curves, read_curve
 from stepdistill.eval.distances import ReferenceStatistics, unit_uint8
 from stepdistill.eval.evaluate import Target, evaluate, step_generator, unit_noise
 from stepdistill.eval.features import load_extractor
@@ -250,10 +250,13 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
     fingerprints = said["extractor_fingerprint"], said["reference"]["fingerprint"]
     under = curve_protocol(config.evaluation, settings.samples, *fingerprints)
     curves = {name: read_curve(made.run.path / CURVE, under) for name, made in entries.items() if made.measured}
+    seeds: dict[str, list[Curve]] = {}
+    for name, curve in curves.items():
+        seeds.setdefault(entries[name].title, []).append(curve)
     columns = [settings.passes * share for share in (0.125, 0.25, 0.5, 0.75, 1.0)]
     if curves:
-        draw_curves(curves, level["frechet"], title, metric, columns, output / "compare.png")
-    _grid(found.targets, output / "grid.png", config, device)
+        draw_curves(seeds, level["frechet"], title, metric, columns, output / "compare.png")
+    _grid(found, output / "grid.png", device)
     cells = summary(rows[0], [(made, steps, row) for (made, steps), row in zip(found.asked, rows[1:], strict=True)])
     write_atomically(output / "table.md", markdown(cells))
     content = {
@@ -265,15 +268,16 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
         "costs": {name: read_cost(made) for name, made in entries.items()},
     }
     write_atomically(output / "compare.json", json.dumps(content, indent=1))
-    page = write_comparison(
-        {name: made.run.path for name, made in entries.items()},
-        output / "report.html",
+    together = Together(
         output / "evaluation.json",
         output / "grid.png",
         (title, level["frechet"]),
         metric,
+        cells,
+        {name: made.title for name, made in entries.items()},
     )
-    over = aligned(curves_table(curves, columns, level["frechet"]))
+    page = write_comparison({name: made.run.path for name, made in entries.items()}, output / "report.html", together)
+    over = aligned(curves_table(seeds, columns, level["frechet"]))
     return (
         f"{metric}, {settings.samples} samples, over network passes (teacher {level['frechet']:.3f})\n{over}\n\n"
         f"finished, {settings.final_samples} samples\n{table(rows, metric)}\n\n{aligned(cells)}\n"
@@ -281,7 +285,12 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
     )
 
 
-def _grid(targets: list[Target], path: Path, config: RunSettings, device: str) -> None:
-    prompts = shown_prompts(config.data.model_dump())
-    names = label_names(Path(targets[0].path))
-    grid(targets, path, 2, seed=config.evaluation.seed, device=device, label_names=names, prompts=prompts)
+def _grid(found: Measured, path: Path, device: str) -> None:
+    """The teacher and every entry at its first training seed."""
+    teacher, *targets = found.targets
+    first: dict[tuple[str, int | None], Target] = {}
+    for (made, steps), target in zip(found.asked, targets, strict=True):
+        first.setdefault((made.title, steps), replace(target, name=made.title))
+    prompts, seed = shown_prompts(found.config.data.model_dump()), found.config.evaluation.seed
+    names = label_names(Path(teacher.path))
+    grid([teacher, *first.values()], path, 2, seed=seed, device=device, label_names=names, prompts=prompts)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
+from statistics import fmean
 from typing import Any
 
+from stepdistill.eval.curves import spread
 from stepdistill.trainers.entries import Contestant, read_cost
 
 COSTS = ("passes", "minutes", "peak GiB", "trained")
@@ -32,10 +33,10 @@ def summary(teacher: dict[str, Any], rows: list[tuple[Contestant, int | None, di
     ]
     own = [f"{teacher[key]:.{digits}f}" for _, key, digits in shown]
     cells = [header, ["teacher", str(teacher["steps"]), *own, "1.00", "", "", "", "", ""]]
-    ordered = sorted(groups.items(), key=lambda item: _mean([row["frechet"] for _, row in item[1]]))
+    ordered = sorted(groups.items(), key=lambda item: fmean([row["frechet"] for _, row in item[1]]))
     for (title, steps), group in ordered:
-        values = [_spread([row[key] for _, row in group], digits) for _, key, digits in shown]
-        ratio = _mean([row["frechet"] for _, row in group]) / teacher["frechet"]
+        values = [spread([row[key] for _, row in group], digits) for _, key, digits in shown]
+        ratio = fmean([row["frechet"] for _, row in group]) / teacher["frechet"]
         cells.append(
             [title, str(steps), *values, f"{ratio:.2f}", *_costs([made for made, _ in group]), str(len(group))]
         )
@@ -47,23 +48,14 @@ def _costs(made: list[Contestant]) -> list[str]:
     costs = [(read_cost(one), read_cost(one.base) if one.base else None) for one in made]
     if not all(cost for cost, _ in costs):
         return ["-"] * 4
-    passes = f"{_mean([cost['passes'] for cost, _ in costs]) / 1000:.0f}k"
+    passes = f"{fmean([cost['passes'] for cost, _ in costs]) / 1000:.0f}k"
     if costs[0][1]:
-        passes = f"{_mean([base['passes'] for _, base in costs]) / 1000:.0f}k + {passes}"
+        passes = f"{fmean([base['passes'] for _, base in costs]) / 1000:.0f}k + {passes}"
     first = costs[0][0]
     several = f"{first['students']} x " if first["students"] > 1 else ""
-    peak = "-" if first["peak_gib"] is None else f"{_mean([cost['peak_gib'] for cost, _ in costs]):.2f}"
-    minutes = f"{_mean([cost['minutes'] for cost, _ in costs]):.1f}"
+    peak = "-" if first["peak_gib"] is None else f"{fmean([cost['peak_gib'] for cost, _ in costs]):.2f}"
+    minutes = f"{fmean([cost['minutes'] for cost, _ in costs]):.1f}"
     return [passes, minutes, peak, f"{several}{first['parameters'] / 1e6:.2f}M"]
-
-
-def _mean(values: list[float]) -> float:
-    return statistics.fmean(values)
-
-
-def _spread(values: list[float], digits: int) -> str:
-    mean = f"{_mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def aligned(cells: list[list[str]]) -> str:

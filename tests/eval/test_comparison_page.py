@@ -8,7 +8,7 @@ import pytest
 import yaml
 from console import stepdistill
 from PIL import Image
-from stepdistill.eval.comparison import config_differences, write_comparison
+from stepdistill.eval.comparison import Together, config_differences, write_comparison
 from stepdistill.eval.curves import CURVE, curve_text, read_curve
 
 from stepdistill.errors import UserError
@@ -121,8 +121,8 @@ def test_time_is_read_from_the_metrics(tmp_path, runs, monkeypatch):
     drawn = {}
     monkeypatch.setattr(comparison, "_lines", lambda title, series, *_: drawn.update({title: series}) or "")
     write_comparison(runs[:1], tmp_path / "report.html")
-    assert drawn["distance over network passes"] == {"run": ([0, 2000, 4000], [9.0, 1.0, 0.5])}
-    minutes, values = drawn["distance over time"]["run"]
+    assert drawn["distance over network passes"] == {"run": [([0, 2000, 4000], [9.0, 1.0, 0.5])]}
+    ((minutes, values),) = drawn["distance over time"]["run"]
     assert minutes == pytest.approx([0, 2, 4])
     assert values == [9.0, 1.0, 0.5]
 
@@ -158,13 +158,34 @@ def test_given_numbers_picture_and_level_stand_for_the_runs_own(tmp_path, runs):
     content["rows"][0]["images_per_second"] = 1.0
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
     named = {"DMD2": runs[0], "_$x$": runs[1]}
-    text = write_comparison(
-        named, tmp_path / "r.html", tmp_path / "evaluation.json", runs[0] / "grid.png", ("teacher", 0.2), "FID"
-    ).read_text()
-    page = Page(text)
-    assert page.tables[1][1][:2] == ["all", "1"]
+    summary = [["", "distance"], ["x", "1.0 ± 0.1"]]
+    together = Together(
+        tmp_path / "evaluation.json", runs[0] / "grid.png", ("teacher", 0.2), "FID", summary, {"DMD2": "DMD"}
+    )
+    page = Page(write_comparison(named, tmp_path / "r.html", together).read_text())
+    assert page.tables[1] == summary
+    assert page.tables[2][1][:2] == ["all", "1"]
     assert [name for name in page.figures if name.startswith("FID")] == ["FID over network passes", "FID over time"]
     assert len([a for a in page.addresses if a.startswith("data:")]) == 1
+
+
+def test_training_seeds_of_one_title_share_a_colour_and_a_column(tmp_path, monkeypatch):
+    from stepdistill.eval import comparison
+
+    runs = {f"DMD2, seed {i}": make_run(tmp_path / str(i), "dmd2", 0.5 + i, seed=i) for i in range(2)}
+    runs["SIM"] = make_run(tmp_path / "sim", "sim", 0.25, seed=0)
+    together = Together(tmp_path / "none", tmp_path / "none", ("teacher", 0.2), "FID", [], dict.fromkeys(runs, "DMD2"))
+    together.titles["SIM"] = "SIM"
+    drawn, lines = {}, comparison._lines
+    monkeypatch.setattr(
+        comparison, "_lines", lambda title, series, *more: drawn.update({title: series}) or lines(title, series, *more)
+    )
+    text = write_comparison(runs, tmp_path / "report.html", together).read_text()
+    assert "<h1>Comparison of DMD2, SIM</h1>" in text
+    for title in ("FID over network passes", "FID over time", "loss/student over passes"):
+        assert {name: len(own) for name, own in drawn[title].items()} == {"DMD2": 2, "SIM": 1}, title
+    assert [ys[-1] for _, ys in drawn["FID over network passes"]["DMD2"]] == [0.5, 1.5]
+    assert Page(text).tables[-1][0] == ["key", "DMD2, seed 0", "SIM"]
 
 
 def test_grids_of_different_seeds_are_said_to_be(tmp_path):

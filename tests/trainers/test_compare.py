@@ -6,7 +6,9 @@ import pytest
 import torch
 import yaml
 from console import stepdistill
+from PIL import Image
 from stepdistill.eval.curves import at, curves_table
+from stepdistill.eval.pictures import GAP, HEADER, TITLE
 from stepdistill.trainers.base import RealSource
 from stepdistill.trainers.compare import CURVE, CompareSettings, compare
 from toys import toy_family, toy_trainer
@@ -225,8 +227,13 @@ def test_curve_values_are_the_last_at_or_before():
     curve = [(0, 9.0), (100, 5.0), (205, 3.0)]
     assert [at(curve, passes) for passes in (0, 99, 200, 201, 1000)] == [9.0, 5.0, 5.0, 3.0, 3.0]
     assert at(curve[1:], 50) is None
-    cells = curves_table({"a": curve}, [100.0, 205.0], 2.0)
-    assert cells == [["", "0k", "0k", "last / teacher"], ["a", "5.000", "3.000", "1.50"]]
+    cells = curves_table({"a": [curve], "b": [curve, [(0, 8.0), (100, 7.0)]], "c": [[]]}, [0.0, 100.0], 2.0)
+    assert cells == [
+        ["", "0k", "0k", "last / teacher"],
+        ["a", "9.000", "5.000", "1.50"],
+        ["b", "8.500 ± 0.707", "6.000 ± 1.414", "2.50"],  # (3 + 7) / 2 / 2
+        ["c", "-", "-", "-"],
+    ]
 
 
 # -- more than single runs -------------------------------------------------------------------------------------
@@ -315,6 +322,9 @@ def test_training_seeds_are_averaged(tmp_path):
     assert f"| {mean:.3f} ± {std:.3f} |" in (tmp_path / "out/table.md").read_text()
     saved = [yaml.safe_load((tmp_path / f"out/DMD2, seed {s}/config.yaml").read_text())["seed"] for s in (0, 3)]
     assert saved == [0, 3]
+    picture = Image.open(tmp_path / "out/grid.png")  # a block each of the teacher and of the first seed
+    assert picture.height == HEADER + 2 * (TITLE + 2 * (GAP + 64))  # 32 pixels, enlarged
+    assert (tmp_path / "out/compare.png").is_file()
 
 
 @pytest.mark.parametrize(
