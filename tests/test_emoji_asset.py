@@ -23,6 +23,7 @@ JUDGE = "asset:emoji/matching.safetensors"
 
 def test_it_draws_what_it_is_asked_for():
     stock = StockPipeline.load(assets.resolve("asset:emoji/teacher"), "cpu")
+    assert (stock.default_steps, stock.default_guidance) == (25, 3.0)
     noise = torch.randn(len(PROMPTS), *stock.noise_shape, generator=torch.Generator().manual_seed(0))
     pixels = unit_uint8(stock.generate(PROMPTS, noise, 10, guidance_scale=3.0))
     score = load_clip(ClipSettings(model=JUDGE, prefix=""))

@@ -100,7 +100,7 @@ class DenoiserSettings(LoopSettings):
 
 
 class SampleSettings(Section):
-    """The pictures drawn at every save."""
+    """The pictures drawn at every save; the folder says that the teacher is called so."""
 
     prompts: list[str] = Field(["grinning face, noto style"], min_length=1)
     steps: int = Field(25, ge=1)
@@ -257,6 +257,8 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
             "finished": time.strftime("%Y-%m-%d"),
         }
     )
+    call = {"num_inference_steps": config.samples.steps, "guidance_scale": config.samples.guidance_scale}
+    family.scheduler.register_to_config(_stepdistill={"steps": config.samples.steps, "call": call})
     return _save(family.to("cpu").pipeline(unet, family.scheduler), config)
 
 

@@ -15,6 +15,7 @@ from console import stepdistill
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from stepdistill.eval.stock import StockPipeline
 from stepdistill.trainers import emoji, teacher, text_teacher
 from stepdistill.trainers.text_teacher import TextTeacherConfig, train_text_teacher
 from transformers import CLIPTokenizer
@@ -282,6 +283,9 @@ def test_a_stopped_training_goes_on_to_the_same_weights(data, tmp_path, monkeypa
     assert family.image_shape == (3, 16, 16)
     facts = family.network.config["_stepdistill"]
     assert facts["steps"] == 2
+    called = config(data, whole).samples
+    said = StockPipeline.load(whole)
+    assert (said.default_steps, said.default_guidance) == (called.steps, called.guidance_scale)
     assert facts["config"]["denoiser"]["block_channels"] == [16, 16]
     pictures = {path.name for path in (tmp_path / "whole.work/pictures").iterdir()}
     assert pictures == {"vae-1.png", "vae.png", "samples-1.png", "samples.png"}
