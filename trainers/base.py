@@ -301,6 +301,16 @@ class Trainer(abc.ABC):
         return planned if train.max_passes is None else min(planned, train.max_passes)
 
     @classmethod
+    def planned_updates(cls, config: RunSettings, world: int = 1) -> int:
+        """Student updates of a whole run on ``world`` processes: fewer than asked where its passes end before."""
+        train = config.train
+        if train.max_passes is None:
+            return train.updates
+        update = cls.passes_per_update(config, cls.settings_of(config)) * train.batch_size * world
+        left = max(train.max_passes - cls.passes_before(config), 1)
+        return min(train.updates, math.ceil(left / (update * train.gradient_accumulation)))
+
+    @classmethod
     def plan(cls, config: RunSettings) -> list[str]:
         """What a run does besides the student updates, a line each, for ``--dry-run``."""
         return []
@@ -428,7 +438,8 @@ class Trainer(abc.ABC):
             if self.run and self.counters["iteration"] == 0:
                 self.save_samples()
             self.prepare()
-            self.repeat(self.name, "student", self.config.train.updates, self.iteration, self._after_update)
+            planned = self.planned_updates(self.config, self.world)
+            self.repeat(self.name, "student", self.config.train.updates, self.iteration, self._after_update, planned)
             self.save()
 
     @property
@@ -445,15 +456,23 @@ class Trainer(abc.ABC):
         """What comes before the first student update; :meth:`repeat` it.  Called again when a run is resumed."""
 
     def repeat(
-        self, title: str, counter: str, total: int, step: Callable[[], None], after: Callable[[tqdm], None]
+        self,
+        title: str,
+        counter: str,
+        total: int,
+        step: Callable[[], None],
+        after: Callable[[tqdm], None],
+        planned: int | None = None,
     ) -> None:
         """Run ``step`` until ``counters[counter]`` is ``total``: bar, iteration count, stopping.
 
-        ``after``: called with the bar when a step has moved the counter.
+        Args:
+            after: called with the bar when a step has moved the counter.
+            planned: what the bar goes to, where the passes are known to end before ``total``.
         """
         main = self.accelerator.is_main_process
         done, moved = self.counters[counter], True  # a spent budget ends the loop where the counter has just moved
-        with tqdm(total=total, initial=done, desc=title, unit="update", disable=not main) as bar:
+        with tqdm(total=planned or total, initial=done, desc=title, unit="update", disable=not main) as bar:
             while self.counters[counter] < total and not (self.spent() and moved):
                 step()
                 self.counters["iteration"] += 1

@@ -183,6 +183,10 @@ def test_passes_of_an_update_are_what_the_readme_and_the_plan_say(method, settin
         trainer.counters["iteration"] += 1
     assert trainer.passes == 8 * expected
     assert trainer.passes_per_update(trainer.config, trainer.settings) == expected
+    assert trainer.planned_updates(trainer.config) == 3
+    for passes, world, planned in ((1, 1, 1), (2 * trainer.passes, 1, 2), (2 * trainer.passes, 2, 1), (10**9, 1, 3)):
+        short = trainer.config.train.model_copy(update={"max_passes": passes})
+        assert trainer.planned_updates(trainer.config.model_copy(update={"train": short}), world) == planned
 
 
 @pytest.mark.parametrize(
