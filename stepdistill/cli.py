@@ -299,7 +299,7 @@ def _given_conditions(stock, prompts: list[str] | None, labels: list[int] | None
 def compare(
     config: Annotated[Path, typer.Argument(help="a YAML config that names several runs")],
     overrides: Overrides = None,
-    only: Annotated[str | None, typer.Option(help="make one run alone, e.g. in a process of its own")] = None,
+    only: Annotated[str | None, typer.Option(help="make this run alone, or an entry's at all its seeds")] = None,
     finished: Annotated[bool, typer.Option("--finished", help="make no run; show what is finished")] = False,
 ) -> None:
     """Several methods at equal network passes: curves over training, a table, pictures.  Goes on where it stopped."""

@@ -171,33 +171,40 @@ def compare(
     apart: Callable[[str], None] | None = None,
     finished: bool = False,
 ) -> str:
-    """Make all runs (or one), then the picture, grid and table of all; returns the table as text.
+    """Make all runs (or some), then the picture, grid and table of all; returns the table as text.
 
     Args:
+        only: a run's name, or an entry's for all its training seeds; nothing is drawn then.
         finished: make none, and show what is finished.
         apart: makes the run of that name in a process of its own, so that its peak memory is its own; by default this
             one makes all.
 
     Raises:
-        UserError: a config that is wrong, a name that is not one of ``runs``, or nothing to show.
+        UserError: a config that is wrong, a name that is not one of ``runs``, what is finished was made by another
+            config, or nothing to show.
     """
     entries = settings.entries(folder)
+    for made in entries.values():
+        if made.finished:
+            made.check_finished()
     if finished:
         entries = {name: made for name, made in entries.items() if made.finished}
         if not any(made.base is None for made in entries.values()):
             raise UserError(f"--finished: no run is finished in {settings.output}; leave it out to make them")
         return report(settings, entries, device)
-    if only is not None:
-        if only not in entries:
-            raise UserError(f"--only {only}: the runs are {', '.join(entries)}")
-        train_one(entries[only], settings)
-        return f"{only}: done"
-    measure(settings, entries, device)  # a protocol that does not work is answered before anything is trained
-    for name, made in entries.items():
-        if apart is None or made.finished:
+    wanted = {name: made for name, made in entries.items() if only in (None, name, made.title)}
+    if not wanted:
+        names = dict.fromkeys(name for made in entries.values() for name in (made.title, made.name))
+        raise UserError(f"--only {only}: the runs are {'; '.join(names)}")
+    if only is None:
+        measure(settings, entries, device)  # a protocol that does not work is answered before anything is trained
+    for name, made in wanted.items():
+        if apart is None or made.finished or name == only:
             train_one(made, settings)
         else:
             apart(name)
+    if only is not None:
+        return f"{only}: done"
     return report(settings, entries, device)
 
 
@@ -254,9 +261,9 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
     for name, curve in curves.items():
         seeds.setdefault(entries[name].title, []).append(curve)
     columns = [settings.passes * share for share in (0.125, 0.25, 0.5, 0.75, 1.0)]
+    pictures = [_grid(found, output / "grid.png", device)]
     if curves:
-        draw_curves(seeds, level["frechet"], title, metric, columns, output / "compare.png")
-    _grid(found, output / "grid.png", device)
+        pictures.append(draw_curves(seeds, level["frechet"], title, metric, columns, output / "compare.png"))
     cells = summary(rows[0], [(made, steps, row) for (made, steps), row in zip(found.asked, rows[1:], strict=True)])
     write_atomically(output / "table.md", markdown(cells))
     content = {
@@ -281,11 +288,11 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
     return (
         f"{metric}, {settings.samples} samples, over network passes (teacher {level['frechet']:.3f})\n{over}\n\n"
         f"finished, {settings.final_samples} samples\n{table(rows, metric)}\n\n{aligned(cells)}\n"
-        f"pictures {output / 'compare.png'}, {output / 'grid.png'}\ntable {output / 'table.md'}\nreport {page}"
+        f"pictures {', '.join(map(str, pictures))}\ntable {output / 'table.md'}\nreport {page}"
     )
 
 
-def _grid(found: Measured, path: Path, device: str) -> None:
+def _grid(found: Measured, path: Path, device: str) -> Path:
     """The teacher and every entry at its first training seed."""
     teacher, *targets = found.targets
     first: dict[tuple[str, int | None], Target] = {}
@@ -293,4 +300,4 @@ def _grid(found: Measured, path: Path, device: str) -> None:
         first.setdefault((made.title, steps), replace(target, name=made.title))
     prompts, seed = shown_prompts(found.config.data.model_dump()), found.config.evaluation.seed
     names = label_names(Path(teacher.path))
-    grid([teacher, *first.values()], path, 2, seed=seed, device=device, label_names=names, prompts=prompts)
+    return grid([teacher, *first.values()], path, 2, seed=seed, device=device, label_names=names, prompts=prompts)

@@ -23,7 +23,7 @@ from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe
 from stepdistill import checkpoint
 from stepdistill.config import Section, apply_overrides, read_yaml
 from stepdistill.errors import UserError
-from stepdistill.run import RunFolder, write_atomically
+from stepdistill.run import RunFolder, comparable, holds_run, write_atomically
 
 COST = "cost.json"
 SLACK = 0.03
@@ -76,10 +76,30 @@ class Contestant:
     def finished(self) -> bool:
         return is_pipeline(self.run.student)
 
+    def check_finished(self) -> None:
+        """That what is finished is what the config says, at its budget.
+
+        Raises:
+            UserError: it was made by another config, or in another number of passes or updates.
+        """
+        if not isinstance(self.work, Job):
+            self.work.check_folder(resume=True)
+        for job in self.jobs:
+            holds_run(Path(job.config.output), job.config.model_dump(mode="json"), True, set(), _with_budget)
+
     @property
     def measured(self) -> bool:
         """Whether its distance over training is measured: single runs from the common teacher."""
         return isinstance(self.work, Job) and self.base is None
+
+
+def _with_budget(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a finished run's config must be that of its comparison: its end too."""
+    end = {key: config["train"].get(key) for key in ("max_passes", "updates")}
+    if end["max_passes"] is not None:  # updates are enough for them
+        del end["updates"]
+    kept = comparable(config)
+    return {**kept, "train": {**kept["train"], **end}}
 
 
 def read_entries(
@@ -146,7 +166,13 @@ def _shared(made: Contestant) -> dict[str, Any]:
     config = made.job.config
     keys = ("extractor", "reference", "seed", "batch_size", "teacher_guidance_scale")
     seed = None if made.seed is not None else config.seed
-    return {"teacher": config.teacher, "seed": seed, **{f"evaluation.{k}": getattr(config.evaluation, k) for k in keys}}
+    asked = {f"data.{k}": getattr(config.data, k) for k in ("labels", "prompts", "prompt_dataset")}
+    return {
+        "teacher": config.teacher,
+        "seed": seed,
+        **asked,
+        **{f"evaluation.{k}": getattr(config.evaluation, k) for k in keys},
+    }
 
 
 # -- what it cost --------------------------------------------------------------------------------------------
@@ -175,6 +201,11 @@ def peak_memory() -> float | None:
     """GiB that this process has held at most: of the GPU where there is one, else of main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    try:  # Linux; what getrusage says there is at least the peak of the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+    except (OSError, IndexError, ValueError):
+        pass
     try:
         import resource
     except ImportError:  # not on Windows

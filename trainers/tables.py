@@ -8,8 +8,6 @@ from typing import Any
 from stepdistill.eval.curves import spread
 from stepdistill.trainers.entries import Contestant, read_cost
 
-COSTS = ("passes", "minutes", "peak GiB", "trained")
-
 
 def summary(teacher: dict[str, Any], rows: list[tuple[Contestant, int | None, dict[str, Any]]]) -> list[list[str]]:
     """Header, the teacher, and a row for each entry and number of steps: means over training seeds, ± their standard
@@ -46,7 +44,7 @@ def summary(teacher: dict[str, Any], rows: list[tuple[Contestant, int | None, di
 def _costs(made: list[Contestant]) -> list[str]:
     """Passes (a tuning's on top of its base's), minutes, peak memory, trained parameters: means over seeds."""
     costs = [(read_cost(one), read_cost(one.base) if one.base else None) for one in made]
-    if not all(cost for cost, _ in costs):
+    if not all(cost and base != {} for cost, base in costs):
         return ["-"] * 4
     passes = f"{fmean([cost['passes'] for cost, _ in costs]) / 1000:.0f}k"
     if costs[0][1]:

@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 from console import stepdistill
+from matplotlib.figure import Figure
 from PIL import Image
 from stepdistill.eval.comparison import Together, config_differences, write_comparison
-from stepdistill.eval.curves import CURVE, curve_text, read_curve
+from stepdistill.eval.curves import CURVE, curve_text, draw_curves, read_curve
 
 from stepdistill.errors import UserError
 
@@ -176,16 +177,39 @@ def test_training_seeds_of_one_title_share_a_colour_and_a_column(tmp_path, monke
     runs["SIM"] = make_run(tmp_path / "sim", "sim", 0.25, seed=0)
     together = Together(tmp_path / "none", tmp_path / "none", ("teacher", 0.2), "FID", [], dict.fromkeys(runs, "DMD2"))
     together.titles["SIM"] = "SIM"
-    drawn, lines = {}, comparison._lines
-    monkeypatch.setattr(
-        comparison, "_lines", lambda title, series, *more: drawn.update({title: series}) or lines(title, series, *more)
-    )
+    drawn, svg = {}, comparison.svg
+    monkeypatch.setattr(comparison, "svg", lambda figure: drawn.update(figure_of(figure)) or svg(figure))
     text = write_comparison(runs, tmp_path / "report.html", together).read_text()
     assert "<h1>Comparison of DMD2, SIM</h1>" in text
     for title in ("FID over network passes", "FID over time", "loss/student over passes"):
-        assert {name: len(own) for name, own in drawn[title].items()} == {"DMD2": 2, "SIM": 1}, title
-    assert [ys[-1] for _, ys in drawn["FID over network passes"]["DMD2"]] == [0.5, 1.5]
+        colours, legend = drawn[title]
+        assert colours[0] == colours[1] != colours[2], title
+        assert legend[:2] == ["DMD2", "SIM"]
     assert Page(text).tables[-1][0] == ["key", "DMD2, seed 0", "SIM"]
+
+
+def figure_of(figure):
+    """Its title to its lines' colours and its legend."""
+    axes = figure.axes[0]
+    return {
+        axes.get_title(): (
+            [line.get_color() for line in axes.get_lines()],
+            [text.get_text() for text in axes.get_legend().get_texts()],
+        )
+    }
+
+
+def test_the_curves_of_one_student_share_its_colour(tmp_path, monkeypatch):
+    drawn, saved = {}, Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *to, **how: drawn.update(figure_of(figure)) or saved(figure, *to, **how)
+    )
+    curves = {"a": [[(0, 9.0), (10, 3.0)], [(0, 8.0), (10, 4.0)]], "b": [[(0, 7.0), (10, 2.0)]], "c": [[]]}
+    draw_curves(curves, 1.0, "teacher", "FID", [5.0, 10.0], tmp_path / "c.png")
+    ((colours, legend),) = drawn.values()
+    assert colours[0] == colours[1] != colours[2] != colours[3] == "black"
+    assert legend == ["a", "b", "teacher"]
+    assert (tmp_path / "c.png").is_file()
 
 
 def test_grids_of_different_seeds_are_said_to_be(tmp_path):

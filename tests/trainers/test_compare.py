@@ -1,6 +1,9 @@
 """Comparing methods at equal passes: the budget, the measured curve, going on, and what cannot be compared."""
 
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +12,16 @@ from console import stepdistill
 from PIL import Image
 from stepdistill.eval.curves import at, curves_table
 from stepdistill.eval.pictures import GAP, HEADER, TITLE
+from stepdistill.trainers import tables
 from stepdistill.trainers.base import RealSource
-from stepdistill.trainers.compare import CURVE, CompareSettings, compare
+from stepdistill.trainers.compare import CompareSettings, compare
+from stepdistill.trainers.entries import peak_memory
 from toys import toy_family, toy_trainer
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.config import check, merge
 from stepdistill.data import ImageSet
+from stepdistill.run import RunFolder
 
 SMALL = {
     "teacher": {"path": "asset:fashion_mnist/teacher", "steps": 2},
@@ -103,16 +109,34 @@ def test_one_run_alone_and_the_rest_later(tmp_path):
     assert [row["name"] for row in content["final"]] == ["teacher", "SIM"]
     assert list(content["curves"]) == ["SIM"]
     assert not (tmp_path / "out" / "DMD2").exists()
-    (tmp_path / "out" / "SIM" / CURVE).rename(tmp_path / "kept")
-    (tmp_path / "kept").rename(tmp_path / "out" / "SIM" / CURVE)
     assert stepdistill("compare", config).code == 0
-    assert (tmp_path / "out" / "compare.png").is_file()
+    content = json.loads((tmp_path / "out/compare.json").read_text())
+    assert [row["name"] for row in content["final"]] == ["teacher", "DMD2", "SIM"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"passes": 4000}, "train.max_passes (200 there, 4000 now)"),
+        ({"overrides": ["optimizer.student.lr=0.5"]}, "optimizer.student.lr (0.001 there, 0.5 now)"),
+    ],
+)
+def test_what_is_finished_is_not_taken_for_another_config_s(tmp_path, changes, says):
+    config = write(tmp_path, runs={"DMD2": "dmd2.yaml"})
+    assert stepdistill("compare", config).code == 0
+    before = (tmp_path / "out/compare.json").read_text()
+    write(tmp_path, runs={"DMD2": "dmd2.yaml"}, **changes)
+    for more in ([], ["--finished"], ["--only", "DMD2"]):
+        result = stepdistill("compare", config, *more)
+        assert (result.code, says in result.error) == (2, True), result.error
+    assert (tmp_path / "out/compare.json").read_text() == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--only", "BOOT"], "--only BOOT: the runs are DMD2, SIM"),
+        (["--only", "BOOT"], "--only BOOT: the runs are DMD2; SIM"),
+        (["--only", "BOOT", "seeds=[0, 1]"], "the runs are DMD2; DMD2, seed 0; DMD2, seed 1; SIM; SIM, seed 0"),
         (["passes=0"], "passes = 0"),
         (["runs={A: nowhere.yaml}"], "no such config file"),
         (["passes=100000", "points=1", "--only", "DMD2"], "end after"),
@@ -127,10 +151,11 @@ def test_bad_comparisons_are_one_line(tmp_path, arguments, says):
 def test_runs_that_are_not_comparable_are_refused(tmp_path):
     config = write(tmp_path)
     raw = yaml.safe_load((tmp_path / "sim.yaml").read_text())
-    (tmp_path / "sim.yaml").write_text(yaml.safe_dump({**raw, "seed": 7}))
-    result = stepdistill("compare", config)
-    assert result.code == 2
-    assert "runs.SIM: its seed is not that of DMD2" in result.error
+    for change, key in (({"seed": 7}, "seed"), ({"data": {"labels": [0, 1]}}, "data.labels")):
+        (tmp_path / "sim.yaml").write_text(yaml.safe_dump({**raw, **change}))
+        result = stepdistill("compare", config)
+        assert result.code == 2
+        assert f"runs.SIM: its {key} is not that of DMD2" in result.error
     assert not (tmp_path / "out").exists()
 
 
@@ -310,6 +335,14 @@ def test_every_kind_of_run_in_one_table(tmp_path, capsys):
     }
     assert "0k + " in cells["PSO", "2"]  # the recipe's passes, and its own
     assert "2 x 0.69M" in cells["MSD", "1"]
+    for made in ("DMD2", "MSD", "PSO"):  # a recipe alone has no curve to draw
+        (tmp_path / f"out/{made}/student").rename(tmp_path / made)
+    (tmp_path / "out/compare.png").unlink()
+    capsys.readouterr()
+    shown = stepdistill("compare", tmp_path / "compare.yaml", "--finished")
+    assert (shown.code, "grid.png" in shown.out, "compare.png" in shown.out) == (0, True, False)
+    for made in ("DMD2", "MSD", "PSO"):
+        (tmp_path / made).rename(tmp_path / f"out/{made}/student")
     capsys.readouterr()
     in_one_process(tmp_path / "compare.yaml")
     out = capsys.readouterr().out
@@ -317,7 +350,11 @@ def test_every_kind_of_run_in_one_table(tmp_path, capsys):
 
 
 def test_training_seeds_are_averaged(tmp_path):
-    in_one_process(write(tmp_path, seeds=[0, 3], runs={"DMD2": "dmd2.yaml"}))
+    config = write(tmp_path, seeds=[0, 3], runs={"DMD2": "dmd2.yaml"})
+    settings = check(CompareSettings, yaml.safe_load(config.read_text()), str(config))
+    assert compare(settings, tmp_path, only="DMD2") == "DMD2: done"
+    assert not (tmp_path / "out/compare.json").exists()
+    in_one_process(config)
     rows = json.loads((tmp_path / "out/compare.json").read_text())["final"]
     assert [row["name"] for row in rows] == ["teacher", "DMD2, seed 0", "DMD2, seed 3"]
     first, second = (row["frechet"] for row in rows[1:])
@@ -355,6 +392,28 @@ def test_what_is_finished_needs_something_finished(tmp_path):
     assert "--finished: no run is finished in" in stepdistill("compare", config, "--finished").error
     assert "give --only or --finished, not both" in stepdistill("compare", config, "--finished", "--only", "SIM").error
     assert not (tmp_path / "out").exists()
+
+
+def test_costs_that_are_not_all_there_are_not_shown(tmp_path):
+    def made(name, base=None, **cost):
+        run = RunFolder(tmp_path / name)
+        run.path.mkdir()
+        (run.path / "cost.json").write_text(json.dumps(cost))
+        return SimpleNamespace(run=run, base=base)
+
+    cost = {"passes": 200_000, "minutes": 2.0, "peak_gib": None, "parameters": 5e5, "students": 1}
+    bases = [made("a", **cost), made("b", **cost), made("c")]
+    tunings = [made(f"on {base.run.path.name}", base, **cost) for base in bases]
+    assert tables._costs(tunings[:2]) == ["200k + 200k", "2.0", "-", "0.50M"]
+    assert tables._costs(bases[:2]) == ["200k", "2.0", "-", "0.50M"]
+    assert tables._costs(tunings) == tables._costs(tunings[::-1]) == tables._costs(bases) == ["-"] * 4
+
+
+def test_a_process_s_peak_is_not_that_of_the_one_that_started_it():
+    ballast = torch.ones(3 * 2**27)  # 1.5 GiB
+    child = "from stepdistill.trainers.entries import peak_memory; print(peak_memory())"
+    said = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout
+    assert 0.05 < float(said) < ballast.numel() * 4 / 2**30 < peak_memory()
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_own_line(tmp_path, capfd):
