@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stepdistill.data import read_prompts
+from stepdistill.data import given_prompts
 
 from .evaluate import Target, evaluate, output_file
 from .of_run import evaluate_run, label_names, measured_text
@@ -45,10 +45,16 @@ def evaluate_pipelines(
     if processes.main:
         print(measured_text(output_file(output), rows))
         if picture is not None:
-            texts = None if settings.prompts is None else read_prompts(settings.prompts)[:10]
+            texts = given_prompts(settings.prompts, settings.prompt_dataset)
             names = label_names(Path(parsed[0].path))
             path = grid(
-                parsed, picture, 2, seed=settings.seed, device=processes.device, label_names=names, prompts=texts
+                parsed,
+                picture,
+                2,
+                seed=settings.seed,
+                device=processes.device,
+                label_names=names,
+                prompts=texts and texts[:10],
             )
             print(f"picture {path}")
     processes.leave()

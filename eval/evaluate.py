@@ -26,9 +26,10 @@ from torch import Tensor
 from stepdistill import assets
 from stepdistill.clip import ClipScorer, ClipSettings, load_clip
 from stepdistill.config import Section
-from stepdistill.data import read_prompts
+from stepdistill.data import given_prompts
 from stepdistill.errors import UserError
 from stepdistill.rewards import Reward, RewardSettings, load_rewards
+from stepdistill.settings import PromptColumnSettings
 
 from . import protocols
 from .distances import ReferenceStatistics
@@ -68,8 +69,8 @@ class Target:
         if len(call) == 2 and not call[0].isdigit():  # an @ of the path
             path, call = f"{path}@{call[0]}", call[1:]
         steps, guidance = [*call, None, None][:2]
-        if steps is not None and not steps.isdigit():
-            raise UserError(f"{text}: what follows @ is a number of steps")
+        if steps is not None and not re.fullmatch("[1-9][0-9]*", steps):
+            raise UserError(f"{text}: what follows @ is a number of steps, at least 1")
         if guidance is not None and not re.fullmatch(r"\d+(\.\d+)?", guidance):
             raise UserError(f"{text}: what follows the second @ is a guidance scale")
         return cls(
@@ -112,6 +113,7 @@ class EvaluationSettings(Section):
         "uniform", description="which labels, taken in turn: all of them, or the ones named"
     )
     prompts: str | None = Field(None, description="a file with one prompt a line, taken in turn")
+    prompt_dataset: PromptColumnSettings | None = Field(None, description="a dataset's column in place of a file")
     distinct_prompts: bool = Field(False, description="refuse fewer prompts than samples")
     preset: str | None = Field(None, description="the preset that these settings are, and what differs from it")
     latency: bool = Field(False, description="time single calls, with the share of each part")
@@ -303,11 +305,11 @@ def _load_tools(
 ) -> _Tools:
     extractor = load_extractor(settings.extractor, device)
     treatment = Treatment(settings.resize, settings.quantise)
-    prompts = None if settings.prompts is None else read_prompts(settings.prompts)
+    prompts = given_prompts(settings.prompts, settings.prompt_dataset)
     if settings.distinct_prompts and prompts is not None and len(prompts) < settings.samples:
         raise UserError(
-            f"prompts {settings.prompts}: has {len(prompts)} prompts, and this protocol draws {settings.samples} "
-            "pictures of as many; name a file with so many lines, or draw fewer samples"
+            f"prompts {settings.prompts or settings.prompt_dataset.name}: has {len(prompts)} prompts, this protocol "
+            f"draws {settings.samples} pictures of as many; name a file with so many lines, or draw fewer samples"
         )
     reference = load_reference(settings.reference, settings.extractor, extractor, treatment, file.parent, processes)
     if settings.precision_recall and not len(reference.features):

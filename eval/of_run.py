@@ -11,8 +11,9 @@ import yaml
 from stepdistill.pipelines.msd import is_msd_folder
 
 from stepdistill import assets
-from stepdistill.data import read_prompts
+from stepdistill.data import given_prompts
 from stepdistill.errors import UserError
+from stepdistill.settings import PromptColumnSettings
 
 from .evaluate import EvaluationSettings, Target, evaluate
 from .pictures import grid, table
@@ -27,9 +28,7 @@ def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
     """
     own, teacher = config["evaluation"], config["teacher"]
     path = assets.resolve(teacher["path"])
-    scale = own["teacher_guidance_scale"]
-    if scale is None and own_scale(config) != 1:
-        scale = own_scale(config)
+    scale = teacher_scale(config)
     also = sorted(config["sampler"].get("also_steps") or [], reverse=True)
     students = [Target("student", run / "student", n) for n in [None, *also]]
     if config["method"] == "pso":  # its teacher is a few-step model already, the one that was tuned
@@ -43,6 +42,12 @@ def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
         name = stage["name"]
         students.append(Target(f"stage {name}", run / f"{number:02d}-{name}" / "student"))
     return [full, *fewer, *students]
+
+
+def teacher_scale(config: dict[str, Any]) -> float:
+    """``evaluation.teacher_guidance_scale``, by default that of the distillation."""
+    scale = config["evaluation"]["teacher_guidance_scale"]
+    return own_scale(config) if scale is None else scale
 
 
 def own_scale(config: dict[str, Any]) -> float:
@@ -71,6 +76,7 @@ def protocol(config: dict[str, Any], samples: int, latency: bool = False) -> Eva
         reference=own["reference"],
         labels="uniform" if labels == "all" else labels,
         prompts=config["data"].get("prompts"),
+        prompt_dataset=config["data"].get("prompt_dataset"),
         rewards=(config["pso"].get("rewards") or []) if config["method"] == "pso" else [],
         latency=latency,
     )
@@ -123,7 +129,9 @@ def shown_prompts(data: dict[str, Any]) -> list[str] | None:
     """The prompts of a run's pictures, by the ``data`` of its config: as said there, or its first ones; None: none."""
     if data.get("shown"):
         return data["shown"]
-    return None if data.get("prompts") is None else read_prompts(data["prompts"])[:10]
+    column = data.get("prompt_dataset")
+    found = given_prompts(data.get("prompts"), column and PromptColumnSettings.model_validate(column))
+    return found and found[:10]
 
 
 def measured_text(file: Path, rows: list[dict[str, Any]]) -> str:

@@ -162,7 +162,8 @@ class StockPipeline:
             Pixels (B, C, H, W), float32, in [0, 1].
 
         Raises:
-            UserError: noise or conditions that do not fit this pipeline, or guidance that it does not have.
+            UserError: noise or conditions that do not fit this pipeline, guidance that it does not have, or a number
+                of steps that its scheduler refuses.
         """
         self._check(conditions, noise, guidance_scale)
         given = {
@@ -179,7 +180,11 @@ class StockPipeline:
         accepted = {k: v for k, v in given.items() if k in self._arguments and v is not None}
         if isinstance(self.pipeline, MSDPipeline):
             accepted.pop("batch_size", None)
-        images = self.pipeline(**accepted, **further).images
+        try:
+            images = self.pipeline(**accepted, **further).images
+        except ValueError as wrong:  # a scheduler's own word on its steps
+            reason = (str(wrong).splitlines() or ["refused"])[0]
+            raise UserError(f"pipeline {self.path}: cannot be sampled in {steps} steps: {reason}") from None
         return images.float().clamp(0, 1) if images.isfinite().all() else images.float()
 
     def _check(self, conditions: list | None, noise: Tensor, guidance_scale: float | None) -> None:

@@ -264,10 +264,7 @@ def sample(
             raise UserError("--negative-prompt: give the folder of one student, such as student/student-0")
         steer = NegativePrompts(stock.first)(negative_prompt, negative_scale)
     guidance = stock.default_guidance if guidance_scale is None else guidance_scale
-    try:
-        pixels = stock.generate(conditions, noise, steps, generator, guidance, **steer)
-    except ValueError as error:  # a scheduler's own word on its steps
-        raise UserError(f"--steps {steps}: {pipeline} cannot be sampled so: {error}") from None
+    pixels = stock.generate(conditions, noise, steps, generator, guidance, **steer)
     try:
         save_grid(pixels * 2 - 1, output)
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from stepdistill import assets
 from stepdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from stepdistill.settings import PromptColumnSettings
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -321,6 +325,13 @@ def read_prompts(path: str | Path, key: str = "data.prompts") -> list[str]:
     if not prompts:
         raise UserError(f"{path}: no prompts in it; write one a line")
     return prompts
+
+
+def given_prompts(file: str | None, column: PromptColumnSettings | None) -> list[str] | None:
+    """The prompts that a config's ``prompts`` or ``prompt_dataset`` names; None: neither does."""
+    if column is not None:
+        return read_prompt_column(column.name, column.column, column.split, column.revision)
+    return None if file is None else read_prompts(file)
 
 
 def read_prompt_column(name: str, column: str, split: str = "train", revision: str | None = None) -> list[str]:

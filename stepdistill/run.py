@@ -93,9 +93,10 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in config.items() if k not in FREE_KEYS}
     if "train" in kept:
         kept["train"] = {k: v for k, v in (kept["train"] or {}).items() if k not in FREE_TRAIN_KEYS}
-    part = (kept.get("data") or {}).get("part")
-    if part:  # the folder of several students may be moved
-        kept["data"] = {**kept["data"], "part": {k: v for k, v in part.items() if k != "router"}}
+    if kept.get("data"):
+        kept["data"] = {k: v for k, v in kept["data"].items() if k != "shown"}  # of pictures alone
+        if part := kept["data"].get("part"):  # the folder of several students may be moved
+            kept["data"]["part"] = {k: v for k, v in part.items() if k != "router"}
     return kept
 
 

@@ -20,7 +20,8 @@ class Result:
     @property
     def error(self) -> str:
         """The one line that says what is wrong; bars of what ran before it do not count."""
-        lines = [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and "update/s" not in line]
+        lines = [line for line in self.err.replace("\r", "\n").splitlines() if line.strip()]
+        lines = [line for line in lines if "update/s" not in line and "img/s" not in line]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("stepdistill: "), self.err
         assert "Traceback" not in self.out

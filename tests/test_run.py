@@ -44,6 +44,15 @@ def test_a_new_folder_and_an_empty_one_are_free(tmp_path, resume):
     assert run.check(config_for(run.path), resume) is False
 
 
+def test_prompts_of_its_pictures_may_change_and_may_not_be_there(run):
+    saved = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert run.check(config_for(run.path, data={"shown": ["a cat"]}), True)
+    del saved["data"]["shown"]  # as it was written before there were any
+    (run.path / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert run.check(config_for(run.path), True)
+    assert "data.labels" in refused(run, config_for(run.path, data={"labels": [1]}), True)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_of_something_else_is_refused(tmp_path, resume):
     (tmp_path / "thesis.tex").write_text("years of work")

@@ -20,7 +20,7 @@ from stepdistill.eval.curves import CURVE, Curve, curve_text, curves_table, draw
 from stepdistill.eval.distances import ReferenceStatistics, unit_uint8
 from stepdistill.eval.evaluate import Target, evaluate, step_generator, unit_noise
 from stepdistill.eval.features import load_extractor
-from stepdistill.eval.of_run import label_names, protocol, shown_prompts
+from stepdistill.eval.of_run import label_names, protocol, shown_prompts, teacher_scale
 from stepdistill.eval.pictures import grid, table
 from stepdistill.pipelines import export_student
 from stepdistill.trainers.base import Trainer
@@ -213,7 +213,8 @@ class Measured:
     """What a comparison's table and pictures are made of.
 
     Attributes:
-        config: whose teacher, data and evaluation are those of all.
+        config: whose teacher, data and evaluation are those of all; its guidance scale is the teacher's where
+            ``evaluation.teacher_guidance_scale`` is not set.
         asked: the finished contestants, once for each number of steps that they are measured at.
         targets, rows: the teacher, then those ``asked``; as measured when finished.
         level: the teacher's row as a point of a curve is measured; ``said`` is that protocol.
@@ -233,10 +234,9 @@ def measure(settings: CompareSettings, entries: dict[str, Contestant], device: s
     output = Path(settings.output)
     config = next(made for made in entries.values() if made.base is None).job.config
     asked = [(made, steps) for made in entries.values() if made.finished for steps in made.entry.steps or [None]]
-    guidance = config.evaluation.teacher_guidance_scale
-    teacher = Target("teacher", assets.resolve(config.teacher.path), config.teacher.steps, guidance)
-    targets = [teacher, *(Target(made.name, made.run.student, steps) for made, steps in asked)]
     raw = config.model_dump(mode="json")
+    teacher = Target("teacher", assets.resolve(config.teacher.path), config.teacher.steps, teacher_scale(raw))
+    targets = [teacher, *(Target(made.name, made.run.student, steps) for made, steps in asked)]
     more = {key: getattr(settings, key) for key in ("precision_recall", "diversity", "clip")}
     final = protocol(raw, settings.final_samples).model_copy(update=more)
     rows = evaluate(targets, final, output / "evaluation.json", device)

@@ -127,12 +127,10 @@ def condition_items(config: RunSettings, family: Family) -> list:
     if family.condition_kind == "prompt":
         if own.labels != "all":
             raise UserError(f"data.labels: the teacher {config.teacher.path} takes prompts; remove the key")
-        if own.prompts is not None:
-            return data.read_prompts(own.prompts)
-        if own.prompt_dataset is not None:
-            source = own.prompt_dataset
-            return data.read_prompt_column(source.name, source.column, source.split, source.revision)
-        raise UserError("data: this teacher takes prompts; set data.prompts (a text file) or data.prompt_dataset")
+        found = data.given_prompts(own.prompts, own.prompt_dataset)
+        if found is None:
+            raise UserError("data: this teacher takes prompts; set data.prompts (a text file) or data.prompt_dataset")
+        return found
     for key in ("prompts", "prompt_dataset", "shown"):
         if getattr(own, key):
             raise UserError(f"data.{key}: the teacher {config.teacher.path} takes no prompts; remove the key")

@@ -301,6 +301,16 @@ def test_the_command_names_targets_times_them_and_draws_them(tmp_path, label_fol
         assert picture.height > 4 * 64  # two blocks of two rows
 
 
+def test_steps_that_the_scheduler_refuses_are_one_line(tmp_path):
+    teacher = "asset:fashion_mnist/teacher"
+    says = "cannot be sampled in 2000 steps: `num_inference_steps`: 2000 cannot be larger than"
+    measured = stepdistill("evaluate", f"{teacher}@2000", "--samples", "4", "--output", tmp_path / "e.json")
+    assert (measured.code, says in measured.error) == (2, True), measured.error
+    drawn = stepdistill("sample", teacher, "--steps", "2000", "--output", tmp_path / "s.png")
+    assert (drawn.code, says in drawn.error) == (2, True), drawn.error
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("text", "target"),
     [
@@ -320,6 +330,8 @@ def test_a_target_says_its_steps_and_guidance(text, target):
     ("text", "says"),
     [
         ("a@b", "a@b: what follows @ is a number of steps"),
+        ("a@0", "a@0: what follows @ is a number of steps, at least 1"),
+        ("a@²", "a@²: what follows @ is a number of steps"),
         ("a@", "a@: what follows @ is a number of steps"),
         ("a@2@", "a@2@: what follows the second @ is a guidance scale"),
         ("a@2@-1", "a@2@-1: what follows the second @ is a guidance scale"),

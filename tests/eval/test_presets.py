@@ -183,7 +183,7 @@ def test_coco_wants_its_sizes_and_as_many_prompts_as_pictures(tmp_path, coco, st
     assert result.code == 2
     assert "draws 16x16 pictures, and this protocol is of 512x512" in result.err
     result = stepdistill(*command, "--set", "samples=8")
-    assert "has 7 prompts, and this protocol draws 8 pictures" in result.err
+    assert "has 7 prompts, this protocol draws 8 pictures" in result.err
     assert not (tmp_path / "x.json").exists()
 
 
