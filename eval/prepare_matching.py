@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from stepdistill.captioned import Entry, read_pictures, training_caption
 from stepdistill.config import Section
-from stepdistill.data import Order, read_array_images
+from stepdistill.data import ImageSet, Order, read_array_images
 from stepdistill.errors import UserError
 from stepdistill.matching import MatchingNetwork
 
@@ -57,6 +58,7 @@ def prepare_matching(config: MatchingConfig, device: str = "cpu") -> dict[str, P
     size = images.shape[1]
     if images.shape[1] != images.shape[2]:
         raise UserError(f"data: {config.data} has pictures of {images.shape[2]}x{size}; squares are read")
+    measured = _reference_pictures(config, images, entries)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     trained = [i for i, entry in enumerate(entries) if entry.split == "train"]
     known = [entries[i] for i in trained]
@@ -81,12 +83,24 @@ def prepare_matching(config: MatchingConfig, device: str = "cpu") -> dict[str, P
     }
     output = Path(config.output)
     path = write_tensors(output / "matching.safetensors", network.cpu().state_dict(), network.metadata())
-    if config.reference_data is not None:
-        images, entries = read_pictures(config.reference_data)
-        trained = [i for i, entry in enumerate(entries) if entry.split == "train"]
-    own = read_array_images(images[trained], None, (3, size, size), False, config.reference_data or config.data)
-    reference = make_reference(own, as_extractor(network), config.source, config.kid_features, config.seed)
+    reference = make_reference(measured, as_extractor(network), config.source, config.kid_features, config.seed)
     return {"matching": path, "reference": reference.save(output / "reference.safetensors")}
+
+
+def _reference_pictures(config: MatchingConfig, images: np.ndarray, entries: list[Entry]) -> ImageSet:
+    """The training split that the reference is of: of ``reference_data``, or of the given pictures."""
+    key, folder, size = "data", config.data, images.shape[1]
+    if config.reference_data is not None:
+        key, folder = "reference_data", config.reference_data
+        images, entries = read_pictures(folder, key)
+    if images.shape[1:3] != (size, size):
+        raise UserError(
+            f"{key}: {folder} has pictures of {images.shape[2]}x{images.shape[1]}, data's are {size}x{size}"
+        )
+    trained = [i for i, entry in enumerate(entries) if entry.split == "train"]
+    if not trained:
+        raise UserError(f"{key}: {folder} has no picture of split train")
+    return read_array_images(images[trained], None, (3, size, size), False, folder)
 
 
 @torch.inference_mode()

@@ -61,8 +61,8 @@ def write_pictures(output: Path, images: np.ndarray, entries: list[Entry], credi
     (output / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 
-def read_pictures(folder: str | Path) -> tuple[np.ndarray, list[Entry]]:
-    """The images uint8 (N, H, W, 3) and words of a data folder.
+def read_pictures(folder: str | Path, key: str = "data") -> tuple[np.ndarray, list[Entry]]:
+    """The images uint8 (N, H, W, 3) and words of a data folder; ``key`` is the config's, for errors.
 
     Raises:
         UserError: not such a folder, or files that do not belong together.
@@ -75,12 +75,12 @@ def read_pictures(folder: str | Path) -> tuple[np.ndarray, list[Entry]]:
         raw = json.loads((folder / "captions.json").read_text(encoding="utf-8"))["pictures"]
         entries = [Entry(**item) for item in raw]
     except FileNotFoundError as error:
-        raise UserError(f"data: {error.filename} is not there; {remedy}") from None
+        raise UserError(f"{key}: {error.filename} is not there; {remedy}") from None
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"data: {folder} cannot be read ({' '.join(str(error).split())}); {remedy}") from None
+        raise UserError(f"{key}: {folder} cannot be read ({' '.join(str(error).split())}); {remedy}") from None
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(entries):
         raise UserError(
-            f"data: {folder} has {len(entries)} captions for images {images.dtype} {images.shape}; uint8 (N, H, W, 3) "
+            f"{key}: {folder} has {len(entries)} captions for images {images.dtype} {images.shape}; uint8 (N, H, W, 3) "
             f"is read; {remedy}"
         )
     return images, entries

@@ -53,6 +53,19 @@ def mirrored(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
 
 
+def check_range(labels: list[int], num_labels: int, source: str) -> None:
+    """Refuse labels that are not all in 0..num_labels - 1.
+
+    Raises:
+        UserError: one is outside.
+    """
+    if not 0 <= min(labels) <= max(labels) < num_labels:
+        raise UserError(
+            f"{source}: labels {min(labels)}..{max(labels)} are outside 0..{num_labels - 1}; correct them, or the "
+            "number of labels"
+        )
+
+
 class ImageSet:
     """Real images with what was known of them.
 
@@ -78,11 +91,7 @@ class ImageSet:
         """
         if not self.labels or isinstance(self.labels[0], str):
             raise UserError(f"{self.source}: its images have no class labels, which are needed here")
-        if not 0 <= min(self.labels) <= max(self.labels) < num_labels:
-            raise UserError(
-                f"{self.source}: labels {min(self.labels)}..{max(self.labels)} are outside 0..{num_labels - 1}; set "
-                "num_labels, or correct the file"
-            )
+        check_range(self.labels, num_labels, self.source)
         return self.labels
 
     def __len__(self) -> int:

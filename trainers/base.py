@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from stepdistill import attention, checkpoint
 from stepdistill.config import Section
-from stepdistill.data import ImageSet, Order
+from stepdistill.data import ImageSet, Order, check_range
 from stepdistill.denoiser import Condition, take
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
@@ -155,10 +155,8 @@ def check_labels(labels: list | None, source: str, key: str, family: Family) -> 
     wanted, kind = (str, "captions") if family.condition_kind == "prompt" else (int, "labels")
     if labels is None or not all(isinstance(label, wanted) for label in labels):
         raise UserError(f"{key}: {source} has no {kind}, which this teacher's images need")
-    if wanted is int and not 0 <= min(labels) <= max(labels) < family.num_labels:
-        raise UserError(
-            f"{key}: {source} has labels {min(labels)}..{max(labels)}, outside the teacher's 0..{family.num_labels - 1}"
-        )
+    if wanted is int:
+        check_range(labels, family.num_labels, f"{key}: {source}")
 
 
 class Trainer(abc.ABC):

@@ -11,6 +11,7 @@ What a stopped training goes on from is in ``OUTPUT.work``: the VAE once it is d
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 import time
@@ -22,7 +23,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.models.attention_processor import AttnProcessor
 from pydantic import Field, model_validator
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +36,7 @@ from stepdistill.errors import UserError
 from stepdistill.families import small
 from stepdistill.families.stable_diffusion import StableDiffusionFamily, encode_prompts
 from stepdistill.objectives.denoising import capped_snr_weight, denoising_loss
+from stepdistill.run import differences
 
 from .grids import save_grid
 from .teacher import LoopSettings, autocast, fit, teacher_scheduler
@@ -178,10 +181,21 @@ def standardise_latents(vae: ModelMixin, pixels: Tensor) -> None:
 
 def train_vae(config: TextTeacherConfig, pixels: Tensor, held_out: Tensor, device: str) -> ModelMixin:
     """Train the VAE on pixels (N, 3, H, W), standardise its latents, keep it in ``OUTPUT.work/vae``; loads it from
-    there if it is done already."""
+    there if it is done already.
+
+    Raises:
+        UserError: the one that is done was trained with other settings.
+    """
     work, settings = Path(f"{config.output}.work"), config.vae
+    said = settings.model_dump(mode="json", exclude={"save_every"})
     if (work / "vae").is_dir():
-        return small.load_vae(work / "vae").to(device)
+        vae = small.load_vae(work / "vae").to(device)
+        odd = differences((vae.config.get("_stepdistill") or {}).get("vae", said), said, "vae")
+        if odd:
+            raise UserError(
+                f"{work / 'vae'}: trained with other settings: {'; '.join(odd[:3])}; remove it, or give them"
+            )
+        return vae
     torch.manual_seed(config.seed)
     net, size = settings, pixels.shape[-1]
     vae = small.build_vae(net.block_channels, net.layers_per_block, net.latent_channels, size).to(device)
@@ -201,6 +215,7 @@ def train_vae(config: TextTeacherConfig, pixels: Tensor, held_out: Tensor, devic
 
     fit(vae, loss_at, settings, work / "vae.partial", generator, "vae", show)
     standardise_latents(vae, pixels)
+    vae.register_to_config(_stepdistill={"vae": said})
     _show_reconstructions(vae, held_out, work / "pictures" / "vae.png")
     unfinished = work / "vae.unfinished"
     vae.save_pretrained(unfinished)
@@ -274,17 +289,23 @@ def _save(pipeline: DiffusionPipeline, config: TextTeacherConfig) -> Path:
 
 
 def _latents(config: TextTeacherConfig, vae: ModelMixin, pixels: Tensor, held_out: Tensor) -> tuple[Tensor, float]:
-    """Latents of the training pictures and the held-out PSNR, kept in ``OUTPUT.work``."""
+    """Latents of the training pictures and the held-out PSNR, kept in ``OUTPUT.work`` for this VAE and pictures."""
     file = Path(f"{config.output}.work") / "latents.safetensors"
-    if not file.is_file():
-        psnr = torch.tensor(reconstruction_psnr(vae, held_out), dtype=torch.float64)
-        unfinished = file.with_suffix(".unfinished")
-        save_file({"latents": encode_all(vae, pixels).contiguous(), "psnr": psnr}, unfinished)
-        unfinished.rename(file)
-    found = load_file(file)
-    if len(found["latents"]) != len(pixels):
-        raise UserError(f"{file}: made of {len(found['latents'])} pictures, {config.data} has {len(pixels)}; remove it")
-    return found["latents"], found["psnr"].item()
+    digest = hashlib.sha256()
+    for tensor in (*vae.state_dict().values(), pixels, held_out):
+        digest.update(tensor.cpu().contiguous().numpy())
+    made_of = {"made_of": digest.hexdigest()}
+    if file.is_file():
+        with safe_open(file, "pt") as kept:
+            if (kept.metadata() or {}).get("made_of") == made_of["made_of"]:
+                return kept.get_tensor("latents"), kept.get_tensor("psnr").item()
+        print(f"{file}: of another VAE or other pictures; made anew")
+    psnr = torch.tensor(reconstruction_psnr(vae, held_out), dtype=torch.float64)
+    latents = encode_all(vae, pixels).contiguous()
+    unfinished = file.with_suffix(".unfinished")
+    save_file({"latents": latents, "psnr": psnr}, unfinished, made_of)
+    unfinished.rename(file)
+    return latents, psnr.item()
 
 
 def _tokenizer(config: TextTeacherConfig, entries: list[Entry]) -> PreTrainedTokenizerBase:

@@ -236,7 +236,7 @@ IMAGES = {
     "npz unreadable": row({"npz": "{root}/prompts.txt"}, "{root}/prompts.txt: not a readable .npz"),
     "npz of another size": row({"npz": "{root}/large.npz"}, "9x9, the teacher needs 8x8", "data.images.resize=true"),
     "npz without labels": row({"npz": "{root}/unlabelled.npz"}, "has no labels, which this teacher's images need"),
-    "npz with too high a label": row({"npz": "{root}/labels.npz"}, "has labels 0..3, outside the teacher's 0..2"),
+    "npz with too high a label": row({"npz": "{root}/labels.npz"}, "labels 0..3 are outside 0..2"),
     "folder missing": row({"folder": "{root}/gone"}, "{root}/gone: no such folder", "data.images.folder"),
     "folder without images": row({"folder": "{root}/flux"}, "{root}/flux: no images in it"),
     "folder with another size": row({"folder": "{root}/pictures"}, "0.png: the image is 16x16", "needs 8x8", "resize"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -134,3 +136,21 @@ def test_the_reference_may_be_of_other_pictures_than_the_network_learns_from(dat
     trained = [i for i in some if entries[i].split == "train"]
     own = judge(torch.from_numpy(images[trained]).permute(0, 3, 1, 2))
     torch.testing.assert_close(reference.mean.double(), own.double().mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_reference_pictures_that_do_not_fit_are_answered_before_the_training(data, tmp_path):
+    images, entries = read_pictures(data)
+    held_out = [replace(entry, split="held-out-name") for entry in entries]
+    write_pictures(tmp_path / "untrained", images, held_out, [])
+    write_pictures(tmp_path / "larger", np.repeat(np.repeat(images, 2, 1), 2, 2), entries, [])
+    raw = {"kind": "matching", "output": str(tmp_path / "out"), "source": "x", "data": str(data), "steps": 1}
+    for name, says in (
+        ("gone", r"reference_data: .*gone/images.npz is not there"),
+        ("untrained", r"reference_data: .*untrained has no picture of split train"),
+        ("larger", r"reference_data: .*larger has pictures of (\d+)x\1, data's are"),
+    ):
+        with pytest.raises(UserError, match=says):
+            prepare_matching(check(MatchingConfig, {**raw, "reference_data": str(tmp_path / name)}, "test"))
+    with pytest.raises(UserError, match=r"data: .*untrained has no picture of split train"):
+        prepare_matching(check(MatchingConfig, {**raw, "data": str(tmp_path / "untrained")}, "test"))
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ the same bits, and a folder that stock diffusers loads."""
 import io
 import json
 import random
+import shutil
 import sys
 import tarfile
 import types
@@ -26,7 +27,7 @@ from stepdistill.config import check
 from stepdistill.data import read_npz
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
-from stepdistill.families.small import build_tokenizer, build_vae
+from stepdistill.families.small import build_tokenizer, build_vae, load_vae
 from stepdistill.objectives.denoising import capped_snr_weight
 from stepdistill.schedule import from_scheduler
 
@@ -311,10 +312,37 @@ def test_work_of_another_training_is_refused(data, tmp_path):
     other["denoiser"]["block_channels"] = [16, 32]
     with pytest.raises(UserError, match=r"denoiser.partial: saved by a training of another network; remove it"):
         train_text_teacher(check(TextTeacherConfig, other, "test"))
+    other = raw(data, tmp_path / "t")
+    other["vae"]["latent_channels"] = 8
+    with pytest.raises(
+        UserError, match=r"t.work/vae: trained with other settings: vae.latent_channels \(4 there, 8 now"
+    ):
+        train_text_teacher(check(TextTeacherConfig, other, "test"))
+
+
+def test_latents_are_of_this_vae_and_these_pictures(data, tmp_path, capsys):
+    work = tmp_path / "t.work"
+    train_text_teacher(config(data, tmp_path / "t"))
+    first = load_file(work / "latents.safetensors")["latents"]
+    train_text_teacher(config(data, tmp_path / "t"))
+    assert "made anew" not in capsys.readouterr().out
+    for gone in ("vae", "vae.partial"):
+        shutil.rmtree(work / gone, ignore_errors=True)
+        (work / gone).unlink(missing_ok=True)
+    other = raw(data, tmp_path / "t", seed=1)
+    train_text_teacher(check(TextTeacherConfig, other, "test"))
+    assert "latents.safetensors: of another VAE or other pictures; made anew" in capsys.readouterr().out
+    second = load_file(work / "latents.safetensors")["latents"]
+    assert second.shape == first.shape
+    assert not torch.allclose(first, second, atol=0.1)
+    vae = load_vae(work / "vae")
     images, words = captioned.read_pictures(data)
+    kept = [i for i, entry in enumerate(words) if entry.split == "train"]
+    pixels = torch.from_numpy(images[kept]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    torch.testing.assert_close(text_teacher.encode_all(vae, pixels), second)
     captioned.write_pictures(data, images[:-2], words[:-2], [])
-    with pytest.raises(UserError, match=r"latents.safetensors: made of 10 pictures, .* has 9; remove it"):
-        train_text_teacher(config(data, tmp_path / "t"))
+    train_text_teacher(check(TextTeacherConfig, other, "test"))
+    assert len(load_file(work / "latents.safetensors")["latents"]) == len(first) - 1
 
 
 def test_the_loss_weight_is_one_at_pure_noise_and_capped_below():
