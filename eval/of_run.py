@@ -18,7 +18,7 @@ from stepdistill.settings import PromptColumnSettings
 from .evaluate import EvaluationSettings, Target, evaluate
 from .pictures import grid, table
 from .processes import Processes
-from .stock import is_pipeline
+from .stock import hub_folder, is_pipeline
 
 
 def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
@@ -27,7 +27,7 @@ def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
     A guided teacher is evaluated with ``evaluation.teacher_guidance_scale``, by default that of its distillation.
     """
     own, teacher = config["evaluation"], config["teacher"]
-    path = assets.resolve(teacher["path"])
+    path = hub_folder(assets.resolve(teacher["path"]), teacher.get("revision"))
     scale = teacher_scale(config)
     also = sorted(config["sampler"].get("also_steps") or [], reverse=True)
     students = [Target("student", run / "student", n) for n in [None, *also]]

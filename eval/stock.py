@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from stepdistill.pipelines.calls import callable_with_noise
 from stepdistill.pipelines.msd import MSDPipeline, is_msd_folder
 from torch import Tensor, nn
@@ -218,15 +221,29 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() or is_msd_folder(folder)
 
 
+def hub_folder(path: str, revision: str | None = None) -> str:
+    """The folder of a hub id that is in this machine's hub cache, as training leaves its teacher there; ``path`` itself
+    where it is no such id.  Nothing is downloaded."""
+    if Path(path).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        return path
+    try:
+        return snapshot_download(path, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return path
+
+
 def pipeline_folder(path: str | Path) -> Path:
-    """The folder that ``path`` (or ``asset:NAME``) names.
+    """The folder that ``path`` names: a folder, ``asset:NAME`` or a hub id that is in the cache.
 
     Raises:
         UserError: no such folder, or not a diffusers folder.
     """
-    folder = Path(assets.resolve(str(path)))
+    folder = Path(hub_folder(assets.resolve(str(path))))
     if not folder.is_dir():
-        raise UserError(f"pipeline {path}: no such folder; name a folder that save_pretrained wrote")
+        raise UserError(
+            f"pipeline {path}: no such folder, nor a hub id that is in this machine's cache; name a folder that "
+            "save_pretrained wrote"
+        )
     if not is_pipeline(folder):
         raise UserError(
             f"pipeline {path}: has no model_index.json, so it is not a diffusers folder; name one that "

@@ -125,9 +125,10 @@ def evaluate_command(
     if runs and len(runs) != len(targets):
         raise UserError("give run folders or pipelines, not both")
     if runs:
-        if preset or set_ or keep_samples or seeds or precision_recall or diversity:
+        elsewhere = [preset, set_, keep_samples, picture, output != Path("evaluation.json")]
+        if any(elsewhere) or seed is not None or given.keys() - {"samples", "seed"}:
             raise UserError(
-                f"{runs[0]}: a run is measured as its config says; for other protocols name {runs[0]}/student"
+                f"{runs[0]}: a run is measured as its config says, --samples aside; for all else name {runs[0]}/student"
             )
         evaluate_runs(runs, samples)
         return
@@ -168,7 +169,7 @@ def export(
     print(f"student {path}")
 
 
-@app.command(epilog="Example: stepdistill pairs configs/dmd2/sdxl_warmup.yaml --part 0/4")
+@app.command(epilog="Example: stepdistill pairs configs/dmd2/sd15_warmup.yaml --part 0/4")
 def pairs(
     config: Annotated[Path, typer.Argument(help="a YAML config of method regression, or a recipe with such a stage")],
     overrides: Overrides = None,

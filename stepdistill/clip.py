@@ -173,6 +173,21 @@ def _own_scorer(settings: ClipSettings, device: str | torch.device) -> ClipScore
     return replace(found, model=_frozen(model), device=device)
 
 
+def check_clip(settings: ClipSettings) -> None:
+    """Refuse a model whose file, folder or module is not there; loads nothing.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if settings.model.endswith(".safetensors"):
+        if not Path(assets.resolve(settings.model)).is_file():
+            raise UserError(f"clip: {settings.model}: no such file")
+    elif ":" in settings.model and not settings.model.startswith(("local-dir:", "hf-hub:")):
+        import_attribute(settings.model, "clip")
+    else:
+        _check_weights(settings)
+
+
 def _check_weights(settings: ClipSettings) -> None:
     folder = settings.model.removeprefix("local-dir:")
     if folder != settings.model:

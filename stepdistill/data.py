@@ -163,7 +163,7 @@ def read_npz(path: str | Path, shape: tuple[int, int, int], resize: bool = False
                 raise UserError(f"{path}: no array named 'images' (it holds {', '.join(file.files) or 'none'})")
             images, labels = file["images"], file["labels"] if "labels" in file else None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; set data.images.npz to an existing .npz") from None
+        raise UserError(f"{path}: no such file; name an existing .npz") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable .npz file ({error})") from None
     return read_array_images(images, labels, shape, resize, str(path))

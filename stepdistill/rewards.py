@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, pad, resize
 
-from stepdistill.clip import ClipScorer, ClipSettings, load_clip
+from stepdistill.clip import ClipScorer, ClipSettings, check_clip, load_clip
 from stepdistill.config import Section
 from stepdistill.errors import UserError
 from stepdistill.objectives.feedback import hinge_loss
@@ -180,6 +180,34 @@ class AestheticHead(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
             return self.layers(nn.functional.normalize(embeddings.float(), dim=-1)).squeeze(-1)
+
+
+def check_models(value: Any) -> None:
+    """Refuse rewards and CLIP models, wherever they stand in a section, that are not there; loads nothing.
+
+    Raises:
+        UserError: a file, folder or module is missing.
+    """
+    if isinstance(value, ClipSettings):
+        check_clip(value)
+    elif isinstance(value, list):
+        for own in value:
+            check_models(own)
+    elif isinstance(value, Section):
+        if isinstance(value, RewardSettings):
+            _check_reward(value)
+        for _, own in value:
+            check_models(own)
+
+
+def _check_reward(settings: RewardSettings) -> None:
+    if ":" in settings.reward:
+        import_attribute(settings.reward, "reward")
+    for key in ("weights", "config"):
+        path = getattr(settings, key)
+        if path is not None and not Path(path).exists():
+            what = NEEDS[settings.reward].get(key, "it")
+            raise UserError(f"reward {settings.reward}: {key} {path} is missing; download {what}, to that path")
 
 
 def load_reward(settings: RewardSettings, device: str | torch.device = "cpu") -> Reward:

@@ -22,6 +22,7 @@ from stepdistill.eval.evaluate import Target, evaluate, step_generator, unit_noi
 from stepdistill.eval.features import load_extractor
 from stepdistill.eval.of_run import label_names, protocol, shown_prompts, teacher_scale
 from stepdistill.eval.pictures import grid, table
+from stepdistill.eval.stock import hub_folder
 from stepdistill.pipelines import export_student
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.entries import Contestant, RunEntry, read_cost, read_entries, write_cost
@@ -235,7 +236,9 @@ def measure(settings: CompareSettings, entries: dict[str, Contestant], device: s
     config = next(made for made in entries.values() if made.base is None).job.config
     asked = [(made, steps) for made in entries.values() if made.finished for steps in made.entry.steps or [None]]
     raw = config.model_dump(mode="json")
-    teacher = Target("teacher", assets.resolve(config.teacher.path), config.teacher.steps, teacher_scale(raw))
+    own = config.teacher
+    path = hub_folder(assets.resolve(own.path), own.revision)
+    teacher = Target("teacher", path, own.steps, teacher_scale(raw))
     targets = [teacher, *(Target(made.name, made.run.student, steps) for made, steps in asked)]
     more = {key: getattr(settings, key) for key in ("precision_recall", "diversity", "clip")}
     final = protocol(raw, settings.final_samples).model_copy(update=more)

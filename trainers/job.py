@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from pydantic import create_model
+from stepdistill.eval.distances import ReferenceStatistics
+from stepdistill.eval.features import load_extractor
 from stepdistill.trainers import METHODS
 from stepdistill.trainers.base import ConditionSource, RealSource, Trainer, check_labels
 
@@ -21,6 +23,7 @@ from stepdistill.families import load_family
 from stepdistill.families.base import Family
 from stepdistill.latents import cached_latents
 from stepdistill.partition import Router
+from stepdistill.rewards import check_models
 from stepdistill.roles import Roles
 from stepdistill.run import CACHE, RunFolder
 from stepdistill.settings import ImagesSettings, RunSettings
@@ -143,6 +146,28 @@ def condition_items(config: RunSettings, family: Family) -> list:
         if not 0 <= label < family.num_labels:
             raise UserError(f"data.labels: {label} is outside 0..{family.num_labels - 1}, the teacher's labels")
     return labels
+
+
+def check_named(job: Job) -> None:
+    """Refuse rewards and CLIP models of the method's sections that are not on this machine; loads nothing.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for name in job.method.sections():
+        check_models(getattr(job.config, name))
+
+
+def check_judge(config: RunSettings, family: Family) -> None:
+    """Refuse an extractor and reference that could not measure this teacher's pictures.
+
+    Raises:
+        UserError: they are missing, or do not fit each other or the pictures.
+    """
+    own = config.evaluation
+    if own.enabled and own.extractor is not None:
+        reference = ReferenceStatistics.load(assets.resolve(own.reference))
+        reference.check(load_extractor(own.extractor, "cpu"), family.image_shape)
 
 
 @dataclass(frozen=True)

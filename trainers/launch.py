@@ -24,6 +24,8 @@ from stepdistill.trainers.job import (
     Job,
     build_trainer,
     check_fit,
+    check_judge,
+    check_named,
     condition_items,
     load_teacher,
     make_accelerator,
@@ -155,9 +157,11 @@ def end_processes() -> None:
 
 
 def exportable_sampler(job: Job, family: Family) -> FewStepSampler:
-    """The student's sampler; one that could not be exported is refused before it is trained."""
+    """The student's sampler; what could not be trained, exported or measured in the end is refused now."""
     sampler = job.method.make_sampler(job.config, family)
     check_expressible(family, sampler)
+    check_named(job)
+    check_judge(job.config, family)
     return sampler
 
 
@@ -213,6 +217,9 @@ def train_recipe(recipe: Recipe, exists: bool) -> bool:
     accelerator = make_accelerator()
     accelerator.wait_for_everyone()
     main_process = accelerator.is_main_process
+    for stage in recipe.stages:
+        if not stage.finished:
+            check_named(stage.job)
     for number, stage in enumerate(recipe.stages, 1):
         title = f"stage {number} of {len(recipe.stages)}, {stage.name}"
         if stage.finished:

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline
-from stepdistill.eval.stock import StockPipeline
+from stepdistill.eval.stock import StockPipeline, hub_folder, pipeline_folder
 from tiny import save_pixels, scheduler, unet
 
 from stepdistill.errors import UserError
@@ -108,6 +110,22 @@ def test_wrong_calls_are_refused(label_folder, conditions, shape, guidance, says
     with pytest.raises(UserError) as error:
         StockPipeline.load(label_folder).generate(conditions, noise(2, shape), 1, guidance_scale=guidance)
     assert says in str(error.value)
+
+
+def test_a_hub_id_is_its_folder_in_the_cache(tmp_path, monkeypatch):
+    """As a run from the hub leaves its teacher."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached, commit = tmp_path / "models--someone--tiny", "0" * 40
+    made = save_pixels(cached / "snapshots" / commit, size=16)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    assert StockPipeline.load("someone/tiny").path == "someone/tiny"
+    assert pipeline_folder("someone/tiny") == Path(hub_folder("someone/tiny")) == made
+    assert Path(hub_folder("someone/tiny", commit)) == made
+    for path, revision in (("someone/other", None), ("someone/tiny", "v2"), ("a name/with spaces", None)):
+        assert hub_folder(path, revision) == path
+    with pytest.raises(UserError, match="someone/other: no such folder, nor a hub id that is in this machine's cache"):
+        StockPipeline.load("someone/other")
 
 
 def test_wrong_folders_are_refused(tmp_path):

@@ -68,3 +68,26 @@ def test_prompts_of_a_dataset_are_those_of_the_evaluation(tmp_path):
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert shown_prompts(saved["data"]) == ["a cat", "a dog"]
     assert (tmp_path / "run/grid.png").is_file()
+
+
+def test_a_judge_that_does_not_fit_is_answered_before_the_training(tmp_path):
+    tiny.save_stable_diffusion(tmp_path / "teacher")
+    Dataset.from_dict({"caption": ["a cat"]}).save_to_disk(tmp_path / "captions")
+    shipped = {"extractor": "fashion_mnist", "reference": "asset:fashion_mnist/reference.safetensors"}
+    for own, says in (
+        (shipped, "its pictures are (1, 16, 16) (C, H, W), these are (3, 16, 16)"),
+        ({**shipped, "extractor": "nowhere.safetensors"}, "nowhere.safetensors: no such feature network"),
+        ({**shipped, "reference": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
+    ):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(tmp_path, evaluation=own)))
+        for more in ([], ["--dry-run"]):
+            result = stepdistill("distill", tmp_path / "config.yaml", *more)
+            assert (result.code, says in result.error) == (2, True), result.error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_measured_by_options_that_it_does_not_read(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(tmp_path)))
+    for option in (["--latency"], ["--extractor", "inception"], ["--output", "x.json"], ["--seed", "3"]):
+        result = stepdistill("evaluate", tmp_path, *option)
+        assert "a run is measured as its config says, --samples aside; for all else name" in result.error

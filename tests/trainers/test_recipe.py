@@ -235,6 +235,20 @@ BAD = {
     ),
     "under in full": (lambda raw: changed(raw, 2, roles={"weights": "full"}), "take = under needs a LoRA"),
     "a setting of a stage": (lambda raw: changed(raw, 0, tscd={"segments": 3}), "grid = 8 is not a multiple"),
+    "a reward of no module": (
+        lambda raw: changed(raw, 2, feedback={"rewards": [{"reward": "nomodule:Nope"}]}),
+        "reward 'nomodule:Nope': module 'nomodule' cannot be imported",
+    ),
+    "a reward without its file": (
+        lambda raw: changed(raw, 2, feedback={"rewards": [{"reward": "pick_score", "weights": "gone"}]}),
+        "reward pick_score: weights gone is missing; download the folder of PickScore_v1",
+    ),
+    "a reward without its CLIP": (
+        lambda raw: changed(
+            raw, 2, feedback={"rewards": [{"reward": "clip", "clip": {"model": "ViT-B-32", "pretrained": "gone.pt"}}]}
+        ),
+        "clip: weight file gone.pt of ViT-B-32 is missing",
+    ),
     "no output": (lambda raw: {k: v for k, v in raw.items() if k != "output"}, "key 'output' is missing"),
 }
 
@@ -245,6 +259,7 @@ def test_bad_recipes_are_one_line_and_write_nothing(name, root, tmp_path):
     result = stepdistill("distill", write(tmp_path, spoil(raw_recipe(root, tmp_path / "out"))))
     assert result.code == 2
     assert says in result.error
+    assert says in stepdistill("distill", tmp_path / "recipe.yaml", "--dry-run").error
     assert not (tmp_path / "out").exists()
 
 
