@@ -64,7 +64,9 @@ def distill(
     config: Annotated[Path, typer.Argument(help="a YAML config")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the output folder")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check config, teacher, data, rewards, judge; write nothing")
+    ] = False,
     student: Annotated[str | None, typer.Option(help="of several students (msd): this one alone, 0.., shared")] = None,
 ) -> None:
     """Distil a teacher: train, export the student, evaluate it, write the report."""

@@ -420,5 +420,5 @@ Done.
   report     {run.path / "report.html"}{grid}
 Next:
   stepdistill sample {run.student} --count 40{prompt}         more pictures
-  stepdistill distill CONFIG method=...              the same with another method (stepdistill methods)
-  stepdistill distill CONFIG teacher.path=FOLDER       your own teacher""")
+  stepdistill distill CONFIG method=... output=...   the same with another method (stepdistill methods)
+  stepdistill distill CONFIG teacher.path=... output=...   your own teacher""")
