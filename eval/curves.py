@@ -106,7 +106,11 @@ def draw_curves(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     below.axis("off")
-    table = below.table(cells[1:], colLabels=cells[0], loc="center", cellLoc="right", edges="horizontal")
+    lengths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    widths = [length / sum(lengths) for length in lengths]
+    table = below.table(
+        cells[1:], colLabels=cells[0], colWidths=widths, loc="center", cellLoc="right", edges="horizontal"
+    )
     table.auto_set_font_size(False)
     table.set_fontsize(9)
     for row, name in enumerate(curves, 1):

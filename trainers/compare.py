@@ -63,6 +63,11 @@ class CompareSettings(Section):
             raise ValueError("seeds: one is named twice")
         return self
 
+    def columns(self) -> list[float]:
+        """The passes, of those where curves are measured, that a table of them shows."""
+        points = {max(1, round(self.points * share)) for share in (0.125, 0.25, 0.5, 0.75, 1.0)}
+        return [self.passes * point / self.points for point in sorted(points)]
+
     def entries(self, folder: Path) -> dict[str, Contestant]:
         return read_entries(self.runs, self.seeds, self.overrides, self.passes, Path(self.output), folder)
 
@@ -263,7 +268,7 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
     seeds: dict[str, list[Curve]] = {}
     for name, curve in curves.items():
         seeds.setdefault(entries[name].title, []).append(curve)
-    columns = [settings.passes * share for share in (0.125, 0.25, 0.5, 0.75, 1.0)]
+    columns = settings.columns()
     pictures = [_grid(found, output / "grid.png", device)]
     if curves:
         pictures.append(draw_curves(seeds, level["frechet"], title, metric, columns, output / "compare.png"))

@@ -252,6 +252,15 @@ def test_passes_of_the_methods_without_a_fake_score(method, changes, expected, t
     assert trainer.passes_per_update(trainer.config, trainer.settings) == expected
 
 
+@pytest.mark.parametrize(
+    ("points", "shown"),
+    [(16, [100, 200, 400, 600, 800]), (5, [160, 320, 640, 800]), (1, [800]), (4, [200, 400, 600, 800])],
+)
+def test_a_table_of_curves_shows_passes_where_they_are_measured(points, shown):
+    settings = CompareSettings(output="x", runs={"A": "a.yaml"}, passes=800, points=points)
+    assert settings.columns() == shown
+
+
 def test_curve_values_are_the_last_at_or_before():
     curve = [(0, 9.0), (100, 5.0), (205, 3.0)]
     assert [at(curve, passes) for passes in (0, 99, 200, 201, 1000)] == [9.0, 5.0, 5.0, 3.0, 3.0]
