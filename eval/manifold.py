@@ -59,7 +59,7 @@ def precision_recall(
             f"{k} neighbours, raise samples or name a reference that keeps features"
         )
     real, fake = (x[:count].to(device, torch.float64) for x in (real, fake))
-    centre = real.mean(0)  # so that squares are small and their differences exact
+    centre = real.mean(0).round()  # so that squares are small; of whole numbers, so that what is exact stays so
     real, fake = real - centre, fake - centre
     precision = share_inside(fake, real, squared_radii(real, k, block), block)
     return precision, share_inside(real, fake, squared_radii(fake, k, block), block)

@@ -41,7 +41,7 @@ class LabelledImages(Section):
     def read(self, shape: tuple[int, int, int]) -> ImageSet:
         """The pictures as ``shape`` (C, H, W), Lanczos-resized where they differ."""
         if self.npz is not None:
-            return read_npz(self.npz, shape, resize=True)
+            return read_npz(self.npz, shape, resize=True, key="npz")
         return read_idx(self.idx_images, self.idx_labels, shape, resize=True)
 
 

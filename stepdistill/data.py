@@ -152,8 +152,13 @@ def read_array_images(pixels: np.ndarray, labels, shape: tuple[int, int, int], r
     return ImageSet(source, read, len(pixels), None if labels is None else labels.tolist(), fingerprint)
 
 
-def read_npz(path: str | Path, shape: tuple[int, int, int], resize: bool = False) -> ImageSet:
-    """``.npz`` with ``images`` uint8 (N, H, W[, C]) and, if it has them, ``labels`` (N,): integers or captions."""
+def read_npz(
+    path: str | Path, shape: tuple[int, int, int], resize: bool = False, key: str = "data.images.npz"
+) -> ImageSet:
+    """``.npz`` with ``images`` uint8 (N, H, W[, C]) and, if it has them, ``labels`` (N,): integers or captions.
+
+    ``key`` is the config's, for errors.
+    """
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
@@ -163,7 +168,7 @@ def read_npz(path: str | Path, shape: tuple[int, int, int], resize: bool = False
                 raise UserError(f"{path}: no array named 'images' (it holds {', '.join(file.files) or 'none'})")
             images, labels = file["images"], file["labels"] if "labels" in file else None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name an existing .npz") from None
+        raise UserError(f"{path}: no such file; set {key} to an existing .npz") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable .npz file ({error})") from None
     return read_array_images(images, labels, shape, resize, str(path))

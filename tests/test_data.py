@@ -187,7 +187,9 @@ def test_npz_files_that_are_none(tmp_path):
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         assert_refused(lambda name=name: read_npz(tmp_path / name, GRAY), name, "not a readable .npz")
-    assert_refused(lambda: read_npz(tmp_path / "gone.npz", GRAY), "gone.npz: no such file; name an existing .npz")
+    assert_refused(
+        lambda: read_npz(tmp_path / "gone.npz", GRAY), "gone.npz: no such file; set data.images.npz to an existing .npz"
+    )
 
 
 # -- idx ---------------------------------------------------------------------------------------------------

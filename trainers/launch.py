@@ -113,7 +113,7 @@ def train(job: Job, run: RunFolder, go_on: bool, before: Callable[[], None] | No
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     require(config.train.attention, "train.attention", accelerator.device, dtype, gradients=True)
     family = load_teacher(config)
-    exportable_sampler(job, family)
+    checked_sampler(job, family)
     trainer = build_trainer(job, run, accelerator, family)
     trainer.use_attention()
     main_process = accelerator.is_main_process
@@ -156,7 +156,7 @@ def end_processes() -> None:
         dist.destroy_process_group()
 
 
-def exportable_sampler(job: Job, family: Family) -> FewStepSampler:
+def checked_sampler(job: Job, family: Family) -> FewStepSampler:
     """The student's sampler; what could not be trained, exported or measured in the end is refused now."""
     sampler = job.method.make_sampler(job.config, family)
     check_expressible(family, sampler)
@@ -176,7 +176,7 @@ def print_plan(job: Job) -> None:
     config = job.config
     print(dump_yaml(config).rstrip())
     family = load_teacher(config)
-    sampler = exportable_sampler(job, family)
+    sampler = checked_sampler(job, family)
     items = check_fit(job, family).items
     parameters = sum(p.numel() for p in family.network.parameters())
     train = config.train
@@ -244,7 +244,7 @@ def print_recipe(recipe: Recipe) -> None:
     for number, stage in enumerate(recipe.stages, 1):
         job, config = stage.job, stage.job.config
         family = load_teacher(config)
-        sampler = exportable_sampler(job, family)
+        sampler = checked_sampler(job, family)
         check_fit(job, family)
         taken = "the teacher's weights" if stage.source is None else f"{stage.settings.take} of {stage.source.name}"
         samples = config.train.updates * config.train.batch_size * config.train.gradient_accumulation
@@ -278,7 +278,7 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None, closing: 
     accelerator = make_accelerator()
     accelerator.wait_for_everyone()
     family = load_teacher(several.job.config)
-    exportable_sampler(several.job, family)
+    checked_sampler(several.job, family)
     router = several.make_router(family)
     main_process = accelerator.is_main_process
     if main_process and not exists:
@@ -329,7 +329,7 @@ def print_students(several: MultiStudent, command: tuple[str, ...]) -> None:
     """Who draws what, what it costs, and a command for each; nothing is written."""
     job = several.job
     family = load_teacher(job.config)
-    sampler = exportable_sampler(job, family)
+    sampler = checked_sampler(job, family)
     check_fit(job, family)
     router = several.make_router(family)
     works = [*several.students] if several.shared is None else [several.shared, *several.students]

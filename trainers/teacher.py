@@ -155,7 +155,7 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
     net, data = config.network, config.data
     shape = (net.channels, net.resolution, net.resolution)
     if data.npz is not None:
-        images = read_npz(data.npz, shape, resize=True)
+        images = read_npz(data.npz, shape, resize=True, key="data.npz")
     elif data.idx_images is not None:
         images = read_idx(data.idx_images, data.idx_labels, shape, resize=True)
     else:
