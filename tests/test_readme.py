@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,7 +41,12 @@ def test_the_first_runs_are_whole_on_a_small_scale(config, samples, teacher, tmp
     small += [f"evaluation.batch_size={samples // 2}", "train.sample_count=4"]
     command = [sys.executable, "-P", "-m", "stepdistill", "distill", str(ROOT / f"configs/{config}.yaml"), *small]
     done = subprocess.run(
-        [*command, f"output={tmp_path / 'run'}"], capture_output=True, text=True, cwd=tmp_path, check=False
+        [*command, f"output={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # two threads beside another test's process wait for each other
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "run"
