@@ -244,6 +244,7 @@ def load_reward(settings: RewardSettings, device: str | torch.device = "cpu") ->
         "hps": _hps,
         "clip": _clip,
     }
+    _check_reward(settings)
     score = loaders.get(settings.reward, _own)(settings, device)
     return Reward(settings.reward, settings.weight, settings.hinge, score)
 
@@ -301,8 +302,6 @@ def _check_width(scorer: ClipScorer, head: AestheticHead, settings: RewardSettin
 
 def _read_weights(path: str, name: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a file by ``torch.save``, on the CPU; no code in it is run."""
-    if not Path(path).is_file():
-        raise UserError(f"reward {name}: weights {path} is missing; download {NEEDS[name]['weights']}, to that path")
     try:
         if path.endswith(".safetensors"):
             state = load_file(path)
@@ -322,10 +321,6 @@ def _reason(error: Exception) -> str:
 
 
 def _image_reward(settings: RewardSettings, device: str | torch.device):
-    if not Path(settings.config).is_file():
-        raise UserError(
-            f"reward image_reward: config {settings.config} is missing; download med_config.json to that path"
-        )
     state = _read_weights(settings.weights, "image_reward")
     library = _image_reward_library()
     try:

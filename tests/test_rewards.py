@@ -578,9 +578,9 @@ def test_a_wrong_pick_score_folder_is_one_line(spoil, says, tmp_path):
 
 
 def test_no_pick_score_folder_is_one_line(tmp_path):
-    for path in (tmp_path / "nowhere", tmp_path / "file"):
-        (tmp_path / "file").write_bytes(b"")
-        with pytest.raises(UserError, match=f"weights {path} is no folder; download the folder of PickScore_v1"):
+    (tmp_path / "file").write_bytes(b"")
+    for path, fault in ((tmp_path / "nowhere", "missing"), (tmp_path / "file", "no folder")):
+        with pytest.raises(UserError, match=f"weights {path} is {fault}; download the folder of PickScore_v1"):
             load_reward(RewardSettings(reward="pick_score", weights=str(path)))
 
 

@@ -95,11 +95,10 @@ class Contestant:
 
 def _with_budget(config: dict[str, Any]) -> dict[str, Any]:
     """What of a finished run's config must be that of its comparison: its end too."""
-    end = {key: config["train"].get(key) for key in ("max_passes", "updates")}
-    if end["max_passes"] is not None:  # updates are enough for them
-        del end["updates"]
+    train = config.get("train") or {}
+    budget = "updates" if train.get("max_passes") is None else "max_passes"  # whose updates are enough
     kept = comparable(config)
-    return {**kept, "train": {**kept["train"], **end}}
+    return {**kept, "train": {**kept.get("train", {}), budget: train.get(budget)}}
 
 
 def read_entries(

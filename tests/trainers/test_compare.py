@@ -358,11 +358,29 @@ def test_every_kind_of_run_in_one_table(tmp_path, capsys):
     assert all(f"{name}: finished before" in out for name in ("DMD2", "MSD", "recipe", "PSO"))
 
 
-def test_training_seeds_are_averaged(tmp_path):
+def test_the_teacher_is_guided_as_the_first_is_distilled(tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def evaluate(targets, *_):
+        raise Asked(targets)
+
+    config = write(tmp_path, runs={"DMD2": {"config": "dmd2.yaml", "overrides": ["dmd2.guidance_scale=2.5"]}})
+    monkeypatch.setattr("stepdistill.trainers.compare.evaluate", evaluate)
+    with pytest.raises(Asked) as asked:
+        in_one_process(config)
+    ((teacher,),) = asked.value.args
+    assert (teacher.name, teacher.steps, teacher.guidance_scale) == ("teacher", 2, 2.5)
+
+
+def test_training_seeds_are_averaged(tmp_path, capsys):
     config = write(tmp_path, seeds=[0, 3], runs={"DMD2": "dmd2.yaml"})
     settings = check(CompareSettings, yaml.safe_load(config.read_text()), str(config))
     assert compare(settings, tmp_path, only="DMD2") == "DMD2: done"
     assert not (tmp_path / "out/compare.json").exists()
+    bars = capsys.readouterr().err
+    assert "| 5/5 [" in bars  # the updates that the passes allow, not the 50 of train.updates
+    assert "/50 [" not in bars
     in_one_process(config)
     rows = json.loads((tmp_path / "out/compare.json").read_text())["final"]
     assert [row["name"] for row in rows] == ["teacher", "DMD2, seed 0", "DMD2, seed 3"]
