@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line, is_full
 
 app = typer.Typer(
     help="Distil a diffusion teacher into a student that needs one step.",
@@ -36,9 +36,10 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except OSError as error:
-        if error.errno == 28:
-            _fail(f"no space left on the device ({error.filename or 'while writing'}); free some and try again")
-        raise
+        if error.errno is None:
+            raise
+        remedy = "free some space and try again" if is_full(error) else "see to it and try again"
+        _fail(f"{error.filename or 'a file'}: {first_line(error)}; {remedy}")
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # no command given: typer has no public name for it
             print(error.format_message(), file=sys.stderr)

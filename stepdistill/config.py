@@ -6,11 +6,13 @@ mapping by mapping.  Command-line overrides are ``key.sub=value`` with the value
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from stepdistill.errors import UserError
 
@@ -22,6 +24,29 @@ class Section(BaseModel):
 
 
 SectionType = TypeVar("SectionType", bound=Section)
+
+
+def expanded(path: str) -> str:
+    """A path with ``~`` and ``$VAR`` (``${VAR}``) put in, as a shell would.
+
+    Raises:
+        ValueError: an empty path, a variable or user that is not there, or characters that no file name has.
+    """
+    if not path.strip():
+        raise ValueError("the path is empty; name a file or folder, or remove the key")
+    if "\0" in path or any("\ud800" <= c <= "\udfff" for c in path):
+        raise ValueError("the path has characters that no file name can have; correct it")
+    whole = os.path.expandvars(path)
+    if missing := re.search(r"\$(\w+|\{\w+\})", whole):
+        raise ValueError(f"{missing[0]} is not set in the environment; set it, or write the path out")
+    whole = os.path.expanduser(whole)
+    if re.match(r"~[\w.-]*(/|$)", whole):
+        raise ValueError(f"{whole.split('/')[0]} is no user's home on this machine; write the path out")
+    return whole
+
+
+UserPath = Annotated[str, AfterValidator(expanded)]
+"""A file, folder or hub id in a config; ``~`` and ``$VAR`` are put in."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

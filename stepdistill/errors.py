@@ -1,9 +1,80 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how other libraries' errors become it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
-    """Something a user gave is wrong: a config, a file, a teacher, a folder.
+    """Something that a user provided is wrong: a config, a file, a teacher, a folder.
 
     The message is one line that names the thing, what is wrong with it, and the remedy.  The command
     line prints it without a traceback and exits with code 2.
     """
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an exception's message, at most ``limit`` characters; its type's name where it has none.
+
+    An :class:`OSError` gives the system's own words without its number and path.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, KeyError):
+        return f"{error.args[0] if error.args else 'a key'} is missing"[:limit]
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    line = next((line for line in lines if line), "")
+    if not line:
+        return type(error).__name__
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+@contextlib.contextmanager
+def reading(what: str | Path, remedy: str, problem: str = "cannot be read") -> Iterator[None]:
+    """Whatever reading a user's file raises becomes one line: ``WHAT: PROBLEM (reason); REMEDY``.
+
+    Libraries raise many kinds for damaged files (and a file may say that it needs more memory than there is), so every
+    :class:`Exception` is caught: keep nothing but the reading and the first look at what was read inside the block.
+    A :class:`UserError` passes through.
+
+    Args:
+        what: the config key and its value, or the path.
+
+    Raises:
+        UserError: anything was raised inside.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{what}: no such file; {remedy}") from None
+    except Exception as error:
+        raise UserError(f"{what}: {problem} ({first_line(error)}); {remedy}") from None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    code = getattr(error, "errno", None)
+    return code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+        text in str(error) for text in ("No space left", "os error 28", "Disk quota", "os error 122")
+    )
+
+
+@contextlib.contextmanager
+def writing(what: str | Path, remedy: str = "choose another place, or its rights") -> Iterator[None]:
+    """What writing raises (disk full, read-only, no right, a failing disk) becomes one line.
+
+    Raises:
+        UserError: an :class:`OSError`, or safetensors' error for one, was raised inside.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        remedy = "free some space and try again" if is_full(error) else remedy
+        raise UserError(f"{what}: cannot be written ({first_line(error)}); {remedy}") from None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.checkpoint import latest, load
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser, Prediction
 from stepdistill.discriminator import features_at
 from stepdistill.errors import UserError
@@ -57,8 +57,8 @@ class RolesSettings(Section):
     weights: Weights = "full"
     lora: LoRASettings = LoRASettings()
     student_lora: LoRASettings | None = Field(None, description="the student's own; lora by default")
-    student_from: str | None = Field(None, description="start the student from this folder (an earlier student)")
-    fake_score_from: str | None = Field(
+    student_from: UserPath | None = Field(None, description="start the student from this folder (an earlier student)")
+    fake_score_from: UserPath | None = Field(
         None, description="a run folder: go on with the fake score of its newest checkpoint"
     )
     network: dict[str, Any] | None = Field(
@@ -66,8 +66,10 @@ class RolesSettings(Section):
         description="a student of another size: keys of the teacher's network config that differ, e.g. "
         "block_out_channels, layers_per_block; random weights (train them by tsm first)",
     )
-    lora_from: str | None = Field(None, description="go on with this LoRA (a file, or a student exported with one)")
-    lora_under: str | None = Field(
+    lora_from: UserPath | None = Field(
+        None, description="go on with this LoRA (a file, or a student exported with one)"
+    )
+    lora_under: UserPath | None = Field(
         None, description="a frozen LoRA that stays on below the student's new one; both are exported as one"
     )
 

@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from stepdistill.attention import AUTO, BACKENDS, NATIVE
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.roles import RolesSettings
 from stepdistill.sampler import Transition
 
 
 class TeacherSettings(Section):
-    path: str = Field(description="a diffusers folder, a hub id (owner/name), or asset:NAME for a shipped one")
+    path: UserPath = Field(description="a diffusers folder, a hub id (owner/name), or asset:NAME for a shipped one")
     family: str = Field("auto", description="auto reads it off the folder")
     revision: str | None = None
     variant: str | None = None
@@ -24,11 +24,11 @@ class TeacherSettings(Section):
 class ImagesSettings(Section):
     """Real images, from one of four places."""
 
-    folder: str | None = None
-    npz: str | None = Field(
+    folder: UserPath | None = None
+    npz: UserPath | None = Field(
         None, description="'images' uint8 (N, H, W[, C]) and 'labels', integers or captions; asset:NAME is allowed"
     )
-    dataset: str | None = Field(None, description="a Hugging Face dataset: a save_to_disk folder or a hub id")
+    dataset: UserPath | None = Field(None, description="a Hugging Face dataset: a save_to_disk folder or a hub id")
     split: str = "train"
     revision: str | None = None
     image_column: str = "image"
@@ -44,7 +44,7 @@ class ImagesSettings(Section):
 
 
 class PromptColumnSettings(Section):
-    name: str = Field(description="a save_to_disk folder or a hub id")
+    name: UserPath = Field(description="a save_to_disk folder or a hub id")
     column: str = "text"
     split: str = "train"
     revision: str | None = None
@@ -53,7 +53,7 @@ class PromptColumnSettings(Section):
 class PartSettings(Section):
     """One of several students: it trains on the conditions that the router gives it."""
 
-    router: str = Field(description="the router's file (stepdistill.partition)")
+    router: UserPath = Field(description="the router's file (stepdistill.partition)")
     student: int = Field(ge=0)
 
 
@@ -61,7 +61,7 @@ class DataSettings(Section):
     """Conditions, and real images for the methods that want them."""
 
     labels: Literal["all"] | list[int] = Field("all", description="for class-conditional teachers")
-    prompts: str | None = Field(None, description="a text file, one prompt a line; asset:NAME is allowed")
+    prompts: UserPath | None = Field(None, description="a text file, one prompt a line; asset:NAME is allowed")
     prompt_dataset: PromptColumnSettings | None = None
     shown: list[str] = Field([], description="the prompts of a run's pictures; by default the first of its prompts")
     images: ImagesSettings | None = None
@@ -157,8 +157,8 @@ class EvaluationSettings(Section):
     samples: int = Field(5000, ge=2)
     batch_size: int = Field(250, ge=1)
     seed: int = 1234
-    extractor: str | None = Field(None, description="feature network: asset:NAME, a file, or inception")
-    reference: str | None = Field(None, description="reference statistics: asset:NAME or a file")
+    extractor: UserPath | None = Field(None, description="feature network: asset:NAME, a file, or inception")
+    reference: UserPath | None = Field(None, description="reference statistics: asset:NAME or a file")
     teacher_steps: list[int] = Field([], description="teacher step counts measured beside its full number")
     teacher_guidance_scale: float | None = Field(None, ge=0)
     latency: bool = True
@@ -169,7 +169,7 @@ class RunSettings(Section):
     """Everything but the method's own section."""
 
     method: str
-    output: str = Field(description="the run folder")
+    output: UserPath = Field(description="the run folder")
     seed: int = Field(0, ge=0)
     teacher: TeacherSettings
     data: DataSettings = DataSettings()

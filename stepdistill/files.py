@@ -1,0 +1,290 @@
+"""Files and folders that are whole or absent, and folders with one writer.
+
+Everything is written beside its place under a temporary name and renamed in.  A reader therefore never sees half a
+file, and a process that is killed leaves the old content and at most a temporary name, which the next writer of the
+same place removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from stepdistill.errors import UserError, first_line, writing
+
+LOCK = ".lock"
+TEMPORARY = ".tmp"
+PREVIOUS = ".previous"
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; file systems that cannot are passed over."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    """A new name beside ``path`` that says who writes it: ``.NAME.HOST-PID-RANDOM.tmp``."""
+    return path.with_name(f"{_prefix(path)}{_host()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:100]}."  # a name may have 255 bytes
+
+
+def _host() -> str:
+    return "".join(c for c in socket.gethostname() if c.isalnum())[:32] or "host"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete the temporary names of ``path`` whose writers are gone (of this machine; of others after a day)."""
+    prefix = _prefix(path)
+    with contextlib.suppress(OSError):
+        for leftover in path.parent.iterdir():
+            name = leftover.name
+            if not (name.startswith(prefix) and name.endswith(TEMPORARY)):
+                continue
+            host, _, rest = name[len(prefix) : -len(TEMPORARY)].rpartition(".")[2].partition("-")
+            pid = rest.partition("-")[0]
+            if host == _host() and pid.isdigit():
+                gone = int(pid) != os.getpid() and not _alive(int(pid))
+            else:
+                gone = time.time() - leftover.lstat().st_mtime > 86_400
+            if gone:
+                _delete(leftover)
+
+
+def _delete(path: Path) -> None:
+    """A file or folder, as far as that is possible; a link is removed, not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write one file to; it becomes ``path`` when the block ends well, and is deleted otherwise.
+
+    The folder is made.  The file gets the rights that the umask gives any new file.
+
+    Raises:
+        UserError: it cannot be written (see :func:`stepdistill.errors.writing`).
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        temporary = _temporary(path)
+        try:
+            yield temporary
+            _usual_rights(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            _delete(temporary)
+            raise
+        sync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """A UTF-8 text file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """A JSON file, whole or not at all; NaN and infinities, which JSON has not, become null.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False))
+
+
+def finite(value: object) -> object:
+    """``value`` with every number that is not finite as None."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder to fill; it becomes ``path`` when the block ends well, and is deleted otherwise.
+
+    What stood at ``path`` is there, whole, until the new one is: both change places in one step where the system can
+    (Linux), elsewhere the old one is moved aside first, and :func:`recover` brings it back if the process is killed
+    in between.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
+        remove_leftovers(path)
+        temporary = _temporary(path)
+        try:
+            temporary.mkdir()
+            yield temporary
+            for part in [temporary, *temporary.rglob("*")]:
+                _usual_rights(part)
+                sync(part)
+            _put_in_place(temporary, path)
+        except BaseException:
+            _delete(temporary)
+            raise
+        sync(path.parent)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not os.path.lexists(path):
+        temporary.rename(path)
+        return
+    if _exchange(temporary, path):
+        _delete(temporary)  # now the old one
+        return
+    previous = path.with_name(f".{path.name}{PREVIOUS}")
+    _delete(previous)
+    path.rename(previous)
+    temporary.rename(path)
+    _delete(previous)
+
+
+def recover(path: Path) -> None:
+    """Bring back the folder that a killed process had moved aside for a new one; nothing where there is none."""
+    previous = path.with_name(f".{path.name}{PREVIOUS}")
+    if not previous.is_dir():
+        return
+    with contextlib.suppress(OSError):
+        if os.path.lexists(path):
+            _delete(previous)
+        else:
+            previous.rename(path)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two names change places in one step; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_working_folder, exchange = -100, 2
+    return renameat2(at_working_folder, os.fsencode(a), at_working_folder, os.fsencode(b), exchange) == 0
+
+
+def remove_folder(path: Path) -> str | None:
+    """Delete a folder so that no part of it is ever seen under its name; the reason where it could not be.
+
+    It is renamed first; what a kill leaves of it is a temporary name, which :func:`remove_leftovers` finds.
+    """
+    temporary = _temporary(path)
+    try:
+        path.rename(temporary)
+        shutil.rmtree(temporary)
+    except OSError as error:
+        return first_line(error)
+    return None
+
+
+def _usual_rights(path: Path) -> None:
+    """The rights that a new file has under the umask: some writers (safetensors) leave 0600."""
+    if path.is_symlink():
+        return
+    umask = os.umask(0)
+    os.umask(umask)
+    with contextlib.suppress(OSError):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Lock:
+    """One writer of a folder: held by a process until it ends, however it ends.
+
+    ``with Lock(folder): ...``; the file ``.lock`` stays and means nothing without its holder.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._file = None
+
+    def __enter__(self) -> Lock:
+        """
+        Raises:
+            UserError: another process holds it, or the folder cannot be written.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows: no lock
+            return self
+        file = self.folder / LOCK
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "r+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = " ".join(self._file.read(200).split()) or "another process"
+            self._file.close()
+            self._file = None
+            raise UserError(
+                f"{self.folder}: another process is writing here ({holder}); wait for it, stop it, or choose another "
+                "folder with output=FOLDER"
+            ) from None
+        except OSError:  # a file system without locks
+            return self
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
+            self._file.flush()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
