@@ -66,11 +66,14 @@ def test_a_wide_networks_head_is_laid_out_as_dmd2s():
             assert (layer.num_groups, layer.eps) == (expected.num_groups, expected.eps)
 
 
-@pytest.mark.parametrize(
-    ("channels", "groups"),
-    [(1, 1), (7, 1), (8, 1), (12, 1), (16, 2), (24, 2), (32, 4), (48, 4), (64, 8), (96, 8), (128, 16), (255, 1)]
-    + [(256, 32), (320, 32), (640, 32), (768, 32), (1280, 32), (2560, 32)],
-)
+GROUPS = {
+    **dict.fromkeys((1, 7, 8, 12, 255), 1),
+    **{16: 2, 24: 2, 32: 4, 48: 4, 64: 8, 96: 8, 128: 16},
+    **dict.fromkeys((256, 320, 640, 768, 1280, 2560), 32),
+}
+
+
+@pytest.mark.parametrize(("channels", "groups"), GROUPS.items())
 def test_groups_have_eight_channels_or_more(channels, groups):
     assert norm_groups(channels) == groups
     assert channels % groups == 0
