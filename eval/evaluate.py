@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from stepdistill import assets
 from stepdistill.clip import ClipScorer, ClipSettings, load_clip
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.data import given_prompts
 from stepdistill.errors import UserError
 from stepdistill.rewards import Reward, RewardSettings, load_rewards
@@ -75,7 +76,7 @@ class Target:
             raise UserError(f"{text}: what follows the second @ is a guidance scale")
         return cls(
             name or Path(path).name,
-            assets.resolve(path),
+            assets.resolve(os.path.expanduser(path)),
             None if steps is None else int(steps),
             None if guidance is None else float(guidance),
         )
@@ -88,11 +89,11 @@ class EvaluationSettings(Section):
     batch_size: int = Field(250, ge=1, description="pictures at a time; a part of the protocol, as noise is")
     seed: int = Field(0, ge=0)
     seeds: int = Field(1, ge=1, description="repeats, with seed, seed + 1, ...; means and standard deviations of them")
-    extractor: str = Field(
+    extractor: UserPath = Field(
         "fashion_mnist",
         description="an asset's name, a file, inception, inception_tensorflow, dinov2:PATH, module:attribute",
     )
-    reference: str | None = Field(
+    reference: UserPath | None = Field(
         None, description="reference statistics, or with resize a folder of pictures; None: beside the extractor's file"
     )
     drawn_side: int | None = Field(None, ge=1, description="refuse pictures that are not drawn at this side")
@@ -112,7 +113,7 @@ class EvaluationSettings(Section):
     labels: Literal["uniform"] | list[int] = Field(
         "uniform", description="which labels, taken in turn: all of them, or the ones named"
     )
-    prompts: str | None = Field(None, description="a file with one prompt a line, taken in turn")
+    prompts: UserPath | None = Field(None, description="a file with one prompt a line, taken in turn")
     prompt_dataset: PromptColumnSettings | None = Field(None, description="a dataset's column in place of a file")
     distinct_prompts: bool = Field(False, description="refuse fewer prompts than samples")
     preset: str | None = Field(None, description="the preset that these settings are, and what differs from it")

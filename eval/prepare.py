@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.data import ImageSet, Order, mirrored, read_idx, read_npz, write_npz
 from stepdistill.errors import UserError
 
@@ -26,9 +26,9 @@ from .features import FeatureNetwork, as_extractor
 class LabelledImages(Section):
     """Pictures with labels: MNIST's idx files, or one ``.npz``."""
 
-    idx_images: str | None = Field(None, description="images in MNIST's idx format, plain or gzipped")
-    idx_labels: str | None = Field(None, description="their labels")
-    npz: str | None = Field(None, description="an .npz with 'images' and 'labels'")
+    idx_images: UserPath | None = Field(None, description="images in MNIST's idx format, plain or gzipped")
+    idx_labels: UserPath | None = Field(None, description="their labels")
+    npz: UserPath | None = Field(None, description="an .npz with 'images' and 'labels'")
 
     @model_validator(mode="after")
     def _one_source(self) -> LabelledImages:
@@ -48,7 +48,7 @@ class LabelledImages(Section):
 class FeatureConfig(Section):
     """A feature network, the statistics of its data, and a packed subset of it."""
 
-    output: str = Field(description="the folder for features.safetensors, reference.safetensors and images.npz")
+    output: UserPath = Field(description="the folder for features.safetensors, reference.safetensors and images.npz")
     name: str = Field("features", pattern=r"^[A-Za-z0-9_.-]+$", description="what metrics call the extractor")
     source: str = Field(description="what the data is called in reports")
     seed: int = Field(0, ge=0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill.captioned import Entry, read_pictures, training_caption
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.data import ImageSet, Order, read_array_images
 from stepdistill.errors import UserError
 from stepdistill.matching import MatchingNetwork
@@ -31,11 +31,11 @@ class MatchingConfig(Section):
     """The network, its training, and the reference."""
 
     kind: Literal["matching"]
-    output: str = Field(description="the folder for matching.safetensors and reference.safetensors")
+    output: UserPath = Field(description="the folder for matching.safetensors and reference.safetensors")
     name: str = Field("matching", pattern=r"^[A-Za-z0-9_.-]+$", description="what metrics call it")
     source: str = Field(description="what the data is called in reports")
-    data: str = Field(description="a folder written by stepdistill teacher emoji: what the network learns from")
-    reference_data: str | None = Field(None, description="another one, whose training split the reference is of")
+    data: UserPath = Field(description="a folder written by stepdistill teacher emoji: what the network learns from")
+    reference_data: UserPath | None = Field(None, description="another one, whose training split the reference is of")
     seed: int = Field(0, ge=0)
     num_features: int = Field(128, ge=2)
     width: int = Field(32, ge=8, multiple_of=8)

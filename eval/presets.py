@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from stepdistill import assets
-from stepdistill.config import Section, apply_overrides, check, merge
+from stepdistill.config import Section, apply_overrides, check, merge, user_path
 from stepdistill.errors import UserError
 from stepdistill.run import differences
 
@@ -102,7 +102,7 @@ def make_settings(preset: str | None, given: dict[str, Any], overrides: list[str
     settings = check(EvaluationSettings, raw, f"preset {preset}")
     fixed = {key: value for key, value in own.settings.items() if key != "clip"}
     if "clip" in own.settings:
-        fixed["clip"] = {**own.settings["clip"], "pretrained": ""}
+        fixed["clip"] = {**own.settings["clip"], "pretrained": "any"}
     plain = EvaluationSettings.model_validate(fixed)
     changed = differences(_protocol(plain, own), _protocol(settings, own))
     said = ", ".join(text.replace(" there, ", " in the preset, ").replace(" now)", " here)") for text in changed)
@@ -130,8 +130,9 @@ def _check_files(name: str, preset: Preset, raw: dict[str, Any]) -> None:
     """
     missing = []
     kind, _, place = str(raw.get("extractor")).partition(":")
-    if kind in ("inception", "inception_tensorflow") and not weights_file(place or None).is_file():
-        missing.append(f"Inception's weights {weights_file(place or None)} (download {URL} to there)")
+    weights = weights_file(user_path(place, "extractor") if place else None)
+    if kind in ("inception", "inception_tensorflow") and not weights.is_file():
+        missing.append(f"Inception's weights {weights} (download {URL} to there)")
     wanted = [
         ("--reference", preset.reference, raw.get("reference")),
         ("--prompts", preset.prompts, raw.get("prompts")),
@@ -143,7 +144,7 @@ def _check_files(name: str, preset: Preset, raw: dict[str, Any]) -> None:
     for option, what, path in wanted:
         if what is not None and path is None:
             missing.append(f"{option}: {what}")
-        elif path is not None and not Path(assets.resolve(path)).exists():
+        elif path is not None and not Path(assets.resolve(user_path(str(path), option))).exists():
             missing.append(f"{option} {path}: no such file; it is {what or 'a local one'}")
     if missing:
         raise UserError(f"--preset {name} needs on this machine, and downloads nothing: {'; '.join(missing)}")

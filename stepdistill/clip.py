@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stepdistill import assets
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
 from stepdistill.plugins import import_attribute
 
@@ -25,12 +25,12 @@ from stepdistill.plugins import import_attribute
 class ClipSettings(Section):
     """Which CLIP scores, and from where its weights come."""
 
-    model: str = Field(
+    model: UserPath = Field(
         "ViT-g-14",
         description="open_clip's model name, local-dir:FOLDER, hf-hub:NAME with hub=true, a .safetensors file of ours "
         "(stepdistill.matching), or module:attribute: a ClipScorer or what gives one",
     )
-    pretrained: str | None = Field(
+    pretrained: UserPath | None = Field(
         None, description="a weight file; with hub=true one of open_clip's tags, such as laion2b_s12b_b42k"
     )
     hub: bool = Field(False, description="true allows open_clip to download the weights")

@@ -27,7 +27,8 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 def expanded(path: str) -> str:
-    """A path with ``~`` and ``$VAR`` (``${VAR}``) put in, as a shell would.
+    """A path with ``~`` and ``$VAR`` (``${VAR}``) put in, as a shell would; also behind a word and a colon
+    (``dinov2:~/weights``).
 
     Raises:
         ValueError: an empty path, a variable or user that is not there, or characters that no file name has.
@@ -39,14 +40,39 @@ def expanded(path: str) -> str:
     whole = os.path.expandvars(path)
     if missing := re.search(r"\$(\w+|\{\w+\})", whole):
         raise ValueError(f"{missing[0]} is not set in the environment; set it, or write the path out")
-    whole = os.path.expanduser(whole)
-    if re.match(r"~[\w.-]*(/|$)", whole):
-        raise ValueError(f"{whole.split('/')[0]} is no user's home on this machine; write the path out")
-    return whole
+    prefix = re.match(r"[\w-]+:(?=~)|", whole)[0]
+    place = os.path.expanduser(whole.removeprefix(prefix))
+    if re.match(r"~[\w.-]*(/|$)", place):
+        raise ValueError(f"{place.split('/')[0]} is no user's home on this machine; write the path out")
+    return prefix + place
 
 
 UserPath = Annotated[str, AfterValidator(expanded)]
 """A file, folder or hub id in a config; ``~`` and ``$VAR`` are put in."""
+
+
+def user_path(path: str, key: str) -> str:
+    """:func:`expanded`, for a value that is read before its config is checked; ``key`` is its name in errors.
+
+    Raises:
+        UserError: as :func:`expanded` does.
+    """
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise UserError(f"{key} = {path}: {error}") from None
+
+
+def output_folder(raw: dict[str, Any], where: str, what: str) -> Path:
+    """The folder that a raw config's ``output`` names; ``what`` it is of, for errors.
+
+    Raises:
+        UserError: there is none, or it is no path.
+    """
+    output = raw.get("output")
+    if not isinstance(output, str):
+        raise UserError(f"{where}: key 'output' is missing: the folder of {what}")
+    return Path(user_path(output, f"{where}: output"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -84,7 +110,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return raw
     if not isinstance(base, str):
         raise UserError(f"{path}: base must be the path of another config, not {base!r}")
-    return merge(_read_chain(path.parent / base, (*seen, resolved)), raw)
+    return merge(_read_chain(path.parent / user_path(base, f"{path}: base"), (*seen, resolved)), raw)
 
 
 def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:

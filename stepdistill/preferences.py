@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.data import IMAGE_SUFFIXES, ImageSet, read_column, read_dataset, read_folder
 from stepdistill.errors import UserError
 
@@ -19,8 +19,8 @@ class PreferenceSettings(Section):
     caption ``NAME.txt`` beside each winner, or a sub-folder for each label.  A dataset has a column of each.
     """
 
-    folder: str | None = None
-    dataset: str | None = Field(None, description="a save_to_disk folder or a hub id")
+    folder: UserPath | None = None
+    dataset: UserPath | None = Field(None, description="a save_to_disk folder or a hub id")
     split: str = "train"
     revision: str | None = None
     winner_column: str = Field("winner", description="pictures; Pick-a-Pic: jpg_0")

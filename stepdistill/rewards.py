@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, pad, resize
 
 from stepdistill.clip import ClipScorer, ClipSettings, check_clip, load_clip
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
 from stepdistill.objectives.feedback import hinge_loss
 from stepdistill.plugins import import_attribute
@@ -67,10 +67,10 @@ class RewardSettings(Section):
     hinge: float | None = Field(
         None, description="a picture whose reward is this or more is left alone; without it the reward is maximised"
     )
-    weights: str | None = Field(
+    weights: UserPath | None = Field(
         None, description="a local file: aesthetic's predictor, image_reward's or hps's .pt; pick_score's folder"
     )
-    config: str | None = Field(
+    config: UserPath | None = Field(
         None,
         description="image_reward's med_config.json; pick_score's tokenizer folder, that of "
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K, where the weights' folder has none",
@@ -87,7 +87,7 @@ class RewardSettings(Section):
         if isinstance(raw, dict) and raw.get("reward") == "hps" and isinstance(raw.get("clip"), dict):
             return {
                 **raw,
-                "clip": {"model": HPS_MODEL, "pretrained": raw.get("weights") or "", "prefix": ""} | raw["clip"],
+                "clip": {"model": HPS_MODEL, "pretrained": raw.get("weights") or "missing", "prefix": ""} | raw["clip"],
             }
         return raw
 

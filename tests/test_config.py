@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import pytest
+import stepdistill.eval
+import stepdistill.trainers
 import yaml
 from stepdistill.trainers.job import make_job, read_job
+from stepdistill.trainers.msd import make_multi_student
+from stepdistill.trainers.recipe import make_recipe
 from toys import toy_config
 
-from stepdistill.config import apply_overrides, check, dump_yaml, merge, read_yaml
+import stepdistill
+from stepdistill.config import Section, apply_overrides, check, dump_yaml, expanded, merge, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.settings import RunSettings
 
@@ -229,3 +237,79 @@ def test_a_checked_config_cannot_be_changed():
     config = check(RunSettings, {k: v for k, v in toy_config().items() if k != "dmd2"}, "here")
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 4
+
+
+# -- paths -------------------------------------------------------------------------------------------------
+
+PATHS = {"path", "folder", "npz", "dataset", "output", "prompts", "pairs", "decoder", "weights", "pretrained", "data"}
+PATHS |= {"extractor", "reference", "router", "idx_images", "idx_labels", "reference_data", "config"}
+
+
+def sections(parent=Section):
+    for child in parent.__subclasses__():
+        yield child
+        yield from sections(child)
+
+
+def test_every_path_of_every_section_takes_home_and_variables():
+    for package in (stepdistill, stepdistill.trainers, stepdistill.eval):
+        for module in pkgutil.iter_modules(package.__path__):
+            if module.name not in ("__main__", "cli", "trainers", "eval", "pipelines"):
+                importlib.import_module(f"{package.__name__}.{module.name}")
+    plain = {
+        (section.__name__, name)
+        for section in sections()
+        if section.__module__.startswith("stepdistill")
+        for name, field in section.model_fields.items()
+        if name in PATHS and field.annotation in (str, str | None, dict[str, str]) and not field.metadata
+    }
+    assert plain == {("Preset", "prompts"), ("Preset", "reference")}  # these say in words what files are
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("~/a", "/home/me/a"),
+        ("$PLACE/a", "/data/a"),
+        ("${PLACE}x/a", "/datax/a"),
+        ("dinov2:~/a", "dinov2:/home/me/a"),
+        ("local-dir:$PLACE/a", "local-dir:/data/a"),
+        ("owner/name", "owner/name"),
+        ("a~/b", "a~/b"),
+        ("asset:emoji/teacher", "asset:emoji/teacher"),
+    ],
+)
+def test_a_path_is_read_as_a_shell_would(monkeypatch, path, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "/data")
+    assert expanded(path) == expected
+
+
+@pytest.mark.parametrize("path", ["", "  ", "$NOWHERE/a", "${NOWHERE}", "~nobody-of-this-name/a", "a\0b"])
+def test_a_path_that_names_nothing_is_refused(monkeypatch, path):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    with pytest.raises(ValueError, match=r"name a file|not set|no user|no file name"):
+        expanded(path)
+
+
+def test_a_parent_may_lie_in_a_folder_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", str(tmp_path / "elsewhere"))
+    write(tmp_path / "elsewhere" / "all.yaml", a=1)
+    assert read_yaml(write(tmp_path / "child.yaml", base="$PLACE/all.yaml", b=2)) == {"a": 1, "b": 2}
+    with pytest.raises(UserError, match=r"child\.yaml: base = \$NOWHERE/all\.yaml: \$NOWHERE is not set"):
+        read_yaml(write(tmp_path / "child.yaml", base="$NOWHERE/all.yaml"))
+
+
+def test_the_output_of_stages_and_of_several_students_takes_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    raw = {**toy_config(), "output": "$PLACE/run"}
+    recipe = make_recipe({**raw, "stages": [{"name": "one"}, {"name": "two"}]})
+    assert recipe.output == tmp_path / "run"
+    assert [stage.run.path for stage in recipe.stages] == [tmp_path / "run" / "01-one", tmp_path / "run" / "02-two"]
+    assert recipe.config["output"] == str(tmp_path / "run")
+    several = make_multi_student({**raw, "msd": {"students": 2}})
+    assert several.output == tmp_path / "run"
+    assert several.folder(1).path == tmp_path / "run" / "student-1"
+    for make, section in ((make_recipe, {"stages": [{"name": "one"}]}), (make_multi_student, {"msd": {"students": 2}})):
+        with pytest.raises(UserError, match=r"config: output = \$NOWHERE/run: \$NOWHERE is not set"):
+            make({**raw, **section, "output": "$NOWHERE/run"})

@@ -34,7 +34,7 @@ from stepdistill.trainers.tables import aligned, markdown, summary
 
 from stepdistill import assets
 from stepdistill.clip import ClipSettings
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
 from stepdistill.run import RunFolder, write_atomically
 from stepdistill.settings import EvaluationSettings, RunSettings
@@ -43,8 +43,8 @@ from stepdistill.settings import EvaluationSettings, RunSettings
 class CompareSettings(Section):
     """What is compared, and at which cost."""
 
-    output: str = Field(description="the folder of the runs, the picture and the table")
-    runs: dict[str, str | RunEntry] = Field(
+    output: UserPath = Field(description="the folder of the runs, the picture and the table")
+    runs: dict[str, UserPath | RunEntry] = Field(
         min_length=1, description="name to config, relative to this file, or to what stepdistill.trainers.entries says"
     )
     overrides: list[str] = Field([], description="key=value for every run")

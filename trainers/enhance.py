@@ -28,7 +28,7 @@ from stepdistill.trainers.dmd2 import DMD2, DMD2Settings
 from stepdistill.trainers.feedback import reward_losses
 from torch import Tensor
 
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
 from stepdistill.rewards import RewardSettings, load_rewards
 from stepdistill.sampler import FewStepSampler
@@ -42,7 +42,9 @@ class EnhanceSettings(Section):
     hold_weight: float = Field(0.0, ge=0, description="of the squared error at the other steps' times; 0 is none")
     teacher: Literal["base", "previous_stage"] = Field("base", description="whose score is the real one")
     rewards: list[RewardSettings] = []
-    decoder: str | None = Field(None, description="an AutoencoderTiny for the teacher's latents; its own by default")
+    decoder: UserPath | None = Field(
+        None, description="an AutoencoderTiny for the teacher's latents; its own by default"
+    )
 
 
 class Enhance(DMD2):

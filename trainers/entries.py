@@ -21,7 +21,7 @@ from stepdistill.trainers.msd import MSD, MultiStudent, is_multi_student, jobs_o
 from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe
 
 from stepdistill import checkpoint
-from stepdistill.config import Section, apply_overrides, read_yaml
+from stepdistill.config import Section, UserPath, apply_overrides, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.run import RunFolder, comparable, holds_run, write_atomically
 
@@ -33,7 +33,9 @@ SLACK = 0.03
 class RunEntry(Section):
     """One line of a comparison."""
 
-    config: str = Field(description="a run's, recipe's or several students' config, relative to the comparison's file")
+    config: UserPath = Field(
+        description="a run's, recipe's or several students' config, relative to the comparison's file"
+    )
     overrides: list[str] = Field([], description="key=value for it alone")
     tunes: str | None = Field(None, description="another run, whose student this one starts from; its passes are extra")
     steps: list[int] = Field([], description="numbers of steps that the student is measured at; its own by default")

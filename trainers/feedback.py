@@ -26,7 +26,7 @@ from stepdistill.trainers.base import Batch, Losses, Trainer
 from stepdistill.trainers.direct import DirectTrainer
 from torch import Tensor
 
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
 from stepdistill.objectives.feedback import hinge_loss
 from stepdistill.perception import load_perceptual
@@ -49,7 +49,9 @@ class FeedbackSettings(Section):
         [], description="numbers of steps, one drawn for each batch; the sampler's and its also_steps by default"
     )
     last: int = Field(1, ge=1, description="the graded step is drawn from so many last ones")
-    decoder: str | None = Field(None, description="an AutoencoderTiny for the teacher's latents; its own by default")
+    decoder: UserPath | None = Field(
+        None, description="an AutoencoderTiny for the teacher's latents; its own by default"
+    )
     merge_ratio: float = Field(1.0, ge=0, description="what this LoRA counts for when it joins the one below")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from stepdistill.trainers.job import Job, condition_items, make_job
 from stepdistill.trainers.recipe import STAGES, Recipe, make_recipe, with_stages
 
-from stepdistill.config import check, merge
+from stepdistill.config import check, merge, output_folder
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.partition import FILE, PartitionSettings, Router, make_router
@@ -119,9 +119,7 @@ def make_multi_student(raw: dict[str, Any], where: str = "config") -> MultiStude
     section = raw[MSD]
     settings = check(PartitionSettings, section if isinstance(section, dict) else {}, f"{where}: {MSD}")
     common = {k: v for k, v in raw.items() if k != MSD}
-    if not isinstance(common.get("output"), str):
-        raise UserError(f"{where}: key 'output' is missing: the folder of all students")
-    output = Path(common["output"])
+    output = output_folder(common, where, "all students")
     methods = [common.get("method"), *(stage.get("method") for stage in _stages(common))]
     if "regression" in methods:  # the same pairs for all
         pairs = {"pairs": str(output / PAIRS), "seed": common.get("seed", 0)}

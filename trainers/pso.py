@@ -35,7 +35,7 @@ from stepdistill.trainers.direct import DirectTrainer
 from torch import Tensor
 from tqdm import tqdm
 
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.data import Order
 from stepdistill.denoiser import Condition, cat_conditions
 from stepdistill.errors import UserError
@@ -77,7 +77,7 @@ class PSOSettings(Section):
     reference_samples: Literal["untuned", "tuned"] = Field("untuned", description="whose samples targets are against")
     likelihood: Literal["denoising", "transition"] = Field("denoising", description="of the samples, with targets")
     error: Literal["native", "eps", "v", "x0", "flow"] = Field("native", description="what denoising errors are of")
-    decoder: str | None = Field(None, description="an AutoencoderTiny for the rewards; the model's own by default")
+    decoder: UserPath | None = Field(None, description="an AutoencoderTiny for the rewards; the model's own by default")
     probe: int = Field(40, ge=1, description="samples whose reward and distance are logged every train.sample_every")
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ from pydantic import Field
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.job import Job, make_job
 
-from stepdistill.config import Section, check, merge
+from stepdistill.config import Section, check, merge, output_folder
 from stepdistill.errors import UserError
 from stepdistill.run import CACHE, RunFolder, comparable, holds_run, write_atomically
 
@@ -141,9 +141,7 @@ def make_recipe(raw: dict[str, Any], where: str = "config", before: list[Stage] 
     listed = raw[STAGES]
     if not isinstance(listed, list) or not listed or not all(isinstance(own, dict) for own in listed):
         raise UserError(f"{where}: stages must be a list of stages, each a mapping with a name and a method")
-    output = raw.get("output")
-    if not isinstance(output, str):
-        raise UserError(f"{where}: key 'output' is missing: the folder of the recipe")
+    output = output_folder(raw, where, "the recipe")
     common = {k: v for k, v in raw.items() if k != STAGES}
     stages: list[Stage] = []
     for number, own in enumerate(listed, 1):
@@ -154,13 +152,13 @@ def make_recipe(raw: dict[str, Any], where: str = "config", before: list[Stage] 
             raise UserError(f"{label}: a second stage named {settings.name}; give it another name")
         source = _source(settings, earlier, label)
         stage = merge(common, {k: v for k, v in own.items() if k not in OWN})
-        stage["output"] = str(Path(output) / f"{number:02d}-{settings.name}")
+        stage["output"] = str(output / f"{number:02d}-{settings.name}")
         stage["evaluation"] = {**(common.get("evaluation") or {}), **(own.get("evaluation") or {})}
         if source is not None:
             stage["roles"] = _taken(settings, stage.get("roles") or {}, stage.get("method"), source, label)
-        job = replace(make_job(stage, f"{label} ({settings.name})"), cache=Path(output) / CACHE, unused=())
+        job = replace(make_job(stage, f"{label} ({settings.name})"), cache=output / CACHE, unused=())
         stages.append(Stage(settings, job, source))
-    return Recipe(raw, Path(output), stages)
+    return Recipe(raw, output, stages)
 
 
 def _source(settings: StageSettings, stages: list[Stage], label: str) -> Stage | None:

@@ -20,7 +20,7 @@ from stepdistill.trainers.base import Batch, Losses
 from stepdistill.trainers.direct import DirectTrainer
 from torch import Tensor, nn
 
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.data import Order
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
@@ -30,7 +30,7 @@ from stepdistill.settings import RunSettings
 
 
 class RegressionSettings(Section):
-    pairs: str | None = Field(None, description="the folder of the pairs; 'pairs' in the run's by default")
+    pairs: UserPath | None = Field(None, description="the folder of the pairs; 'pairs' in the run's by default")
     count: int = Field(10_000, ge=1, description="pairs")
     shard: int = Field(1000, ge=1, description="pairs a file")
     pair_batch: int = Field(64, ge=1, description="pairs made at a time")
@@ -38,7 +38,9 @@ class RegressionSettings(Section):
     seed: int | None = Field(None, ge=0, description="of the pairs' noise; the run's by default")
     distance: Literal["mse", "lpips"] = "mse"
     lpips_size: int = Field(224, ge=16, description="smaller pictures are enlarged to this side for LPIPS")
-    decoder: str | None = Field(None, description="an AutoencoderTiny for LPIPS on latents; the teacher's by default")
+    decoder: UserPath | None = Field(
+        None, description="an AutoencoderTiny for LPIPS on latents; the teacher's by default"
+    )
 
 
 class Regression(DirectTrainer):

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from stepdistill import attention
 from stepdistill.clip import ClipSettings, load_clip
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.data import read_prompts
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
@@ -48,18 +48,18 @@ from stepdistill.settings import RunSettings
 class ClipLossSettings(ClipSettings):
     """Version 2's CLIP loss: ``weight mean max(0, tau - cos)``."""
 
-    model: str = Field("ViT-B-32", description="open_clip's model name, local-dir:FOLDER, or module:attribute")
+    model: UserPath = Field("ViT-B-32", description="open_clip's model name, local-dir:FOLDER, or module:attribute")
     prefix: str = Field("", description="put before every prompt")
     weight: float = Field(0.1, gt=0)
     tau: float = Field(0.35, gt=-1, le=1, description="0.35 in version 2, 0.37 in PG-SB")
     decay: Literal["linear", "none"] = Field("linear", description="of the weight, to 0 at the end of the run")
-    decoder: str | None = Field(None, description="a small decoder (TAESD: folder or hub id); else the teacher's")
+    decoder: UserPath | None = Field(None, description="a small decoder (TAESD: folder or hub id); else the teacher's")
 
 
 class NegativesSettings(Section):
     """NASA-T: negative prompts in training."""
 
-    prompts: str = Field(description="a text file, one negative prompt a line; each sample draws one")
+    prompts: UserPath = Field(description="a text file, one negative prompt a line; each sample draws one")
     scale: tuple[float, float] = Field((0.0, 1.0), description="a of ``Z+ - a Z-`` is uniform in this range")
 
     @model_validator(mode="after")

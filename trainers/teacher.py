@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.data import Order, mirrored, read_idx, read_npz
 from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError
@@ -31,9 +31,9 @@ from stepdistill.objectives.denoising import denoising_loss
 
 
 class TeacherData(Section):
-    idx_images: str | None = Field(None, description="images in MNIST's idx format")
-    idx_labels: str | None = Field(None, description="labels in MNIST's idx format")
-    npz: str | None = Field(None, description="an .npz with 'images' and 'labels'")
+    idx_images: UserPath | None = Field(None, description="images in MNIST's idx format")
+    idx_labels: UserPath | None = Field(None, description="labels in MNIST's idx format")
+    npz: UserPath | None = Field(None, description="an .npz with 'images' and 'labels'")
     num_labels: int = Field(10, ge=1)
     label_names: list[str] | None = Field(None, description="kept in the UNet's config, for pictures")
     mirror: bool = Field(False, description="mirror half of the pictures, left to right")
@@ -74,7 +74,7 @@ class TeacherConfig(LoopSettings):
     zero terminal SNR."""
 
     kind: Literal["class_conditional"] = "class_conditional"
-    output: str = Field(description="the stock diffusers folder to write")
+    output: UserPath = Field(description="the stock diffusers folder to write")
     seed: int = 0
     data: TeacherData = TeacherData()
     network: TeacherNetwork = TeacherNetwork()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from stepdistill.captioned import Entry, read_pictures, training_caption
-from stepdistill.config import Section
+from stepdistill.config import Section, UserPath
 from stepdistill.data import Order
 from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError
@@ -114,8 +114,8 @@ class TextTeacherConfig(Section):
     """``stepdistill teacher train CONFIG`` with ``kind: text_to_image``."""
 
     kind: Literal["text_to_image"]
-    output: str = Field(description="the stock diffusers folder to write")
-    data: str = Field(description="a folder written by stepdistill teacher emoji")
+    output: UserPath = Field(description="the stock diffusers folder to write")
+    data: UserPath = Field(description="a folder written by stepdistill teacher emoji")
     seed: int = 0
     bf16: bool = Field(False, description="autocast to bfloat16 in training")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the weights that are written")
