@@ -204,7 +204,8 @@ def pairs(
         family.to(make_accelerator().device)
         items = check_fit(job, family).all_items
         folder, own = Regression.folder(job.config), job.config.regression
-        make_pairs(family, items, Regression.recipe(job.config), folder, own.pair_batch, (int(index), int(count)))
+        recipe, dtype = Regression.recipe(job.config), job.config.train.autocast_dtype
+        make_pairs(family, items, recipe, folder, own.pair_batch, (int(index), int(count)), dtype)
         print(f"pairs {folder}")
 
 

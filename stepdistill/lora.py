@@ -30,6 +30,11 @@ class LoRA:
     alpha: float
     factors: dict[str, tuple[Tensor, Tensor]]
 
+    def delta(self, path: str) -> Tensor:
+        """What the adapter adds to the weight of module ``path``: ``(alpha / rank) B A``, float32, of its shape."""
+        down, up = self.factors[path]
+        return (self.alpha / self.rank * (up.flatten(1) @ down.flatten(1))).reshape(len(up), *down.shape[1:])
+
     def portable_state_dict(self) -> dict[str, Tensor]:
         """``path.lora_A.weight`` and ``path.lora_B.weight``, as roles name them without their adapter."""
         return {

@@ -53,11 +53,18 @@ def _file(folder: Path, index: int) -> Path:
 
 
 def make_pairs(
-    family: Family, items: list, recipe: PairRecipe, folder: Path, batch: int, part: tuple[int, int] = (0, 1)
+    family: Family,
+    items: list,
+    recipe: PairRecipe,
+    folder: Path,
+    batch: int,
+    part: tuple[int, int] = (0, 1),
+    autocast_dtype: torch.dtype | None = None,
 ) -> None:
     """Write the shards that are missing, ``part`` = (i, n): every n-th from the i-th, for n machines.
 
-    Noise is a function of (seed, shard) alone; conditions are taken in a seeded order.
+    Noise is a function of (seed, shard) alone; conditions are taken in a seeded order.  ``autocast_dtype`` is what the
+    teacher is asked to compute in, None float32; pairs of either are the same but for rounding, and serve any run.
 
     Raises:
         UserError: the folder holds pairs made in another way, or cannot be written.
@@ -68,7 +75,7 @@ def make_pairs(
     total = sum(_size(recipe, index) for index in missing)
     with tqdm(total=total, desc=f"pairs, {recipe.steps} steps", unit="pair", disable=not missing) as bar:
         for index in missing:
-            _write(family, items, recipe, folder, index, batch, fingerprint, bar)
+            _write(family, items, recipe, folder, index, batch, fingerprint, bar, autocast_dtype)
 
 
 def _size(recipe: PairRecipe, index: int) -> int:
@@ -90,13 +97,13 @@ def _is_whole(file: Path, fingerprint: str, recipe: PairRecipe, index: int) -> b
 
 
 @torch.no_grad()
-def _write(family, items, recipe, folder, index, batch, fingerprint, bar) -> None:
+def _write(family, items, recipe, folder, index, batch, fingerprint, bar, autocast_dtype) -> None:
     count, device = _size(recipe, index), family.device
     generator = torch.Generator().manual_seed(hash_seed(recipe.seed, index))
     noise = torch.randn(count, *family.sample_shape, generator=generator)
     order = Order(max(1, len(items)), recipe.seed).indices(index * recipe.shard, count)
     own = [items[i] for i in order] if items else []
-    denoiser, parts = family.teacher_denoiser() or family.denoiser(), []
+    denoiser, parts = family.teacher_denoiser() or family.denoiser(None, autocast_dtype), []
     times = ddim_times(family.schedule, recipe.steps)
     for start in range(0, count, batch):
         part = noise[start : start + batch].to(device)

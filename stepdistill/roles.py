@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stepdistill import precision
 from stepdistill.checkpoint import latest, load
 from stepdistill.config import Section, UserPath
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser, Prediction
@@ -51,7 +52,7 @@ class RolesSettings(Section):
     """``full``: student and fake score are copies of the teacher.  ``shared``: both are LoRAs on the one frozen
     teacher.  ``mixed``: a full student, and a fake score that is a LoRA on the teacher.
 
-    With ``student_from`` a ``shared`` student is a LoRA on that model, a second frozen base.
+    With ``student_from`` a ``shared`` student is a LoRA on that model, a second frozen base, in float32.
     """
 
     weights: Weights = "full"
@@ -174,8 +175,12 @@ class AdapterSwitch:
 
     def lora(self, name: str) -> LoRA:
         """Adapter ``name`` as what a LoRA file holds, the ones below it included."""
+        return stacked(self._parts(name))
 
-        def one(name: str) -> tuple[LoRA, float]:
+    def _parts(self, name: str) -> list[tuple[LoRA, float]]:
+        """The adapters of :meth:`stack`, each with the ratio that it counts, on the CPU."""
+
+        def part(name: str) -> tuple[LoRA, float]:
             factors, ratio = {}, 1.0
             for path, module in self.network.named_modules():
                 if isinstance(module, LoraLayer) and name in module.lora_A:
@@ -185,25 +190,25 @@ class AdapterSwitch:
                     ratio = module.scaling[name] * rank / alpha
             return LoRA(rank, alpha, factors), ratio
 
-        return stacked([one(part) for part in self.stack(name)])
+        return [part(name) for name in self.stack(name)]
 
     def merged_state_dict(self, name: str | None) -> dict[str, Tensor]:
-        """The base's state dict under its original names, with adapter ``name`` merged in (float32 sums)."""
-        deltas = {}
-        for path, module in self.network.named_modules():
-            parts = () if name is None or not isinstance(module, LoraLayer) else self.stack(name)
-            parts = [module.get_delta_weight(part).float() for part in parts if part in module.lora_A]
-            if parts:
-                deltas[f"{path}.weight"] = sum(parts)
+        """The base's state dict under its original names, with adapter ``name`` merged in, on the CPU.
+
+        A weight that an adapter changes is float32, whatever the base is stored in: rounded to bfloat16 a sixth of a
+        young adapter's delta is lost.  The others keep their dtype.
+        """
+        parts = [] if name is None else self._parts(name)
         merged = {}
         for key, value in self.network.state_dict().items():
             if "lora_" in key:
                 continue
             key = key.replace(".base_layer.", ".")
-            value = value.detach()
-            if key in deltas:
-                value = (value.float() + deltas[key].detach().float()).to(value.dtype)
-            merged[key] = value.clone()
+            path = key.removesuffix(".weight")
+            merged[key] = value.detach().to("cpu", copy=True)
+            for lora, ratio in parts:
+                if key != path and path in lora.factors:
+                    merged[key] = merged[key].float() + ratio * lora.delta(path)
         return merged
 
 
@@ -248,21 +253,16 @@ class Role:
     ):
         self.name, self.family, self.network, self.lora = name, family, network, lora
         self.switch, self.adapter, self.trains, self.meter = switch, adapter, trains, meter
-        self.autocast_dtype = autocast_dtype
+        self.autocast_dtype = precision.autocast_dtype(network, autocast_dtype)
         self.schedule, self.kind = family.schedule, family.kind
         self._denoiser = NetworkDenoiser(self._forward, self.schedule, self.kind)
 
     def active(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.switch is None else self.switch.using(self.adapter)
 
-    def _autocast(self, x: Tensor) -> contextlib.AbstractContextManager:
-        # a context of its own for each call: a cast cached by a no-grad pass must not serve one with gradients
-        enabled = self.autocast_dtype is not None
-        return torch.autocast(x.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled)
-
     def _forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         self.meter.count(x, self.trains)
-        with self.active(), self._autocast(x):
+        with self.active(), precision.computing(x.device, self.autocast_dtype):
             return self.family.forward(self.network, x, time, condition)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
@@ -326,10 +326,10 @@ class Role:
         self.load_state_dict({names.get(key, key): value for key, value in state.items()})
 
     def plain_state_dict(self) -> dict[str, Tensor]:
-        """Weights under the stock network's names, adapters merged: what an export writes."""
+        """Weights under the stock network's names, on the CPU, adapters merged: what an export writes."""
         if self.switch is not None:
             return self.switch.merged_state_dict(self.adapter)
-        return {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        return {k: v.detach().to("cpu", copy=True) for k, v in self.network.state_dict().items()}
 
 
 class Roles:
@@ -386,7 +386,7 @@ class Roles:
     def _lora_student(self) -> Role:
         settings, base, switch = self.settings, self.family.network, self.switch
         if settings.student_from is not None:
-            base = copy.deepcopy(base)
+            base = copy.deepcopy(base).float()  # rounded to the teacher's dtype, part of what it was trained to is lost
             base.load_state_dict(self.family.read_weights(settings.student_from))
             switch = AdapterSwitch(base)
         if settings.lora_under is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from stepdistill.attention import AUTO, BACKENDS, NATIVE
@@ -141,6 +142,11 @@ class TrainSettings(Section):
     checkpoint_every: int = Field(100, ge=1, description="student updates between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What networks are asked to compute in; None is float32."""
+        return torch.bfloat16 if self.precision == "bf16" else None
 
     @field_validator("attention")
     @classmethod

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from stepdistill.trainers.base import Trainer
-from stepdistill.trainers.job import Job, build_trainer
+from stepdistill.trainers.job import DTYPES, Job, build_trainer
 from torch import Tensor
 
 from stepdistill.denoiser import Condition
@@ -114,7 +114,7 @@ def measure_step(job: Job, seconds: float, random_size: str | None = None) -> st
     if random_size is not None:
         if random_size not in RANDOM_SIZES:
             raise UserError(f"--random-size {random_size}: sizes are {', '.join(RANDOM_SIZES)}")
-        family = random_stable_diffusion(random_size)
+        family = random_stable_diffusion(random_size, DTYPES[job.config.teacher.dtype])
     trainer = build_trainer(job, None, family=family)
     trainer.use_attention()
     device = trainer.family.device

@@ -268,7 +268,7 @@ def build_trainer(
     roles = Roles(
         family,
         config.roles,
-        torch.bfloat16 if config.train.precision == "bf16" else None,
+        config.train.autocast_dtype,
         config.train.gradient_checkpointing,
         job.method.has_fake_score,
     ).to(accelerator.device)

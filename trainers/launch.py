@@ -110,7 +110,7 @@ def train(job: Job, run: RunFolder, go_on: bool, before: Callable[[], None] | No
     accelerator = make_accelerator(log_with=trackers, project_dir=str(run.path / "logs"))
     exists = run.check(config, go_on)
     accelerator.wait_for_everyone()  # no process writes before all have looked
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = config.train.autocast_dtype or torch.float32
     require(config.train.attention, "train.attention", accelerator.device, dtype, gradients=True)
     family = load_teacher(config)
     checked_sampler(job, family)

@@ -100,7 +100,8 @@ class Regression(DirectTrainer):
         if self.pairs is not None:
             return
         recipe, folder, items = self.recipe(self.config), self.folder(self.config), self.conditions.all_items
-        make_pairs(self.family, items, recipe, folder, self.settings.pair_batch, (self.rank, self.world))
+        part, dtype = (self.rank, self.world), self.config.train.autocast_dtype
+        make_pairs(self.family, items, recipe, folder, self.settings.pair_batch, part, dtype)
         self.accelerator.wait_for_everyone()
         self.pairs = PairSet(folder, self.family, items, recipe)
         self.order = Order(len(self.pairs), self.config.seed + 4)

@@ -11,6 +11,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.families.stable_diffusion import StableDiffusionFamily
 from stepdistill.families.unet2d import UNet2DFamily
+from stepdistill.precision import norms_in_float32
 
 FAMILIES: dict[str, type[Family]] = {
     "unet2d": UNet2DFamily,
@@ -86,6 +87,7 @@ def load_family(
     except Exception as error:  # diffusers and transformers raise many kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"teacher {path}: cannot be loaded: {reason}") from None
+    norms_in_float32(pipeline.unet)
     return FAMILIES[found].from_components(pipeline.components, path)
 
 

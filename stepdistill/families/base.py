@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from stepdistill import precision
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
 from stepdistill.errors import UserError
 from stepdistill.schedule import PredictionType, Schedule
@@ -50,16 +51,25 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """Call ``network`` (the teacher's or a copy) on x (B, C, H, W), time (B,); gives (B, C, H, W)."""
+        """Call ``network`` (the teacher's or a copy) on x (B, C, H, W), time (B,); gives (B, C, H, W).
+
+        The bare call: whoever asks a network goes through a role or :meth:`denoiser`, which see to its precision.
+        """
 
     @abc.abstractmethod
     def mid_block(self, network: nn.Module) -> nn.Module:
         """The module whose output (B, F, h, w) is the encoder's last feature; a discriminator's input."""
 
-    def denoiser(self, network: nn.Module | None = None) -> Denoiser:
-        """``network`` (the teacher's by default) as a denoiser."""
+    def denoiser(self, network: nn.Module | None = None, autocast_dtype: torch.dtype | None = None) -> Denoiser:
+        """``network`` (the teacher's by default) as a denoiser; it computes as :mod:`stepdistill.precision` says."""
         target = self.network if network is None else network
-        return NetworkDenoiser(lambda x, t, c: self.forward(target, x, t, c), self.schedule, self.kind)
+        dtype = precision.autocast_dtype(target, autocast_dtype)
+
+        def forward(x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+            with precision.computing(x.device, dtype):
+                return self.forward(target, x, time, condition)
+
+        return NetworkDenoiser(forward, self.schedule, self.kind)
 
     def teacher_denoiser(self) -> Denoiser | None:
         """A teacher that is not ``network``: only for families whose teacher is a function."""

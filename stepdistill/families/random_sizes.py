@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from stepdistill.denoiser import Condition
 from stepdistill.families.stable_diffusion import StableDiffusionFamily
+from stepdistill.precision import norms_in_float32
 from stepdistill.schedule import from_scheduler
 
 RANDOM_SIZES: dict[str, dict[str, Any]] = {
@@ -112,9 +113,11 @@ class RandomStableDiffusion(StableDiffusionFamily):
 
     takes_negatives = False
 
-    def __init__(self, size: str):
+    def __init__(self, size: str, dtype: torch.dtype):
         config = RANDOM_SIZES[size]
-        self.network = UNet2DConditionModel(**config).requires_grad_(False).eval()
+        network = UNet2DConditionModel(**config).requires_grad_(False).eval()
+        self.network = nn.Module.to(network, dtype)
+        norms_in_float32(self.network)
         self.scheduler = random_scheduler()
         self.schedule, self.kind = from_scheduler(self.scheduler)
         self.sample_shape = (4, config["sample_size"], config["sample_size"])
@@ -136,6 +139,6 @@ class RandomStableDiffusion(StableDiffusionFamily):
         return self
 
 
-def random_stable_diffusion(size: str) -> RandomStableDiffusion:
-    """A family for benchmarks; ``size`` is a key of :data:`RANDOM_SIZES`."""
-    return RandomStableDiffusion(size)
+def random_stable_diffusion(size: str, dtype: torch.dtype = torch.float32) -> RandomStableDiffusion:
+    """A family for benchmarks; ``size`` is a key of :data:`RANDOM_SIZES`, ``dtype`` that of its frozen weights."""
+    return RandomStableDiffusion(size, dtype)
