@@ -96,6 +96,11 @@ class EvaluationSettings(Section):
     reference: UserPath | None = Field(
         None, description="reference statistics, or with resize a folder of pictures; None: beside the extractor's file"
     )
+    reference_files: Literal["shown", "stored"] = Field(
+        "shown",
+        description="a reference folder's pictures: as a viewer shows them (EXIF orientation, white under "
+        "transparency), or the stored pixels, as clean-fid's and DMD2's code reads them",
+    )
     drawn_side: int | None = Field(None, ge=1, description="refuse pictures that are not drawn at this side")
     quantise: Literal["round", "floor"] = Field("round", description="pixels to bytes")
     resize: int | None = Field(
@@ -305,7 +310,7 @@ def _load_tools(
     keep_samples: Path | None,
 ) -> _Tools:
     extractor = load_extractor(settings.extractor, device)
-    treatment = Treatment(settings.resize, settings.quantise)
+    treatment = Treatment(settings.resize, settings.quantise, settings.reference_files)
     prompts = given_prompts(settings.prompts, settings.prompt_dataset)
     if settings.distinct_prompts and prompts is not None and len(prompts) < settings.samples:
         raise UserError(

@@ -35,6 +35,7 @@ COCO = {
     "seed": 10,
     "extractor": "inception",
     "quantise": "floor",
+    "reference_files": "stored",
     "clip_resize": 256,
     "clip": {"model": "ViT-g-14", "prefix": "A photo depicts "},
     "distinct_prompts": True,

@@ -56,7 +56,8 @@ def load_reference(
 
 def treated(treatment: Treatment) -> str:
     """A treatment as a reference's ``resize`` says it."""
-    return f"crop {treatment.crop}, {treatment.resize}"
+    files = ", as a viewer shows them" if treatment.files == "shown" else ""
+    return f"crop {treatment.crop}, {treatment.resize}{files}"
 
 
 def _of_folder(

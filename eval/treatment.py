@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
 from stepdistill.data import ImageSet, read_folder
+from stepdistill.pictures import opaque, upright
 
 from .distances import unit_uint8
 
@@ -22,11 +23,14 @@ class Treatment:
     """Bytes of pictures, then a centre crop to the shorter side and PIL's Lanczos filter to ``side`` (both sides).
 
     ``side`` None leaves the size alone.  ``floor`` cuts a pixel's value to a byte, as DMD2's code does, where
-    ``round`` takes the nearest, as a picture file would hold it.
+    ``round`` takes the nearest, as a picture file would hold it.  ``files``: picture files as a viewer shows them
+    (turned by their EXIF orientation, on white where they are transparent), or the stored pixels, as clean-fid's and
+    DMD2's code reads them.
     """
 
     side: int | None = None
     bytes: Literal["round", "floor"] = "round"
+    files: Literal["shown", "stored"] = "shown"
 
     @property
     def crop(self) -> str:
@@ -48,6 +52,10 @@ class Treatment:
         images = (Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays)
         return torch.from_numpy(np.stack([self.of_image(image) for image in images])).permute(0, 3, 1, 2)
 
+    def of_file(self, image: Image.Image, mode: str) -> np.ndarray:
+        """uint8 (side, side, C) of a picture file, C by PIL's ``mode``."""
+        return self.of_image((opaque(upright(image)) if self.files == "shown" else image).convert(mode))
+
     def of_image(self, image: Image.Image) -> np.ndarray:
         """uint8 (side, side, C)."""
         image = center_crop(image, [min(image.size)]).resize((self.side, self.side), Image.Resampling.LANCZOS)
@@ -62,4 +70,4 @@ def treated_folder(path: str | Path, treatment: Treatment, channels: int = 3) ->
     """
     mode = "L" if channels == 1 else "RGB"
     shape = (channels, treatment.side, treatment.side)
-    return read_folder(path, shape, fit=lambda image: treatment.of_image(image.convert(mode)))
+    return read_folder(path, shape, treat=lambda image: treatment.of_file(image, mode))

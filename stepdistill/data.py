@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from stepdistill import assets
 from stepdistill.errors import UserError
+from stepdistill.pictures import IMAGE_SUFFIXES, check_kind, fit, open_header, open_picture, upright_size
 
 if TYPE_CHECKING:
     from stepdistill.settings import PromptColumnSettings
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class Order:
@@ -98,35 +97,14 @@ class ImageSet:
         return self.size
 
 
-def _fit(image: Image.Image, shape: tuple[int, int, int], resize: bool, name: str) -> np.ndarray:
-    """One PIL image as uint8 (H, W, C) of ``shape`` (C, H, W); centre-cropped and Lanczos-resized if asked."""
-    channels, height, width = shape
-    if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255
-        raise UserError(f"{name}: the image has mode {image.mode}; 8 bits a channel are read, convert the files")
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        if not resize:
-            raise UserError(
-                f"{name}: the image is {image.size[0]}x{image.size[1]}, the teacher needs {width}x{height}; "
-                "resize the files or set data.images.resize=true"
-            )
-        side = min(image.size[0] / width, image.size[1] / height)
-        crop_w, crop_h = side * width, side * height
-        left, top = (image.size[0] - crop_w) / 2, (image.size[1] - crop_h) / 2
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + crop_w, top + crop_h))
-    return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
-
-
-def _open(source, name: str) -> Image.Image:
-    try:
-        image = Image.open(source)
-        image.load()
-        return image
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # Pillow's for broken chunks
-        raise UserError(f"{name}: not a readable image ({error}); remove or replace the file") from None
-
-
-def read_array_images(pixels: np.ndarray, labels, shape: tuple[int, int, int], resize: bool, source: str) -> ImageSet:
+def read_array_images(
+    pixels: np.ndarray,
+    labels,
+    shape: tuple[int, int, int],
+    resize: bool,
+    source: str,
+    background: str = "white",
+) -> ImageSet:
     """An ImageSet over a uint8 array (N, H, W) or (N, H, W, C); ``labels`` are integers or captions (N,), or None."""
     whole = pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[-1] in (1, 3, 4))
     if not whole or pixels.dtype != np.uint8 or pixels.size == 0:
@@ -145,15 +123,23 @@ def read_array_images(pixels: np.ndarray, labels, shape: tuple[int, int, int], r
         raise UserError(f"{source}: {len(pixels)} images but {len(labels)} labels")
 
     def read(index: int) -> np.ndarray:
-        return _fit(Image.fromarray(pixels[index]), shape, resize, f"{source}[{index}]")
+        return fit(Image.fromarray(pixels[index]), shape, resize, f"{source}[{index}]", background)
 
     read(0)  # a wrong size is answered at once
-    fingerprint = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+    fingerprint = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest() + background * _has_alpha(pixels)
     return ImageSet(source, read, len(pixels), None if labels is None else labels.tolist(), fingerprint)
 
 
+def _has_alpha(pixels: np.ndarray) -> bool:
+    return pixels.ndim == 4 and pixels.shape[-1] == 4
+
+
 def read_npz(
-    path: str | Path, shape: tuple[int, int, int], resize: bool = False, key: str = "data.images.npz"
+    path: str | Path,
+    shape: tuple[int, int, int],
+    resize: bool = False,
+    key: str = "data.images.npz",
+    background: str = "white",
 ) -> ImageSet:
     """``.npz`` with ``images`` uint8 (N, H, W[, C]) and, if it has them, ``labels`` (N,): integers or captions.
 
@@ -171,7 +157,7 @@ def read_npz(
         raise UserError(f"{path}: no such file; set {key} to an existing .npz") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable .npz file ({error})") from None
-    return read_array_images(images, labels, shape, resize, str(path))
+    return read_array_images(images, labels, shape, resize, str(path), background)
 
 
 def write_npz(path: str | Path, images: np.ndarray, labels: np.ndarray | None = None) -> Path:
@@ -218,10 +204,11 @@ def read_folder(
     path: str | Path,
     shape: tuple[int, int, int],
     resize: bool = False,
-    fit: Callable[[Image.Image], np.ndarray] | None = None,
+    treat: Callable[[Image.Image], np.ndarray] | None = None,
+    background: str = "white",
 ) -> ImageSet:
     """A folder of images.  Sub-folders, if any, are labels in sorted order; ``NAME.txt`` beside an image is its
-    caption.  ``fit``, in place of the library's own crop and resize, gives uint8 (H, W, C) of ``shape``."""
+    caption.  ``treat``, in place of the library's own crop and resize, gives uint8 (H, W, C) of ``shape``."""
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"{path}: no such folder; set data.images.folder to a folder of images")
@@ -236,15 +223,15 @@ def read_folder(
         labels = [names.index(p.relative_to(root).parts[0]) for p in files]
 
     def read(index: int) -> np.ndarray:
-        image = _open(files[index], str(files[index]))
-        return _fit(image, shape, resize, str(files[index])) if fit is None else fit(image)
+        image = open_picture(files[index], str(files[index]))
+        return fit(image, shape, resize, str(files[index]), background) if treat is None else treat(image)
 
-    for index in range(len(files)):  # headers only: a run of days should not end on its last file
-        with _quick_open(files[index]) as image:
-            if image.size != (shape[2], shape[1]) and not resize and fit is None:
-                read(index)
+    for file in files:  # headers only: a run of days should not end on its last file
+        with open_header(file, str(file)) as image:
+            if treat is None:
+                check_kind(image, upright_size(image), shape, resize, str(file))
     stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return ImageSet(str(path), read, len(files), labels, hashlib.sha256(repr(stats).encode()).hexdigest())
+    return ImageSet(str(path), read, len(files), labels, hashlib.sha256(repr((stats, background)).encode()).hexdigest())
 
 
 def _caption(path: Path) -> str:
@@ -252,13 +239,6 @@ def _caption(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig").strip()
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a readable text file ({error}); save it as UTF-8") from None
-
-
-def _quick_open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); remove or replace the file") from None
 
 
 def _dataset(name: str, split: str, revision: str | None):
@@ -302,6 +282,7 @@ def read_dataset(
     image_column: str = "image",
     label_column: str | None = None,
     resize: bool = False,
+    background: str = "white",
 ) -> ImageSet:
     """Images of a Hugging Face dataset; ``label_column`` may hold ints or captions."""
     dataset = _dataset(name, split, revision)
@@ -313,18 +294,18 @@ def read_dataset(
         try:
             value = dataset[index][image_column]
             if isinstance(value, dict) and value.get("bytes"):
-                value = _open(io.BytesIO(value["bytes"]), where)
+                value = open_picture(io.BytesIO(value["bytes"]), where)
             if not isinstance(value, Image.Image):
                 value = Image.fromarray(np.asarray(value, dtype=np.uint8))
         except (OSError, ValueError, TypeError, SyntaxError) as error:  # of the decoder, or of what is no image
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{where}: column {image_column!r} holds no readable image ({reason})") from None
-        return _fit(value, shape, resize, where)
+        return fit(value, shape, resize, where, background)
 
     if len(dataset) == 0:
         raise UserError(f"dataset {name!r} (split {split!r}) is empty")
     read(0)
-    return ImageSet(name, read, len(dataset), labels, str(dataset._fingerprint))
+    return ImageSet(name, read, len(dataset), labels, f"{dataset._fingerprint} {image_column} {background}")
 
 
 def read_prompts(path: str | Path, key: str = "data.prompts") -> list[str]:

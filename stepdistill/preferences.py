@@ -8,8 +8,9 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from stepdistill.config import Section, UserPath
-from stepdistill.data import IMAGE_SUFFIXES, ImageSet, read_column, read_dataset, read_folder
+from stepdistill.data import ImageSet, read_column, read_dataset, read_folder
 from stepdistill.errors import UserError
+from stepdistill.pictures import IMAGE_SUFFIXES, Colour
 
 
 class PreferenceSettings(Section):
@@ -32,6 +33,7 @@ class PreferenceSettings(Section):
         "left out; Pick-a-Pic: label_0",
     )
     resize: bool = Field(False, description="centre-crop and Lanczos-resize what has another size")
+    background: Colour = Field("white", description="what lies under transparent pixels: a name, or '#rrggbb'")
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -61,7 +63,7 @@ def read_preferences(settings: PreferenceSettings, shape: tuple[int, int, int]) 
         UserError: not there, pictures without a partner, another size, or no pair that is not a tie.
     """
     if settings.folder is not None:
-        return _folder(Path(settings.folder), shape, settings.resize)
+        return _folder(Path(settings.folder), shape, settings.resize, settings.background)
     first, second = (
         read_dataset(
             settings.dataset,
@@ -71,6 +73,7 @@ def read_preferences(settings: PreferenceSettings, shape: tuple[int, int, int]) 
             image_column=column,
             label_column=settings.prompt_column if column == settings.winner_column else None,
             resize=settings.resize,
+            background=settings.background,
         )
         for column in (settings.winner_column, settings.loser_column)
     )
@@ -86,7 +89,7 @@ def read_preferences(settings: PreferenceSettings, shape: tuple[int, int, int]) 
     return PreferencePairs((first, second), order, None if first.labels is None else [first.labels[i] for i in kept])
 
 
-def _folder(root: Path, shape: tuple[int, int, int], resize: bool) -> PreferencePairs:
+def _folder(root: Path, shape: tuple[int, int, int], resize: bool, background: str) -> PreferencePairs:
     names = []
     for part in ("winner", "loser"):
         if not (root / part).is_dir():
@@ -96,5 +99,5 @@ def _folder(root: Path, shape: tuple[int, int, int], resize: bool) -> Preference
     odd = sorted(set(names[0]) ^ set(names[1]))
     if odd:
         raise UserError(f"pso.pairs.folder = {root}: {odd[0]} is in one of winner and loser alone; pair or remove it")
-    sets = tuple(read_folder(root / part, shape, resize) for part in ("winner", "loser"))
+    sets = tuple(read_folder(root / part, shape, resize, background=background) for part in ("winner", "loser"))
     return PreferencePairs(sets, [((0, i), (1, i)) for i in range(len(sets[0]))], sets[0].labels)

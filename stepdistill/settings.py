@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stepdistill.attention import AUTO, BACKENDS, NATIVE
 from stepdistill.config import Section, UserPath
+from stepdistill.pictures import Colour
 from stepdistill.roles import RolesSettings
 from stepdistill.sampler import Transition
 
@@ -35,6 +36,7 @@ class ImagesSettings(Section):
     image_column: str = "image"
     label_column: str | None = Field(None, description="labels or captions of the dataset's images")
     resize: bool = Field(False, description="centre-crop and Lanczos-resize what has another size")
+    background: Colour = Field("white", description="what lies under transparent pixels: a name, or '#rrggbb'")
 
     @model_validator(mode="after")
     def _one_source(self):

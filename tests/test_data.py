@@ -289,12 +289,12 @@ def test_resizing_crops_the_centre_and_uses_lanczos(tmp_path, size):
 
 def test_the_centre_is_what_stays():
     """Red left, green middle, blue right: a square teacher sees green alone."""
-    from stepdistill.data import _fit
+    from stepdistill.pictures import fit
 
     strip = np.zeros((8, 24, 3), dtype=np.uint8)
     for part in range(3):
         strip[:, 8 * part : 8 * part + 8, part] = 255
-    kept = _fit(Image.fromarray(strip), (3, 8, 8), True, "strip")
+    kept = fit(Image.fromarray(strip), (3, 8, 8), True, "strip")
     assert (kept == np.array([0, 255, 0], dtype=np.uint8)).all()
 
 
@@ -314,8 +314,7 @@ def test_a_picture_cut_short_is_named_when_it_is_read(tmp_path):
 
 def test_sixteen_bits_are_refused_rather_than_clipped(tmp_path):
     Image.fromarray(np.full((4, 6), 40000, dtype=np.uint16)).save(tmp_path / "a.png")
-    images = read_folder(tmp_path, GRAY)
-    assert_refused(lambda: images.batch([0]), "a.png", "8 bits a channel")
+    assert_refused(lambda: read_folder(tmp_path, GRAY), "a.png", "8 bits a channel")
 
 
 def test_folders_without_pictures(tmp_path):

@@ -106,9 +106,9 @@ def _check_conditions(job: Job) -> None:
 def load_images(settings: ImagesSettings, shape: tuple[int, int, int]) -> data.ImageSet:
     """The real images of a config, for a teacher whose pictures are ``shape`` (C, H, W)."""
     if settings.folder is not None:
-        return data.read_folder(settings.folder, shape, settings.resize)
+        return data.read_folder(settings.folder, shape, settings.resize, background=settings.background)
     if settings.npz is not None:
-        return data.read_npz(assets.resolve(settings.npz), shape, settings.resize)
+        return data.read_npz(assets.resolve(settings.npz), shape, settings.resize, background=settings.background)
     return data.read_dataset(
         settings.dataset,
         shape,
@@ -117,6 +117,7 @@ def load_images(settings: ImagesSettings, shape: tuple[int, int, int]) -> data.I
         settings.image_column,
         settings.label_column,
         settings.resize,
+        settings.background,
     )
 
 

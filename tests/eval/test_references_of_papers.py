@@ -64,7 +64,8 @@ def test_a_folders_statistics_are_clean_fids_own_with_dmd2s_transform(inception,
         str(photos), network, num_workers=0, device="cpu", verbose=False, custom_image_tranform=as_dmd2
     )
     extractor = load_extractor(f"inception:{inception}")
-    made = load_reference(str(photos), "inception", extractor, Treatment(32, "floor"), tmp_path, ONE)
+    stored = Treatment(32, "floor", "stored")
+    made = load_reference(str(photos), "inception", extractor, stored, tmp_path, ONE)
     assert (made.n, made.source, made.shape) == (12, photos.name, (3, 32, 32))
     assert made.resize == "crop centre, to the shorter side, PIL lanczos to 32x32"
     np.testing.assert_allclose(made.mean, features.mean(0), atol=1e-6)
@@ -73,11 +74,11 @@ def test_a_folders_statistics_are_clean_fids_own_with_dmd2s_transform(inception,
     (kept,) = tmp_path.iterdir()
     assert kept.name.startswith("reference-")
     before = kept.stat().st_mtime_ns
-    again = load_reference(str(photos), "inception", extractor, Treatment(32), tmp_path, ONE)
+    again = load_reference(str(photos), "inception", extractor, Treatment(32, files="stored"), tmp_path, ONE)
     assert again.fingerprint == made.fingerprint
     assert kept.stat().st_mtime_ns == before
     # and a file of it is as good as the folder, for the same size alone
-    assert load_reference(str(kept), "inception", extractor, Treatment(32), tmp_path, ONE).n == 12
+    assert load_reference(str(kept), "inception", extractor, stored, tmp_path, ONE).n == 12
     with pytest.raises(UserError, match="make the reference of the folder of pictures again"):
         load_reference(str(kept), "inception", extractor, Treatment(64), tmp_path, ONE)
     with pytest.raises(UserError, match="set resize=SIDE"):

@@ -1,0 +1,130 @@
+"""One picture of the user's as pixels: as a viewer shows it, on a background where it is transparent, of one size."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import IO, Annotated
+
+import numpy as np
+from PIL import ExifTags, Image, ImageColor, ImageOps
+from pydantic import AfterValidator
+
+from stepdistill.errors import UserError, first_line
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+TURNED = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
+
+
+class UnreadablePicture(UserError):
+    """A picture that cannot be decoded."""
+
+
+def _colour(text: str) -> str:
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        raise ValueError(f"{text} is no colour; write a name such as white, or '#rrggbb'") from None
+    return text
+
+
+Colour = Annotated[str, AfterValidator(_colour)]
+"""A colour in a config: a name, or ``#rrggbb``."""
+
+
+def open_header(source: str | Path | IO[bytes], name: str) -> Image.Image:
+    """A picture whose header was read, its pixels not yet.
+
+    Raises:
+        UnreadablePicture: that is not possible; ``name`` is the picture's.
+    """
+    try:
+        return Image.open(source)
+    except Exception as error:  # decoders raise many kinds for damaged files
+        raise _unreadable(name, error) from None
+
+
+def open_picture(source: str | Path | IO[bytes], name: str) -> Image.Image:
+    """A picture with its pixels.
+
+    Raises:
+        UnreadablePicture: it cannot be decoded; ``name`` is the picture's.
+    """
+    image = open_header(source, name)
+    try:
+        image.load()
+    except Exception as error:
+        raise _unreadable(name, error) from None
+    return image
+
+
+def _unreadable(name: str, error: Exception) -> UnreadablePicture:
+    return UnreadablePicture(f"{name}: not a readable image ({first_line(error)}); remove or replace the file")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF orientation says; as it is where that cannot be read."""
+    with contextlib.suppress(Exception):
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of :func:`upright`, by the header alone."""
+    orientation = 1
+    if image.format != "PNG" or "exif" in image.info:  # Pillow decodes the whole of any other PNG to look for it
+        with contextlib.suppress(Exception):
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return image.size[::-1] if orientation in TURNED else image.size
+
+
+def opaque(image: Image.Image, background: str = "white") -> Image.Image:
+    """A picture on ``background`` where it is transparent; the same one where it has no transparency."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("LA") if image.mode == "La" else image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3]), image).convert("RGB")
+
+
+def check_kind(image: Image.Image, size: tuple[int, int], shape: tuple[int, int, int], resize: bool, name: str) -> None:
+    """Refuse a picture that :func:`fit` cannot bring to ``shape`` (C, H, W).
+
+    Args:
+        size: (width, height) as it is shown.
+
+    Raises:
+        UserError: more than 8 bits a channel, or another size without ``resize``.
+    """
+    if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255
+        raise UserError(f"{name}: the image has mode {image.mode}; 8 bits a channel are read, convert the files")
+    _, height, width = shape
+    if size != (width, height) and not resize:
+        raise UserError(
+            f"{name}: the image is {size[0]}x{size[1]}, the teacher needs {width}x{height}; "
+            "resize the files or set data.images.resize=true"
+        )
+
+
+def fit(
+    image: Image.Image, shape: tuple[int, int, int], resize: bool, name: str, background: str = "white"
+) -> np.ndarray:
+    """A picture as uint8 (H, W, C) of ``shape`` (C, H, W), upright and opaque.
+
+    With ``resize`` another size is cropped to the largest window of the shape's proportions in the middle, and
+    brought to size by PIL's Lanczos filter.
+
+    Raises:
+        UserError: more than 8 bits a channel, or another size without ``resize``; ``name`` is the picture's.
+    """
+    channels, height, width = shape
+    image = upright(image)
+    check_kind(image, image.size, shape, resize, name)
+    image = opaque(image, background).convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        side = min(image.size[0] / width, image.size[1] / height)
+        crop_w, crop_h = side * width, side * height
+        left, top = (image.size[0] - crop_w) / 2, (image.size[1] - crop_h) / 2
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + crop_w, top + crop_h))
+    return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
