@@ -44,10 +44,8 @@ def export_student(
     Raises:
         UserError: the sampler cannot be expressed, or the folder cannot be written.
     """
-    call = {"num_inference_steps": sampler.steps, **family.guidance_off}
-    if sampler.transition == "tcd" and family.passes_eta:
-        call["eta"] = sampler.eta
-    facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times), "call": call, **provenance}
+    facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times)}
+    facts |= {"call": call_of(family, sampler), **provenance}
     if also_steps:
         facts["also_steps"] = list(also_steps)
     network = family.fresh_network(role.network)
@@ -57,6 +55,14 @@ def export_student(
     scheduler = student_scheduler(family, sampler)
     pipeline = family.pipeline(stamped(network.eval(), facts), stamped(scheduler, facts))
     return write_pipeline(pipeline, path, facts, None if role.adapter is None else partial(save_lora, role, pipeline))
+
+
+def call_of(family: Family, sampler: FewStepSampler) -> dict[str, Any]:
+    """What a call of the exported pipeline must say, by its arguments' names."""
+    call = {"num_inference_steps": sampler.steps, **family.guidance_off}
+    if sampler.transition == "tcd" and family.passes_eta:
+        call["eta"] = sampler.eta
+    return call
 
 
 def stamped(part, facts: dict[str, Any]):

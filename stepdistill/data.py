@@ -93,6 +93,12 @@ class ImageSet:
         check_range(self.labels, num_labels, self.source)
         return self.labels
 
+    def part(self, indices: list[int]) -> ImageSet:
+        """The images ``indices`` as a set of their own."""
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        name = f"{self.fingerprint} {indices}"
+        return ImageSet(self.source, lambda index: self._read(indices[index]), len(indices), labels, name)
+
     def __len__(self) -> int:
         return self.size
 

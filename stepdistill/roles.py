@@ -223,6 +223,15 @@ class PassMeter:
     def total(self) -> int:
         return self.forward + self.backward
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs within the block is not counted."""
+        before = self.forward, self.backward
+        try:
+            yield
+        finally:
+            self.forward, self.backward = before
+
     def count(self, x: Tensor, trains: bool) -> None:
         self.forward += len(x)
         if torch.is_grad_enabled():

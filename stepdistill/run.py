@@ -32,6 +32,8 @@ from stepdistill.config import dump_yaml
 from stepdistill.errors import UserError
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+LONGEST_NAME = 200
+"""Bytes of a file's name that leave room for what temporary names add, of the 255 that file systems take."""
 CACHE = "cache"
 PAIRS = "pairs"
 FREE_KEYS = {"output", "evaluation"}
@@ -110,6 +112,23 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [f"{path} ({a!r} there, {b!r} now)"]
 
 
+def check_place(folder: Path) -> None:
+    """Refuse an output folder that could not be made or written.
+
+    Raises:
+        UserError: a file stands in its place or above it, a name is too long, or the rights are missing.
+    """
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
+        raise UserError(f"output = {folder}: a name longer than {LONGEST_NAME} bytes; choose a shorter one")
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"output = {folder}: {'that' if existing == folder else existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output = {folder}: {existing} cannot be written to; choose another folder, or its rights")
+
+
 def holds_run(
     folder: Path,
     config: dict[str, Any],
@@ -127,10 +146,9 @@ def holds_run(
 
     Raises:
         UserError: the folder holds a run and resume was not asked for, or the run has another config, or the folder
-            holds something else.
+            holds something else or cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output = {folder}: that is a file; name a folder")
+    check_place(folder)
     saved = folder / "config.yaml"
     if not saved.exists():
         held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()

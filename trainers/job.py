@@ -249,12 +249,17 @@ def load_teacher(config: RunSettings) -> Family:
 
 
 def build_trainer(
-    job: Job, run: RunFolder | None, accelerator: Accelerator | None = None, family: Family | None = None
+    job: Job,
+    run: RunFolder | None,
+    accelerator: Accelerator | None = None,
+    family: Family | None = None,
+    fit: Fit | None = None,
 ) -> Trainer:
     """Load the teacher and data, make roles and the method's trainer.
 
     Args:
         family: a teacher already loaded (or analytic); read from the config otherwise.
+        fit: what it trains on, checked already; read from the config otherwise.
 
     Raises:
         UserError: anything in the config that does not fit the teacher or the data.
@@ -264,7 +269,7 @@ def build_trainer(
     family = family or load_teacher(config)
     family.to(accelerator.device)
     sampler = job.method.make_sampler(config, family)
-    fit = check_fit(job, family)
+    fit = check_fit(job, family) if fit is None else fit
     torch.manual_seed(config.seed)
     roles = Roles(
         family,

@@ -21,6 +21,7 @@ from stepdistill.pipelines import check_expressible, export_student, export_stud
 from stepdistill.pipelines.msd import is_msd_folder
 from stepdistill.trainers.base import Interrupted, Trainer
 from stepdistill.trainers.job import (
+    Fit,
     Job,
     build_trainer,
     check_fit,
@@ -34,8 +35,9 @@ from stepdistill.trainers.job import (
     resume,
 )
 from stepdistill.trainers.msd import SHARED, MultiStudent, is_multi_student, jobs_of, make_multi_student
-from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe, write_config
+from stepdistill.trainers.recipe import Recipe, Stage, is_recipe, make_recipe, write_config
 from stepdistill.trainers.regression import Regression
+from stepdistill.trainers.rehearsal import check_student, on_main, parameters_of, rehearse
 
 from stepdistill.attention import AUTO, require
 from stepdistill.config import dump_yaml, read_yaml
@@ -81,19 +83,25 @@ def distill(
             raise UserError(f"--student {student}: students are 0..{several.settings.students - 1}, or {SHARED}")
         if student == SHARED and several.shared is None:
             raise UserError(f"--student {SHARED}: no stage has shared = true")
-        print_students(several, command) if dry_run else run_students(several, go_on, student)
+        if dry_run:
+            several.check_folder(go_on or student is not None)
+            print_students(several, command)
+        else:
+            run_students(several, go_on, student)
         return
     if student is not None:
         raise UserError(f"--student {student}: the config has one student; add a section msd for several")
     if is_recipe(raw):
         recipe = make_recipe(raw, where)
-        print_recipe(recipe) if dry_run else run_recipe(recipe, go_on)
+        exists = recipe.check_folder(go_on)
+        print_recipe(recipe) if dry_run else run_recipe(recipe, exists)
         return
     job = make_job(raw, where)
+    run = RunFolder(job.config.output)
     if dry_run:
+        run.check(job.config, go_on)
         print_plan(job)
         return
-    run = RunFolder(job.config.output)
     main_process = train(job, run, go_on)
     end_processes()
     if main_process:
@@ -116,6 +124,8 @@ def train(job: Job, run: RunFolder, go_on: bool, before: Callable[[], None] | No
     checked_sampler(job, family)
     trainer = build_trainer(job, run, accelerator, family)
     trainer.use_attention()
+    if not exists:
+        on_main(accelerator, lambda: check_student(job, trainer))
     main_process = accelerator.is_main_process
     if main_process:
         if before is not None:
@@ -177,15 +187,15 @@ def print_plan(job: Job) -> None:
     print(dump_yaml(config).rstrip())
     family = load_teacher(config)
     sampler = checked_sampler(job, family)
-    items = check_fit(job, family).items
-    parameters = sum(p.numel() for p in family.network.parameters())
+    parameters, student = parameters_of(family), _student_line(job, sampler, family)
+    items = rehearse(job, family, sampler).items
     train = config.train
     kind = {"none": "no conditions", "label": f"{len(items)} labels", "prompt": f"{len(items)} prompts"}
     print(f"""
 # the plan
 teacher   {config.teacher.path}: family {family.name}, {parameters / 1e6:.2f}M parameters, predicts {family.kind},
           samples {"x".join(map(str, family.sample_shape))}, {kind[family.condition_kind]}
-student   {_student_line(job, sampler, family)}
+student   {student}
 method    {job.method.name}: {job.method.title}
 training  {train.updates} student updates of {train.batch_size * train.gradient_accumulation} samples a process,
           {job.method.planned_passes(config):,} network passes on one (one picture each; backward is two)
@@ -204,9 +214,9 @@ def _student_line(job: Job, sampler: FewStepSampler, family: Family) -> str:
 # -- recipes -----------------------------------------------------------------------------------------------
 
 
-def run_recipe(recipe: Recipe, go_on: bool) -> None:
+def run_recipe(recipe: Recipe, exists: bool) -> None:
     """Every stage that is not finished, then the recipe's student, evaluation and report."""
-    main_process = train_recipe(recipe, recipe.check_folder(go_on))
+    main_process = train_recipe(recipe, exists)
     end_processes()
     if main_process:
         evaluate_and_report(recipe.last.job.config.evaluation.enabled, recipe.run)
@@ -217,9 +227,8 @@ def train_recipe(recipe: Recipe, exists: bool) -> bool:
     accelerator = make_accelerator()
     accelerator.wait_for_everyone()
     main_process = accelerator.is_main_process
-    for stage in recipe.stages:
-        if not stage.finished:
-            check_named(stage.job)
+    for stage in [stage for stage in recipe.stages if not stage.finished][1:]:
+        rehearse_stage(stage)
     for number, stage in enumerate(recipe.stages, 1):
         title = f"stage {number} of {len(recipe.stages)}, {stage.name}"
         if stage.finished:
@@ -237,6 +246,13 @@ def train_recipe(recipe: Recipe, exists: bool) -> bool:
     return main_process
 
 
+def rehearse_stage(stage: Stage, router: Router | None = None) -> Fit:
+    """What :func:`rehearse` does for a stage that may have to wait for the one that it takes from."""
+    family = load_teacher(stage.job.config)
+    waits = stage.source is not None and not stage.source.finished
+    return rehearse(stage.job, family, checked_sampler(stage.job, family), router, waits)
+
+
 def print_recipe(recipe: Recipe) -> None:
     """What a recipe would do, stage by stage, with its cost; nothing is written."""
     print(f"# the recipe: {len(recipe.stages)} stages in {recipe.output}")
@@ -245,7 +261,7 @@ def print_recipe(recipe: Recipe) -> None:
         job, config = stage.job, stage.job.config
         family = load_teacher(config)
         sampler = checked_sampler(job, family)
-        check_fit(job, family)
+        rehearse_stage(stage)
         taken = "the teacher's weights" if stage.source is None else f"{stage.settings.take} of {stage.source.name}"
         samples = config.train.updates * config.train.batch_size * config.train.gradient_accumulation
         print(f"""
@@ -281,9 +297,9 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None, closing: 
     checked_sampler(several.job, family)
     router = several.make_router(family)
     main_process = accelerator.is_main_process
+    if not exists:
+        rehearse_students(several, family, router)
     if main_process and not exists:
-        for job in several.jobs:
-            check_fit(job, family, router)
         router.save(several.router_file)
     accelerator.wait_for_everyone()
     if main_process and not exists:
@@ -311,6 +327,20 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None, closing: 
         evaluate_and_report(several.job.config.evaluation.enabled, several.run)
 
 
+def rehearse_students(several: MultiStudent, family: Family, router: Router) -> None:
+    """Every student's conditions, and what comes before its first update of the shared stages and of student 0."""
+    for job in several.jobs:
+        check_fit(job, family, router)
+    for work in (several.shared, several.students[0]):
+        if isinstance(work, Recipe):
+            for stage in work.stages:
+                if not stage.finished:
+                    rehearse_stage(stage, router)
+        elif work is not None:
+            teacher = load_teacher(work.config)
+            rehearse(work, teacher, checked_sampler(work, teacher), router)
+
+
 def _one(work: Job | Recipe, run: RunFolder, title: str, go_on: bool, main_process: bool) -> None:
     """A run or recipe of one student, unless it is finished."""
     if (run.student / "model_index.json").is_file():
@@ -332,6 +362,7 @@ def print_students(several: MultiStudent, command: tuple[str, ...]) -> None:
     sampler = checked_sampler(job, family)
     check_fit(job, family)
     router = several.make_router(family)
+    rehearse_students(several, family, router)
     works = [*several.students] if several.shared is None else [several.shared, *several.students]
     costs = [_cost(work) for work in works]
     shared = f", {costs[0]:,} shared" if several.shared else ""
