@@ -234,8 +234,9 @@ class DisBack(ScoreTrainer):
     def recording(self) -> bool:
         return self.disback.nodes > 0 and self.path is None
 
-    def student_turn(self) -> bool:
-        return (self.counters["iteration"] - self.counters["recorded"]) % self.fake_score_updates == 0
+    @property
+    def loop_iterations(self) -> int:
+        return self.counters["iteration"] - self.counters["recorded"]
 
     def iteration(self) -> None:
         if self.path:

@@ -74,7 +74,7 @@ class DMD2(ScoreTrainer):
         """With the GAN loss 2 more for the student's logits, 6 more for those of each fake-score update."""
         gan = 6 * settings.fake_score_updates + 2 if settings.gan.student_weight > 0 else 0
         from_real = settings.multistep_input == "real"
-        rollout = settings.fake_score_updates * (config.sampler.steps - 1) / 2 if from_real else 0
+        rollout = settings.samples_per_update * (config.sampler.steps - 1) / 2 if from_real else 0
         return super().passes_per_update(config, settings) + gan - rollout
 
     def build(self) -> None:

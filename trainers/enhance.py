@@ -26,6 +26,7 @@ from pydantic import Field
 from stepdistill.trainers.base import Batch, Losses
 from stepdistill.trainers.dmd2 import DMD2, DMD2Settings
 from stepdistill.trainers.feedback import reward_losses
+from stepdistill.trainers.score import Samples
 from torch import Tensor
 
 from stepdistill.config import Section, UserPath
@@ -78,10 +79,10 @@ class Enhance(DMD2):
     @classmethod
     def passes_per_update(cls, config: RunSettings, settings: DMD2Settings) -> float:
         """DMD2's for one step, x0_ref, and 4 where the other steps are held (its input's pass goes with them)."""
-        own, k = config.enhance, settings.fake_score_updates
-        rollouts = k * (config.sampler.steps - 1) / 2
+        own, samples = config.enhance, settings.samples_per_update
+        rollouts = samples * (config.sampler.steps - 1) / 2
         counts = cls.counts(config)
-        rollouts -= k * sum(steps * (steps - 1) / 2 for steps in counts) / sum(counts)
+        rollouts -= samples * sum(steps * (steps - 1) / 2 for steps in counts) / sum(counts)
         reference = own.reference_steps if own.mse_weight else 0
         return super().passes_per_update(config, settings) - rollouts + reference + (4 if own.hold_weight else 0)
 
@@ -129,10 +130,10 @@ class Enhance(DMD2):
         sampler = self.sampler.in_steps(self.config.enhance.reference_steps)
         return sampler.sample(self.start, batch.noise, batch.condition, self.noise.randn_like)
 
-    def before_student_update(self, kept: list[tuple[Batch, Tensor]]) -> None:
+    def before_student_update(self, samples: Samples) -> None:
         """Hold the other steps: ``|student - start|^2`` in x0 at the samples just made, noised to one of the times."""
         weight = self.config.enhance.hold_weight
-        for batch, x0 in kept if weight else ():
+        for batch, x0 in samples if weight else ():
             index = self.noise.shared_randint(1, self.sampler.steps - 1)
             t = self.sampler.time(index, x0)
             x_t = self.roles.student.schedule.add_noise(x0, self.noise.randn_like(x0), t)
@@ -140,7 +141,7 @@ class Enhance(DMD2):
                 aim = self.start(x_t, t, batch.condition).x0
             loss = (self.roles.student(x_t, t, batch.condition).x0 - aim).square().mean()
             self.log("loss/hold", loss)
-            (weight * loss / len(kept)).backward()
+            (weight * loss / len(samples)).backward()
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 

@@ -1,8 +1,16 @@
 """The two-time-scale loop that all score-distillation methods share (DMD2, 2405.14867 section 4.2).
 
-Every iteration updates the fake score; the student is updated too when ``iteration % fake_score_updates == 0``, and
-then first: the fake score trains on the samples that were made before that update.  A method says
-:meth:`ScoreTrainer.student_losses`, of what teacher and fake score say about a noised sample
+Every iteration updates the fake score, and one in ``fake_score_updates`` (k) updates the student too.  ``first`` is the
+order of the two:
+
+- ``student`` (DMD2, SwiftBrush): the student's turn is the first iteration of each k, and its update comes before the
+  fake score's.  Both use the same samples: the fake score trains on those that were made before the student's update.
+- ``fake_score`` (SiD): the student's turn is the last iteration of each k, after the fake score's update.  The fake
+  score trains on samples of a batch of its own, from the student as it is; the student then makes new ones, of the next
+  conditions and fresh noise, and is compared with the fake score just updated.  That is one sample more for each
+  student update.
+
+A method says :meth:`ScoreTrainer.student_losses`, of what teacher and fake score say about a noised sample
 (:meth:`ScoreTrainer.compare`), and may change how a sample is made, how either is guided and at which times, and which
 teacher is asked.
 """
@@ -27,6 +35,8 @@ from stepdistill.settings import RunSettings
 
 Scale = float | Tensor
 """A guidance scale: one number, or one a sample, (B,)."""
+Samples = list[tuple[Batch, Tensor]]
+"""The micro-batches of one update, each with the student's detached samples x0 (B, C, H, W)."""
 
 
 class ScoreSettings(Section):
@@ -34,11 +44,15 @@ class ScoreSettings(Section):
 
     guidance_scale: float = Field(1.0, ge=1, description="of the teacher; 1 is none; baked into the student")
     fake_score_updates: int = Field(1, ge=1, description="for each student update")
+    first: Literal["student", "fake_score"] = Field(
+        "student", description="which is updated first: student (DMD2), or fake_score on samples of its own (SiD)"
+    )
     min_level: int = Field(
         20, ge=0, le=999, description="lowest level (of 1000) where student and teacher are compared"
     )
     max_level: int = Field(980, ge=0, le=999, description="highest level, included")
-    fake_score_max_level: int = Field(999, ge=0, le=999, description="the fake score is trained at levels 0..this")
+    fake_score_min_level: int = Field(0, ge=0, le=999, description="the fake score is trained at levels from this")
+    fake_score_max_level: int = Field(999, ge=0, le=999, description="to this, included")
     fake_score_target: Literal["native", "eps", "v", "x0", "flow"] = Field(
         "native", description="what its squared error is taken of; native: the network's own prediction (DMD2: eps)"
     )
@@ -50,7 +64,17 @@ class ScoreSettings(Section):
     def _levels(self):
         if self.min_level > self.max_level:
             raise ValueError(f"min_level = {self.min_level} is above max_level = {self.max_level}")
+        if self.fake_score_min_level > self.fake_score_max_level:
+            raise ValueError(
+                f"fake_score_min_level = {self.fake_score_min_level} is above fake_score_max_level = "
+                f"{self.fake_score_max_level}"
+            )
         return self
+
+    @property
+    def samples_per_update(self) -> int:
+        """Samples that the student makes for each of its updates, of one batch each."""
+        return self.fake_score_updates + (self.first == "fake_score")
 
     @property
     def asks_null(self) -> bool:
@@ -97,10 +121,11 @@ class ScoreTrainer(Trainer):
 
     @classmethod
     def passes_per_update(cls, config: RunSettings, settings: ScoreSettings) -> float:
-        """k fake-score updates of 4 passes (a sample, and the loss's three), 4 more for the student's: its backward,
-        teacher and fake score; rollouts of an N-step student, guidance."""
-        k, rollout = settings.fake_score_updates, (config.sampler.steps - 1) / 2
-        return k * (4 + rollout) + 4 + float(settings.guidance_scale != 1)
+        """k samples of one pass and a rollout (one more where the fake score is first), k losses of three, and 4 for
+        the student's: its backward, teacher and fake score; guidance."""
+        sample = 1 + (config.sampler.steps - 1) / 2
+        losses = 3 * settings.fake_score_updates + 4
+        return settings.samples_per_update * sample + losses + float(settings.guidance_scale != 1)
 
     @property
     def fake_score_updates(self) -> int:
@@ -112,31 +137,56 @@ class ScoreTrainer(Trainer):
 
     # -- the loop ------------------------------------------------------------------------------------------
 
+    @property
+    def loop_iterations(self) -> int:
+        """Iterations of this loop so far."""
+        return self.counters["iteration"]
+
     def student_turn(self) -> bool:
-        """Whether this iteration updates the student too."""
-        return self.counters["iteration"] % self.fake_score_updates == 0
+        """Whether this iteration updates the student too: the first of each ``fake_score_updates``, or the last."""
+        place = 0 if self.settings.first == "student" else self.fake_score_updates - 1
+        return self.loop_iterations % self.fake_score_updates == place
 
     def iteration(self) -> None:
-        accumulation = self.config.train.gradient_accumulation
         student_turn = self.student_turn()
-        kept: list[tuple[Batch, Tensor]] = []
+        if self.settings.first == "student":
+            self.update_fake_score(self.update_student() if student_turn else self.make_samples())
+            return
+        self.update_fake_score(self.make_samples())
+        if student_turn:
+            self.update_student()
+
+    @torch.no_grad()
+    def make_samples(self) -> Samples:
+        """Samples for one update, without a graph."""
+        samples: Samples = []
+        for _ in range(self.config.train.gradient_accumulation):
+            batch = self.next_batch()
+            samples.append((batch, self.make_sample(batch)))
+        return samples
+
+    def update_student(self) -> Samples:
+        """One update of the student; the samples that it was computed on, made before it."""
+        accumulation = self.config.train.gradient_accumulation
+        samples: Samples = []
         for _ in range(accumulation):
             batch = self.next_batch()
-            with torch.set_grad_enabled(student_turn):
-                x0 = self.make_sample(batch)
-            if student_turn:
-                gradient = self.sample_gradient(x0.detach(), batch)
-                x0.backward(gradient / accumulation)
-            kept.append((batch, x0.detach()))
-        if student_turn:
-            self.before_student_update(kept)
-            self.update("student")
-        for batch, x0 in kept:
+            x0 = self.make_sample(batch)
+            gradient = self.sample_gradient(x0.detach(), batch)
+            x0.backward(gradient / accumulation)
+            samples.append((batch, x0.detach()))
+        self.before_student_update(samples)
+        self.update("student")
+        return samples
+
+    def update_fake_score(self, samples: Samples) -> None:
+        """One update of the fake score, and of what trains with it."""
+        for batch, x0 in samples:
             losses = self.fake_score_losses(x0, batch)
-            (self.total("fake_score", losses) / accumulation).backward()
+            (self.total("fake_score", losses) / len(samples)).backward()
         self.update("fake_score")
 
-    def before_student_update(self, kept: list[tuple[Batch, Tensor]]) -> None:
+    def before_student_update(self, samples: Samples) -> None:
         """What else adds to the student's gradient, given the batches of this update and their detached samples."""
 
     def sample_gradient(self, x0: Tensor, batch: Batch) -> Tensor:
@@ -220,7 +270,8 @@ class ScoreTrainer(Trainer):
 
     def fake_score_draw(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """The time (B,) and noise (B, ...) of one denoising loss on ``x0``."""
-        return self.draw_time(0, self.settings.fake_score_max_level, len(x0)), self.noise.randn_like(x0)
+        low, high = self.settings.fake_score_min_level, self.settings.fake_score_max_level
+        return self.draw_time(low, high, len(x0)), self.noise.randn_like(x0)
 
     def denoising(self, x0: Tensor, condition: Condition) -> Tensor:
         """Denoising score matching of the fake score on samples x0 (B, ...), a scalar."""

@@ -5,7 +5,9 @@ x_t (``stepdistill.objectives.score_divergence``).  The gradient flows from x_t 
 normaliser in d' into the sample; both networks' parameters stay as they are.  So three networks' activations are held:
 ``train.gradient_checkpointing`` is for this method.
 Fake score: denoising on the student's samples, without guidance.
-One fake-score update for each student update, with fresh time and noise for either.
+One fake-score update for each student update, with fresh time and noise for either.  SiD's code updates the fake score
+first, on samples of its own (``first: fake_score``); the default here is DMD2's order, the student first, which saves a
+pass.
 
 ``objective``: ``sim``, ``full`` (``+ w d(y)``: the sampling law is followed too) or ``sid`` with ``sid_alpha``, where
 1 is half of SIM with the squared distance and 1/2 half of its full form.
@@ -63,7 +65,8 @@ class SIMSettings(ScoreSettings):
     c: float | None = Field(None, gt=0, description="of pseudo_huber, in that space; 0.00054 sqrt(D) in x0 by default")
     weight: Literal["one", "sid"] = Field("one", description="sid: over the sample's mean |x0 - m_teacher|")
     fake_score_law: Literal["uniform"] | LognormalSettings = Field(
-        "uniform", description="uniform in levels, or {mean, std} of ln sigma/alpha (EDM: -1.2, 1.2)"
+        "uniform",
+        description="uniform in its levels (fake_score_min_level..), or {mean, std} of ln sigma/alpha (EDM: -1.2, 1.2)",
     )
 
 
@@ -80,6 +83,11 @@ class SIM(ScoreTrainer):
             raise UserError("sim.c is of distance = pseudo_huber with objective sim or full; remove it")
         if huber and settings.space == "score" and settings.c is None:
             raise UserError("sim.space = score: c has no default in this space; set sim.c")
+        levels = settings.fake_score_min_level, settings.fake_score_max_level
+        if settings.fake_score_law != "uniform" and levels != (0, 999):
+            raise UserError(
+                "sim.fake_score_min_level and fake_score_max_level are of fake_score_law = uniform; remove them"
+            )
 
     @classmethod
     def passes_per_update(cls, config: RunSettings, settings: SIMSettings) -> float:

@@ -9,6 +9,7 @@ METHODS = {
     },
     "sim": {},
     "sim_sid_guided": {"sim": {"objective": "sid", "weight": "sid", "guidance_scale": 2.0, "fake_score_updates": 2}},
+    "sim_fake_score_first": {"sim": {"first": "fake_score", "fake_score_min_level": 20}},
     "swiftbrush": {"swiftbrush": {"null_probability": 0.5}},
     "swiftbrush_random_guidance_4_steps": {
         "swiftbrush": {"guidance_range": [0.5, 4.0], "fake_score_guidance": "none"},

@@ -139,6 +139,8 @@ def test_init_sigma_is_the_generators_input():
         ({"space": "score"}, "set sim.c"),
         ({"c": 0.0}, "sim.c = 0.0"),
         ({"distance": "l1"}, "sim.distance = 'l1'"),
+        ({"fake_score_law": {}, "fake_score_max_level": 979}, "fake_score_max_level are of fake_score_law = uniform"),
+        ({"fake_score_law": {}, "fake_score_min_level": 20}, "fake_score_min_level and"),
     ],
 )
 def test_settings_that_do_not_go_together(sim, says):
