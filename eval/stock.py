@@ -56,18 +56,19 @@ class StockPipeline:
     ) -> StockPipeline:
         """``DiffusionPipeline.from_pretrained`` on a folder of this machine (or ``asset:NAME``); no downloads.
 
+        Every part is loaded, and computes, in ``dtype``, whatever the folder's weights are stored in.
+
         Raises:
             UserError: no such folder, not a diffusers folder, or one that diffusers cannot load.
         """
         folder = pipeline_folder(path)
-        # float32 is the default; the argument's older name works in every version that we allow, but warns in some
-        precision = {} if dtype == torch.float32 else {"dtype": dtype}
         if is_msd_folder(folder):
             with _quiet():
                 return cls(MSDPipeline.from_pretrained(folder, dtype, device), str(path))
         try:
             with _quiet():
-                pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **precision)
+                # named even where it is float32: transformers would take what a text encoder's config says
+                pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=dtype)
         except Exception as error:  # diffusers raises many kinds; the user needs the folder and the reason
             reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
             raise UserError(f"pipeline {path}: diffusers cannot load it ({reason}); export it again") from None

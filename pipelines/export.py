@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from stepdistill.pipelines.saving import save_in_one_dtype
 from stepdistill.pipelines.schedulers import student_scheduler
 
 from stepdistill import __version__
@@ -30,7 +31,7 @@ def export_student(
     sampler: FewStepSampler,
     path: str | Path,
     provenance: dict[str, Any],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
     also_steps: Sequence[int] = (),
 ) -> Path:
     """Write the student as a stock pipeline folder at ``path``, replacing what is there only when whole.
@@ -38,7 +39,7 @@ def export_student(
     Args:
         role: the student; an adapter is merged into its base, and written beside as a LoRA file.
         provenance: JSON-able facts (method, teacher, updates, ...); ``steps`` and ``call`` are added.
-        dtype: of the saved network; float32 by default.
+        dtype: of all the folder's weights (:mod:`.saving`); a merged adapter is rounded to it once.
         also_steps: fewer steps that the student is meant for too.
 
     Raises:
@@ -50,11 +51,12 @@ def export_student(
         facts["also_steps"] = list(also_steps)
     network = family.fresh_network(role.network)
     network.load_state_dict(role.plain_state_dict())
-    if dtype not in (None, torch.float32):
-        network.to(dtype)
     scheduler = student_scheduler(family, sampler)
     pipeline = family.pipeline(stamped(network.eval(), facts), stamped(scheduler, facts))
-    return write_pipeline(pipeline, path, facts, None if role.adapter is None else partial(save_lora, role, pipeline))
+    lora = None if role.adapter is None else partial(save_lora, role, pipeline)
+    # a router of prompts knows its text encoder by the hash of its weights
+    in_float32 = ("text_encoder",) if "msd" in provenance else ()
+    return write_pipeline(pipeline, path, facts, lora, dtype, in_float32)
 
 
 def call_of(family: Family, sampler: FewStepSampler) -> dict[str, Any]:
@@ -73,13 +75,19 @@ def stamped(part, facts: dict[str, Any]):
 
 
 def write_pipeline(
-    pipeline, path: str | Path, facts: dict[str, Any], lora: Callable[[Path], object] | None = None
+    pipeline,
+    path: str | Path,
+    facts: dict[str, Any],
+    lora: Callable[[Path], object] | None = None,
+    dtype: torch.dtype = torch.float32,
+    in_float32: Collection[str] = (),
 ) -> Path:
     """Save a stock pipeline with its model card at ``path``, replacing what is there only when whole.
 
     Args:
         facts: what the model card says; must hold ``call``, ``steps`` and ``version``.
         lora: writes a LoRA file into the folder that it is given.
+        dtype: of all weights; in_float32: names of parts that are float32 all the same.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
@@ -90,7 +98,7 @@ def write_pipeline(
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        pipeline.save_pretrained(temporary, safe_serialization=True)
+        save_in_one_dtype(pipeline, temporary, dtype, in_float32)
         (temporary / "README.md").write_text(model_card(path.name, pipeline, facts), encoding="utf-8")
         if lora is not None:
             lora(temporary / "lora")

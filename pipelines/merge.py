@@ -44,7 +44,7 @@ def interpolate(a: dict[str, Tensor], b: dict[str, Tensor], weight: float) -> di
 
 def _load(path: str) -> tuple[Any, nn.Module]:
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path)
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32)  # a text encoder's config may say less
     except Exception as error:  # diffusers and transformers raise many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be loaded as a pipeline: {reason}") from None
@@ -59,7 +59,7 @@ def _plain(config) -> dict[str, Any]:
 
 
 def merge_students(a: str, b: str, weight: float, output: str | Path) -> Path:
-    """Write the student ``weight A + (1 - weight) B`` at ``output``; everything else is A's.
+    """Write the student ``weight A + (1 - weight) B`` at ``output``, in float32; everything else is A's.
 
     Raises:
         UserError: not two pipelines of one class, architecture and scheduler, or ``output`` cannot be written.

@@ -105,10 +105,9 @@ class MSDPipeline:
         """Student k's stock pipeline, loaded if it is not."""
         if k not in self.loaded:
             self._make_room(k)
-            arguments = {} if self.dtype == torch.float32 else {"dtype": self.dtype}
-            path = self.folder / f"student-{k}"
+            path, arguments = self.folder / f"student-{k}", {"dtype": self.dtype, "local_files_only": True}
             try:
-                pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **self._given(), **arguments)
+                pipeline = DiffusionPipeline.from_pretrained(path, **self._given(), **arguments)
             except Exception as error:  # diffusers raises many kinds
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(f"{path}: diffusers cannot load this student ({reason}); export it again") from None
@@ -132,9 +131,10 @@ class MSDPipeline:
         """What every student has alike, loaded once, {} for pixels: text encoder and tokenizer in float32, which serve
         routing and drawing, and the VAE in ``dtype``."""
         if self.router.kind != "labels" and not self._common:
-            found = DiffusionPipeline.from_pretrained(self.folder / "student-0", local_files_only=True, unet=None)
+            path, arguments = self.folder / "student-0", {"dtype": torch.float32, "local_files_only": True}
+            found = DiffusionPipeline.from_pretrained(path, unet=None, **arguments)
             self._common = {name: found.components[name] for name in ("text_encoder", "tokenizer", "vae")}
-            self._common["text_encoder"].float().to(self.device)
+            self._common["text_encoder"].to(self.device)
             self._common["vae"].to(self.device, self.dtype)
         return self._common
 

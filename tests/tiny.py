@@ -11,6 +11,7 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -140,4 +141,20 @@ def save_stable_diffusion(path: Path, kind: str = "sd_ddim_eps") -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(path)
+    return path
+
+
+def save_in_dtypes(folder: Path, path: Path, text_encoder_config: str | None = None, **dtypes: torch.dtype) -> Path:
+    """The pipeline in ``folder`` again at ``path``, each part that is named in its dtype, as fine-tunes are saved.
+
+    Args:
+        text_encoder_config: the dtype that the text encoder's config names; that of its weights by default.
+    """
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    for name, dtype in dtypes.items():
+        torch.nn.Module.to(getattr(pipeline, name), dtype)
+    pipeline.save_pretrained(path)
+    if text_encoder_config is not None:
+        file = path / "text_encoder" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": text_encoder_config}))
     return path

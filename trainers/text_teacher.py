@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import random
 import time
 from pathlib import Path
@@ -20,11 +19,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import DDIMScheduler, ModelMixin
 from diffusers.models.attention_processor import AttnProcessor
 from pydantic import Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
+from stepdistill.pipelines.saving import save_in_one_dtype
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -274,17 +274,8 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
     )
     call = {"num_inference_steps": config.samples.steps, "guidance_scale": config.samples.guidance_scale}
     family.scheduler.register_to_config(_stepdistill={"steps": config.samples.steps, "call": call})
-    return _save(family.to("cpu").pipeline(unet, family.scheduler), config)
-
-
-def _save(pipeline: DiffusionPipeline, config: TextTeacherConfig) -> Path:
-    """Write the folder.  transformers loads a model in the dtype that its config names, diffusers in float32: the text
-    encoder's config says float32, whatever is stored, so that all parts load alike."""
     path = Path(config.output)
-    pipeline.to(dtype=getattr(torch, config.dtype)).save_pretrained(path)
-    file = path / "text_encoder" / "config.json"
-    words = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**words, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    save_in_one_dtype(family.to("cpu").pipeline(unet, family.scheduler), path, getattr(torch, config.dtype))
     return path
 
 

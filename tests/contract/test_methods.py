@@ -165,6 +165,28 @@ def test_gradient_checkpointing_changes_no_gradient(row, teacher, weights, teach
         torch.testing.assert_close(recomputed[key], value, rtol=1e-4, atol=1e-7, msg=key)
 
 
+@pytest.mark.parametrize("row", METHODS)
+def test_a_half_precision_teacher_trains_and_its_export_draws(row, teachers, tmp_path):
+    """Frozen weights in half precision, networks in bfloat16; float16 for a row of each loop."""
+    dtype = "float16" if row in ("dmd2_gan", "boot", "tscd", "pso", "regression") else "bfloat16"
+    weights = "shared" if "shared" in weights_of(row) else "full"
+    teacher = merge(teachers["stable_diffusion"], {"teacher": {"dtype": dtype}})
+    job = job_for(row, teacher, weights, tmp_path / "run", updates=2, precision="bf16", sample_count=2)
+    trainer, run = started(job, tmp_path / "run")
+    trainer.fit()
+    assert trainer.counters["student"] == 2
+    assert not any(trainer.skipped.values())
+    assert all(value.isfinite().all() for value in tensors_of(trainer).values())
+    assert (run.samples / "000002.png").is_file()
+    student, facts = trainer.roles.student, provenance(job, trainer)
+    pipeline = DiffusionPipeline.from_pretrained(
+        export_student(trainer.family, student, trainer.sampler, tmp_path / "student", facts)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    call = pipeline.scheduler.config["_stepdistill"]["call"]
+    assert pipeline(["a cat"], output_type="pt", **call).images.isfinite().all()
+
+
 @pytest.mark.parametrize("row", DIRECT_ROWS)
 def test_accumulation_is_the_mean_of_its_micro_batches(row, teachers, tmp_path):
     job = job_for(row, teachers["unet2d"], weights_of(row)[-1], tmp_path, gradient_accumulation=2)
