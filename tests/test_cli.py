@@ -393,3 +393,25 @@ def test_sigterm_saves_and_says_how_to_go_on(stopped):
     assert match, out
     assert int(match[1]) >= 4
     assert "Traceback" not in out
+
+
+WAITING = """
+import os, sys
+from stepdistill.cli import main
+assert "torch" not in sys.modules
+sys.argv = ["stepdistill", "methods"]
+main()
+import subprocess
+assert "torch" in sys.modules
+print(subprocess.run(["printenv", "OMP_WAIT_POLICY"], capture_output=True, text=True).stdout)
+"""
+
+
+@pytest.mark.parametrize(("users", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_passively_beside_other_work_unless_the_user_says_otherwise(users, policy):
+    """Set before torch loads its OpenMP, and handed on to the processes that a command starts."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {} if users is None else {"OMP_WAIT_POLICY": users}
+    done = subprocess.run([sys.executable, "-c", WAITING], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert policy in done.stdout.splitlines()
