@@ -253,19 +253,20 @@ def test_accumulation_is_the_larger_batch(row, teachers, tmp_path):
 
     def make_and_keep(batch):
         x0 = make(batch)
-        parts.append((batch, x0.detach().clone()))
+        if x0.requires_grad:  # the student's own; a fake score that is first has others
+            parts.append((batch, x0.detach().clone()))
         return x0
 
     trainer.make_sample = make_and_keep
     gradients = []
     own = trainer.sample_gradient
     trainer.sample_gradient = lambda x0, batch: gradients.append(own(x0, batch)) or gradients[-1]
-    backward = []
-    trainer.update = lambda role: backward.append(
-        {k: p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}
+    backward = {}
+    trainer.update = lambda role: backward.update(
+        {role: {k: p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}}
     )
     trainer.iteration()
-    student = backward[0]
+    student = backward["student"]
     for p in trainer.trained["student"].values():
         p.grad = None
     state = trainer.noise.get_state()
