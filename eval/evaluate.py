@@ -85,10 +85,12 @@ class Target:
 class EvaluationSettings(Section):
     """What is measured, and how."""
 
-    samples: int = Field(5000, ge=2, description="pictures drawn from each target")
-    batch_size: int = Field(250, ge=1, description="pictures at a time; a part of the protocol, as noise is")
+    samples: int = Field(5000, ge=2, le=10**7, description="pictures drawn from each target")
+    batch_size: int = Field(250, ge=1, le=65_536, description="pictures at a time; a part of the protocol, as noise is")
     seed: int = Field(0, ge=0)
-    seeds: int = Field(1, ge=1, description="repeats, with seed, seed + 1, ...; means and standard deviations of them")
+    seeds: int = Field(
+        1, ge=1, le=1000, description="repeats, with seed, seed + 1, ...; means and standard deviations of them"
+    )
     extractor: UserPath = Field(
         "fashion_mnist",
         description="an asset's name, a file, inception, inception_tensorflow, dinov2:PATH, module:attribute",
@@ -101,17 +103,17 @@ class EvaluationSettings(Section):
         description="a reference folder's pictures: as a viewer shows them (EXIF orientation, white under "
         "transparency), or the stored pixels, as clean-fid's and DMD2's code reads them",
     )
-    drawn_side: int | None = Field(None, ge=1, description="refuse pictures that are not drawn at this side")
+    drawn_side: int | None = Field(None, ge=1, le=65_536, description="refuse pictures that are not drawn at this side")
     quantise: Literal["round", "floor"] = Field("round", description="pixels to bytes")
     resize: int | None = Field(
-        None, ge=1, description="centre crop and PIL's Lanczos filter to this side before the extractor"
+        None, ge=1, le=8192, description="centre crop and PIL's Lanczos filter to this side before the extractor"
     )
-    clip_resize: int | None = Field(None, ge=1, description="the same before the CLIP model")
+    clip_resize: int | None = Field(None, ge=1, le=8192, description="the same before the CLIP model")
     kid: bool = Field(True, description="the kernel distance too, where the reference keeps features")
-    kid_subsets: int = Field(100, ge=1)
-    kid_subset_size: int = Field(1000, ge=2)
+    kid_subsets: int = Field(100, ge=1, le=100_000)
+    kid_subset_size: int = Field(1000, ge=2, le=10**6)
     precision_recall: bool = Field(False, description="improved precision and recall too")
-    neighbours: int = Field(3, ge=1, description="their k")
+    neighbours: int = Field(3, ge=1, le=1000, description="their k")
     diversity: bool = Field(False, description="the mean distance of pictures of one condition too")
     clip: ClipSettings | None = Field(None, description="the CLIP score too (prompt pipelines)")
     rewards: list[RewardSettings] = Field([], description="means of these over the pictures too")
@@ -123,7 +125,7 @@ class EvaluationSettings(Section):
     distinct_prompts: bool = Field(False, description="refuse fewer prompts than samples")
     preset: str | None = Field(None, description="the preset that these settings are, and what differs from it")
     latency: bool = Field(False, description="time single calls, with the share of each part")
-    latency_batch: int = Field(1, ge=1)
+    latency_batch: int = Field(1, ge=1, le=65_536)
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what the pipelines are loaded in")
 
     @field_validator("labels")

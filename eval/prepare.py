@@ -56,18 +56,20 @@ class FeatureConfig(Section):
     test: LabelledImages
     resolution: int = Field(16, ge=16, le=64)
     channels: Literal[1, 3] = 1
-    num_labels: int = Field(10, ge=2)
-    num_features: int = Field(64, ge=2)
-    width: int = Field(32, ge=8, multiple_of=8, description="channels of the first convolution")
-    epochs: int = Field(8, ge=1)
-    batch_size: int = Field(64, ge=1)
+    num_labels: int = Field(10, ge=2, le=10**6)
+    num_features: int = Field(64, ge=2, le=65_536)
+    width: int = Field(32, ge=8, le=1024, multiple_of=8, description="channels of the first convolution")
+    epochs: int = Field(8, ge=1, le=10**6)
+    batch_size: int = Field(64, ge=1, le=65_536)
     lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW (one cycle)")
     weight_decay: float = Field(0.01, ge=0)
-    shift: int = Field(1, ge=0, description="random shift of training pictures, pixels each way")
+    shift: int = Field(1, ge=0, le=64, description="random shift of training pictures, pixels each way")
     mirror: bool = Field(False, description="mirror half of the training pictures, left to right")
     label_smoothing: float = Field(0.05, ge=0, lt=1)
-    kid_features: int = Field(5000, ge=2, description="features kept for the kernel distance")
-    packed_images: int = Field(6000, ge=1, description="pictures in images.npz, the same number of each label")
+    kid_features: int = Field(5000, ge=2, le=10**7, description="features kept for the kernel distance")
+    packed_images: int = Field(
+        6000, ge=1, le=10**8, description="pictures in images.npz, the same number of each label"
+    )
 
     @property
     def shape(self) -> tuple[int, int, int]:

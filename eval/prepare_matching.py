@@ -37,15 +37,15 @@ class MatchingConfig(Section):
     data: UserPath = Field(description="a folder written by stepdistill teacher emoji: what the network learns from")
     reference_data: UserPath | None = Field(None, description="another one, whose training split the reference is of")
     seed: int = Field(0, ge=0)
-    num_features: int = Field(128, ge=2)
-    width: int = Field(32, ge=8, multiple_of=8)
-    steps: int = Field(3000, ge=1)
-    batch_size: int = Field(128, ge=2)
+    num_features: int = Field(128, ge=2, le=65_536)
+    width: int = Field(32, ge=8, le=1024, multiple_of=8)
+    steps: int = Field(3000, ge=1, le=10**9)
+    batch_size: int = Field(128, ge=2, le=65_536)
     lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW (one cycle)")
     weight_decay: float = Field(0.05, ge=0)
-    shift: int = Field(3, ge=0, description="random shift of training pictures, pixels each way")
+    shift: int = Field(3, ge=0, le=64, description="random shift of training pictures, pixels each way")
     noise: float = Field(0.05, ge=0, description="of training pictures in [0, 1]: generated ones are not clean")
-    kid_features: int = Field(5000, ge=2)
+    kid_features: int = Field(5000, ge=2, le=10**7)
 
 
 def prepare_matching(config: MatchingConfig, device: str = "cpu") -> dict[str, Path]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from stepdistill.errors import UserError, first_line, is_full
+from stepdistill.errors import UserError, first_line, is_full, printable
 
 app = typer.Typer(
     help="Distil a diffusion teacher into a student that needs one step.",
@@ -31,6 +31,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # read when torch loads OpenMP, so before it; threads that wait actively take the cores of a machine that is not idle
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows its escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except UserError as error:
@@ -42,6 +44,8 @@ def main() -> None:
             raise
         remedy = "free some space and try again" if is_full(error) else "see to it and try again"
         _fail(f"{error.filename or 'a file'}: {first_line(error)}; {remedy}")
+    except MemoryError as error:
+        _fail(f"not enough memory ({first_line(error)}); use smaller files or sizes, or a larger machine")
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # no command given: typer has no public name for it
             print(error.format_message(), file=sys.stderr)
@@ -55,7 +59,7 @@ def main() -> None:
 
 def _fail(message: str, code: int = 2) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"stepdistill: {' '.join(message.splitlines())}", file=sys.stderr)
+        print(f"stepdistill: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -12,15 +12,43 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from stepdistill.errors import UserError
+from stepdistill import plain_yaml
+from stepdistill.errors import UserError, first_line, reading, shown
+from stepdistill.readers import read_text
+
+MOST_BYTES = 2**20
+"""Of a config file."""
+MOST_PARENTS = 30
+MOST_INT, MOST_FLOAT = 2**53, 1e12
+"""Sizes that no number of a config may have: beyond, integers are not exact in JSON and sums overflow."""
 
 
 class Section(BaseModel):
-    """A part of a config: unknown keys are refused, values do not change after the check."""
+    """A part of a config: unknown keys are refused, values do not change after the check, numbers are of sane size."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _bounded(self):
+        for name, value in self:
+            if (number := _excessive(value)) is not None:
+                limit = f"{MOST_INT:,}" if isinstance(number, int) else f"{MOST_FLOAT:g}"
+                raise ValueError(f"{name} = {shown(number)}: at most {limit} is allowed")
+        return self
+
+
+def _excessive(value: Any) -> int | float | None:
+    """A number in nested lists and mappings that is too large or not finite, None without one; sections see to their
+    own."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return next((odd for odd in map(_excessive, value) if odd is not None), None)
+    if isinstance(value, int):
+        return value if abs(value) > MOST_INT else None
+    return value if isinstance(value, float) and not abs(value) <= MOST_FLOAT else None
 
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -44,6 +72,8 @@ def expanded(path: str) -> str:
     place = os.path.expanduser(whole.removeprefix(prefix))
     if re.match(r"~[\w.-]*(/|$)", place):
         raise ValueError(f"{place.split('/')[0]} is no user's home on this machine; write the path out")
+    if any(len(os.fsencode(part)) > 255 for part in place.split("/")) or len(os.fsencode(place)) > 4000:
+        raise ValueError("a name in the path is longer than 255 bytes, or the path than 4,000; shorten it")
     return prefix + place
 
 
@@ -60,7 +90,7 @@ def user_path(path: str, key: str) -> str:
     try:
         return expanded(path)
     except ValueError as error:
-        raise UserError(f"{key} = {path}: {error}") from None
+        raise UserError(f"{key} = {path[:200]}: {error}") from None
 
 
 def output_folder(raw: dict[str, Any], where: str, what: str) -> Path:
@@ -84,33 +114,47 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return _read_chain(Path(path), ())
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    resolved = path.resolve()
-    if resolved in seen:
-        raise UserError(f"{path}: its 'base' chain comes back to itself; remove one of the base keys")
+def _read_chain(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_mapping(path)
     except FileNotFoundError:
-        if seen:
-            raise UserError(f"{seen[-1]}: its base {path} does not exist") from None
+        if children:
+            raise UserError(f"{children[-1]}: its base {path} does not exist") from None
         raise UserError(f"{path}: no such config file; configs/ has some to start from") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a .yaml file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); name a .yaml file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{path}: not valid YAML: {problem}") from None
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, not a {type(raw).__name__}")
     base = raw.pop("base", None)
     if base is None:
         return raw
     if not isinstance(base, str):
-        raise UserError(f"{path}: base must be the path of another config, not {base!r}")
-    return merge(_read_chain(path.parent / user_path(base, f"{path}: base"), (*seen, resolved)), raw)
+        raise UserError(f"{path}: base must be the path of another config, not {shown(base)}")
+    resolved = path.resolve()
+    if resolved in children:
+        raise UserError(f"{path}: its 'base' chain comes back to itself; remove one of the base keys")
+    if len(children) >= MOST_PARENTS:
+        raise UserError(f"{path}: more than {MOST_PARENTS} configs name each other as base; merge some")
+    parent = path.parent / user_path(base, f"{path}: base")
+    return merge(_read_chain(parent, (*children, resolved)), raw)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in one YAML file, {} for an empty one; ``base`` is a key as any other.
+
+    Raises:
+        FileNotFoundError: not there.
+        UserError: not a plain file, not YAML, or another kind of value.
+    """
+    try:
+        text = read_text(path, MOST_BYTES)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); name a .yaml file") from None
+    with reading(path, "correct the file", "not valid YAML"):
+        raw = plain_yaml.parse(text)
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, not a {type(raw).__name__}")
+    return raw
 
 
 def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
@@ -125,22 +169,22 @@ def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """``key.sub=value`` strings over a raw config; the value is read as YAML."""
+    """``key.sub=value`` strings over a raw config; the value is read as YAML.
+
+    Raises:
+        UserError: not of that form, or a value that is not YAML.
+    """
     for override in overrides:
         key, separator, value = override.partition("=")
-        if not separator or not key.strip():
-            raise UserError(f"{override!r}: an override is key=value or key.sub=value")
-        try:
-            parsed = yaml.safe_load(value) if value else None
-        except yaml.YAMLError:
-            raise UserError(f"{override!r}: the value is not valid YAML") from None
-        nested: dict[str, Any] = {}
-        leaf = nested
         *path, last = key.strip().split(".")
-        for part in path:
-            leaf[part] = {}
-            leaf = leaf[part]
-        leaf[last] = parsed
+        if not separator or not all(part.strip() for part in (*path, last)) or len(path) >= plain_yaml.MOST_DEPTH:
+            raise UserError(f"{shown(override)}: an override is key=value or key.sub=value")
+        try:
+            nested = {last: plain_yaml.parse(value)}
+        except plain_yaml.YamlProblem as problem:
+            raise UserError(f"{shown(override)}: the value is not valid YAML ({problem})") from None
+        for part in reversed(path):
+            nested = {part: nested}
         raw = merge(raw, nested)
     return raw
 
@@ -150,22 +194,25 @@ def check(model: type[SectionType], raw: dict[str, Any], where: str) -> SectionT
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_say(model, e) for e in error.errors()[:3])) from None
+        said = [_say(model, one) for one in error.errors(include_url=False)[:3]]
+        raise UserError(
+            f"{where}: " + "; ".join(text if len(text) <= 400 else f"{text[:397]}..." for text in said)
+        ) from None
 
 
 def _say(model: type[BaseModel], error: dict[str, Any]) -> str:
-    location = [str(part) for part in error["loc"]]
+    location = [str(part)[:100] for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         known = _keys_beside(model, location)
         hint = f"; known keys here: {', '.join(known)}" if known else ""
-        return f"unknown key '{key}'{hint}"
+        return f"unknown key {shown(key)}{hint}"
     if error["type"] == "missing":
         return f"key '{key}' is missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key} = {error['input']!r}: {message}"
+    return f"{key} = {shown(error['input'])}: {message}"
 
 
 def _keys_beside(model: type[BaseModel], location: list[str]) -> list[str]:

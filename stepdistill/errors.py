@@ -32,6 +32,21 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """A user's value as errors show it: its ``repr``, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__} of very many digits"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def printable(text: str) -> str:
+    """``text`` in one line, without what a terminal would obey: other characters as their escapes."""
+    text = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextlib.contextmanager
 def reading(what: str | Path, remedy: str, problem: str = "cannot be read") -> Iterator[None]:
     """Whatever reading a user's file raises becomes one line: ``WHAT: PROBLEM (reason); REMEDY``.

@@ -38,7 +38,7 @@ Embed = Callable[[list[str]], Tensor]
 class PartitionSettings(Section):
     """The section ``msd``: how many students, and who draws what."""
 
-    students: int = Field(ge=1, description="K")
+    students: int = Field(ge=1, le=1000, description="K")
     partition: Literal["order", "table", "random", "medians", "kmeans"] = Field(
         "order", description="of labels: order, table, random; of prompts: medians, kmeans"
     )

@@ -39,7 +39,7 @@ Weights = Literal["full", "shared", "mixed"]
 class LoRASettings(Section):
     """Low-rank adapters (2106.09685): ``W + alpha/rank B A``."""
 
-    rank: int = Field(64, ge=1)
+    rank: int = Field(64, ge=1, le=4096)
     alpha: float | None = Field(None, gt=0, description="scale times rank; the rank by default (scale 1)")
     targets: list[str] | None = Field(None, description="module names; the family's list by default")
 

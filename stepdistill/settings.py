@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -20,7 +20,7 @@ class TeacherSettings(Section):
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen weights")
-    steps: int = Field(25, ge=1, description="the teacher's full number of steps, for grids and evaluation")
+    steps: int = Field(25, ge=1, le=10_000, description="the teacher's full number of steps, for grids and evaluation")
 
 
 class ImagesSettings(Section):
@@ -57,7 +57,7 @@ class PartSettings(Section):
     """One of several students: it trains on the conditions that the router gives it."""
 
     router: UserPath = Field(description="the router's file (stepdistill.partition)")
-    student: int = Field(ge=0)
+    student: int = Field(ge=0, le=999)
 
 
 class DataSettings(Section):
@@ -103,15 +103,23 @@ class SamplerSettings(Section):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""A decay of Adam's averages."""
+Steps = Annotated[int, Field(ge=1, le=10_000)]
+"""A number of sampling steps."""
+
+
 class OptimizerSettings(Section):
     """AdamW of one role."""
 
     lr: float = Field(1e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    warmup: int = Field(0, ge=0, description="linear warm-up, in this role's own updates")
-    decay: int = Field(0, ge=0, description="then linearly towards 0 at this many of its own updates; 0 is constant")
+    warmup: int = Field(0, ge=0, le=10**9, description="linear warm-up, in this role's own updates")
+    decay: int = Field(
+        0, ge=0, le=10**9, description="then linearly towards 0 at this many of its own updates; 0 is constant"
+    )
     clip: float = Field(10.0, gt=0, description="the gradient norm is clipped to this")
 
 
@@ -122,9 +130,9 @@ class OptimizersSettings(Section):
 
 
 class TrainSettings(Section):
-    updates: int = Field(ge=1, description="student updates in all")
-    batch_size: int = Field(ge=1, description="samples a process and micro-batch")
-    gradient_accumulation: int = Field(1, ge=1)
+    updates: int = Field(ge=1, le=10**9, description="student updates in all")
+    batch_size: int = Field(ge=1, le=65_536, description="samples a process and micro-batch")
+    gradient_accumulation: int = Field(1, ge=1, le=65_536)
     precision: Literal["float32", "bf16"] = Field("float32", description="of the networks; masters are float32")
     attention: str = Field(
         NATIVE,
@@ -137,12 +145,14 @@ class TrainSettings(Section):
     max_passes: int | None = Field(
         None, ge=1, description="end the training, short of updates, after so many network passes (one picture each)"
     )
-    non_finite_limit: int = Field(10, ge=1, description="stop after this many skipped updates of a role in a row")
-    log_every: int = Field(10, ge=1, description="student updates between rows of metrics")
-    sample_every: int = Field(100, ge=1, description="student updates between sample grids")
+    non_finite_limit: int = Field(
+        10, ge=1, le=10**9, description="stop after this many skipped updates of a role in a row"
+    )
+    log_every: int = Field(10, ge=1, le=10**9, description="student updates between rows of metrics")
+    sample_every: int = Field(100, ge=1, le=10**9, description="student updates between sample grids")
     sample_count: int = Field(40, ge=1, le=256)
-    checkpoint_every: int = Field(100, ge=1, description="student updates between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_every: int = Field(100, ge=1, le=10**9, description="student updates between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, le=10**6)
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
 
     @property
@@ -162,12 +172,12 @@ class EvaluationSettings(Section):
     """What is measured once the student is exported."""
 
     enabled: bool = True
-    samples: int = Field(5000, ge=2)
-    batch_size: int = Field(250, ge=1)
-    seed: int = 1234
+    samples: int = Field(5000, ge=2, le=10**7)
+    batch_size: int = Field(250, ge=1, le=65_536)
+    seed: int = Field(1234, ge=0)
     extractor: UserPath | None = Field(None, description="feature network: asset:NAME, a file, or inception")
     reference: UserPath | None = Field(None, description="reference statistics: asset:NAME or a file")
-    teacher_steps: list[int] = Field([], description="teacher step counts measured beside its full number")
+    teacher_steps: list[Steps] = Field([], description="teacher step counts measured beside its full number")
     teacher_guidance_scale: float | None = Field(None, ge=0)
     latency: bool = True
     stages: bool = Field(False, description="of a recipe: the student of every stage too")

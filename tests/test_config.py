@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+from pathlib import Path
 
 import pytest
 import stepdistill.eval
@@ -15,6 +17,7 @@ from stepdistill.trainers.recipe import make_recipe
 from toys import toy_config
 
 import stepdistill
+from stepdistill import plain_yaml
 from stepdistill.config import Section, apply_overrides, check, dump_yaml, expanded, merge, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.settings import RunSettings
@@ -60,7 +63,7 @@ def test_a_missing_parent_names_parent_and_child(tmp_path):
     ("content", "says"),
     [
         (b"a: [1, 2", "not valid YAML"),
-        (b"a: \xff\xfe", "not valid YAML"),
+        (b"a: \xff\xfe", "not UTF-8 text, from byte 3 on"),
         (b"- 1\n- 2\n", "mapping of keys to values, not a list"),
         (b"just words", "mapping of keys to values, not a str"),
         (b"base: 3\n", "base must be the path of another config, not 3"),
@@ -73,6 +76,103 @@ def test_a_file_that_is_no_config(tmp_path, content, says):
         read_yaml(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+DAMAGED = {
+    "a date keeps its text": ("a: 2024-01-02", {"a": "2024-01-02"}),
+    "a time of day keeps its text": ("a: 12:30", {"a": "12:30"}),
+    "leading zeros keep their text": ("a: 010", {"a": "010"}),
+    "merged mappings": ("a: &m {x: 1, y: 2}\nb: {<<: *m, y: 3}", {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}),
+    "the first of merged lists wins": (
+        "a: [{x: 1}, {x: 2}]\nb: {<<: [{x: 1}, {x: 2}]}",
+        {"a": [{"x": 1}, {"x": 2}], "b": {"x": 1}},
+    ),
+    "no integer": ("a: !!int abc", "line 1: 'abc' is no int"),
+    "no truth": ("a: !!bool maybe", "line 1: 'maybe' is no bool"),
+    "an object": ("a: !!python/object/apply:os.system [true]", "line 1: the tag .*os.system is not read"),
+    "a timestamp": ("a: !!timestamp 2024-01-02", "the tag .*timestamp is not read"),
+    "nested lists": ("a: " + "[" * 500 + "]" * 500, "nested more than 30 deep"),
+    "nested blocks": ("- " * 100_000 + "x", "nested more than 30 deep"),
+    "nested by aliases": (
+        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 40)),
+        "nested more than 30 deep",
+    ),
+    "a bomb of aliases": (
+        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 25)),
+        "more than 100,000 values, aliases expanded",
+    ),
+    "an alias in itself": ("a: &x [*x]", "the alias .x stands inside of what it means"),
+    "an alias of nothing": ("a: *x", "the alias .x has no anchor before it"),
+    "a key twice": ("train:\n  updates: 3\n  updates: 4", "line 3: the key 'updates' stands twice"),
+    "a key that is true": ("on: 1", "the key on is read as True, not as text; put it in quotes"),
+    "a key that is a number": ("1: 2", "the key 1 is read as 1"),
+    "a key that is nothing": ("~: 2", "the key ~ is read as None"),
+    "a key that is a list": ("? [a]\n: 1", "a list or mapping cannot be a key"),
+    "two documents": ("a: 1\n---\nb: 2", "line 2: a second document starts"),
+    "half a character": ('a: "\\ud800"', "not valid YAML"),
+    "NUL": ('a: "\\0"', "NUL or half of a surrogate pair"),
+    "5000 digits": ("a: " + "9" * 5000, "a number of 5000 digits"),
+    "2 MiB": ("a: " + "x" * 2**21, "larger than 1,048,576 bytes"),
+}
+
+
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, getattr(yaml, "CSafeLoader", None)])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_a_file_and_an_override_may_hold(name, loader, tmp_path, monkeypatch):
+    if loader is None:
+        pytest.skip("PyYAML without libyaml")
+    monkeypatch.setattr(plain_yaml, "_LOADER", loader)
+    content, expected = DAMAGED[name]
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    if isinstance(expected, dict):
+        assert read_yaml(path) == expected
+        assert apply_overrides({}, [f"v={content}"]) == {"v": expected}
+        return
+    with pytest.raises(UserError, match=expected) as caught:
+        read_yaml(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value)) < 400
+    if name == "2 MiB":
+        return
+    with pytest.raises(UserError, match="the value is not valid YAML") as caught:
+        apply_overrides({}, [f"v={content}"])
+    assert len(str(caught.value)) < 400
+
+
+def test_every_shipped_config_reads_as_the_yaml_that_it_is():
+    for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        assert plain_yaml.parse(text) == yaml.safe_load(text), path
+
+
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for path, says in (
+        (tmp_path / "pipe", "a pipe or a device"),
+        (Path("/dev/zero"), "a pipe or a device"),
+        (tmp_path / "link", "no such config file"),
+    ):
+        with pytest.raises(UserError, match=says):
+            read_yaml(path)
+    with pytest.raises(UserError, match="a pipe or a device"):
+        read_yaml(write(tmp_path / "child.yaml", base="pipe"))
+
+
+def test_a_long_chain_of_parents_is_refused(tmp_path):
+    write(tmp_path / "0.yaml", a=1)
+    for i in range(1, 40):
+        write(tmp_path / f"{i}.yaml", base=f"{i - 1}.yaml")
+    assert read_yaml(tmp_path / "30.yaml") == {"a": 1}
+    with pytest.raises(UserError, match="more than 30 configs name each other as base"):
+        read_yaml(tmp_path / "39.yaml")
+
+
+@pytest.mark.parametrize("override", ["=1", "a..b=1", ".a=1", "a.=1", " =1", "a.b", ".".join("a" * 40) + "=1"])
+def test_an_override_without_a_key_is_refused(override):
+    with pytest.raises(UserError, match=r"an override is key=value or key\.sub=value"):
+        apply_overrides({}, [override])
 
 
 def test_no_file_a_folder_and_a_path_through_a_file(tmp_path):
@@ -313,3 +413,28 @@ def test_the_output_of_stages_and_of_several_students_takes_variables(tmp_path, 
     for make, section in ((make_recipe, {"stages": [{"name": "one"}]}), (make_multi_student, {"msd": {"students": 2}})):
         with pytest.raises(UserError, match=r"config: output = \$NOWHERE/run: \$NOWHERE is not set"):
             make({**raw, **section, "output": "$NOWHERE/run"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train": {"updates": 10**400}}, "train.updates = "),
+        ({"train": {"batch_size": 10**12}}, "train.batch_size = 1000000000000: should be less than or equal to 65536"),
+        ({"seed": 2**53 + 1}, "seed = 9007199254740993: at most 9,007,199,254,740,992 is allowed"),
+        ({"optimizer": {"student": {"betas": [0.9, 2]}}}, "betas.1 = 2: should be less than 1"),
+        ({"optimizer": {"student": {"betas": [-0.1, 0.9]}}}, "betas.0 = -0.1: should be greater than or equal to 0"),
+        ({"optimizer": {"student": {"lr": 1e300}}}, "lr = 1e+300: at most 1e+12 is allowed"),
+        ({"optimizer": {"student": {"lr": float("nan")}}}, "lr = nan: should be a finite number"),
+        (
+            {"roles": {"weights": "full", "network": {"layers_per_block": 10**30}}},
+            "network = 1000000000000000000000000000000: ",
+        ),
+        ({"output": "x" * 300}, "output: a name in the path is longer than 255 bytes"),
+        ({"output": "a\ud800"}, "output: the path has characters that no file name can have"),
+        ({"train": {"updates": "9" * 10_000}}, "train.updates = '99999"),
+    ],
+)
+def test_numbers_and_names_have_bounds(changes, says):
+    message = refused(**changes)
+    assert says in message
+    assert len(message) < 500

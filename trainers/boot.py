@@ -56,7 +56,10 @@ class BOOTSettings(Section):
     weight_floor: float = Field(0.1, gt=0, description="of w^2 in the loss's weight 1/w^2")
     solver: Literal["euler", "heun"] = Field("euler", description="the teacher's step: DDIM's, or second order")
     progressive: int = Field(
-        0, ge=0, description="student updates over which the range of s grows from T down to min_level; 0: all at once"
+        0,
+        ge=0,
+        le=10**9,
+        description="student updates over which the range of s grows from T down to min_level; 0: all at once",
     )
 
     @model_validator(mode="after")

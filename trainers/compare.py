@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -39,6 +39,8 @@ from stepdistill.errors import UserError
 from stepdistill.run import RunFolder, write_atomically
 from stepdistill.settings import EvaluationSettings, RunSettings
 
+Seed = Annotated[int, Field(ge=0)]
+
 
 class CompareSettings(Section):
     """What is compared, and at which cost."""
@@ -48,11 +50,13 @@ class CompareSettings(Section):
         min_length=1, description="name to config, relative to this file, or to what stepdistill.trainers.entries says"
     )
     overrides: list[str] = Field([], description="key=value for every run")
-    seeds: list[int] = Field([], description="each run at each of these; the configs' own seed by default")
+    seeds: list[Seed] = Field(
+        [], max_length=1000, description="each run at each of these; the configs' own seed by default"
+    )
     passes: int = Field(ge=1, description="network passes of every run")
-    points: int = Field(12, ge=1, description="measurements over training, at equal steps of passes")
-    samples: int = Field(5000, ge=2, description="of each measurement")
-    final_samples: int = Field(10000, ge=2, description="of the finished students and the teacher")
+    points: int = Field(12, ge=1, le=100_000, description="measurements over training, at equal steps of passes")
+    samples: int = Field(5000, ge=2, le=10**7, description="of each measurement")
+    final_samples: int = Field(10000, ge=2, le=10**7, description="of the finished students and the teacher")
     precision_recall: bool = Field(False, description="of the finished students too")
     diversity: bool = Field(False, description="of the finished students too")
     clip: ClipSettings | None = Field(None, description="how well their pictures fit their prompts too")

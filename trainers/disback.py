@@ -45,12 +45,16 @@ BASES: dict[str, type[ScoreTrainer]] = {method.name: method for method in (DMD2,
 
 class DisBackSettings(Section):
     base: Literal["dmd2", "sim", "swiftbrush"] = Field("dmd2", description="the score method that walks the path")
-    nodes: int = Field(5, ge=0, description="N, recorded weights; 0 is the base method")
-    updates: int = Field(100, ge=1, description="of the degradation: 1 to 5 percent of the run's fake-score updates")
-    hold: int = Field(100, ge=1, description="student updates for each target")
+    nodes: int = Field(5, ge=0, le=10_000, description="N, recorded weights; 0 is the base method")
+    updates: int = Field(
+        100, ge=1, le=10**9, description="of the degradation: 1 to 5 percent of the run's fake-score updates"
+    )
+    hold: int = Field(100, ge=1, le=10**9, description="student updates for each target")
     spacing: Literal["updates", "loss"] = Field("loss", description="nodes at equal steps of the one or the other")
-    candidates: int = Field(4, ge=1, description="weights kept for each node until the loss-spaced ones are chosen")
-    probe: int = Field(256, ge=1, description="samples of the fixed batch that the loss is measured on")
+    candidates: int = Field(
+        4, ge=1, le=100, description="weights kept for each node until the loss-spaced ones are chosen"
+    )
+    probe: int = Field(256, ge=1, le=65_536, description="samples of the fixed batch that the loss is measured on")
     null_probability: float | None = Field(None, ge=0, lt=1, description="in the degradation; the base's by default")
     guidance_scales: list[float] | None = Field(
         None, description="of T_1 .. T_(N-1); the base's own by default, and always for the teacher itself"

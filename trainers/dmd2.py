@@ -44,7 +44,7 @@ class GANSettings(Section):
 
 
 class DMD2Settings(ScoreSettings):
-    fake_score_updates: int = Field(5, ge=1, description="per student update: 5 ImageNet and SDXL, 10 SD1.5")
+    fake_score_updates: int = Field(5, ge=1, le=10_000, description="per student update: 5 ImageNet and SDXL, 10 SD1.5")
     multistep_input: Literal["simulation", "real"] = Field(
         "simulation", description="an N-step student's training inputs: its own earlier steps, or noised real samples"
     )

@@ -39,7 +39,7 @@ from stepdistill.settings import RunSettings
 class EnhanceSettings(Section):
     train_steps: Literal["first", "all"] = Field("first", description="the first step alone, or any of any number")
     mse_weight: float = Field(0.0, ge=0, description="of the squared error to x0_ref; 0 is none")
-    reference_steps: int = Field(1, ge=1, description="steps of the student as the stage began that make x0_ref")
+    reference_steps: int = Field(1, ge=1, le=64, description="steps of the student as the stage began that make x0_ref")
     hold_weight: float = Field(0.0, ge=0, description="of the squared error at the other steps' times; 0 is none")
     teacher: Literal["base", "previous_stage"] = Field("base", description="whose score is the real one")
     rewards: list[RewardSettings] = []

@@ -24,6 +24,7 @@ from stepdistill import checkpoint
 from stepdistill.config import Section, UserPath, apply_overrides, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.run import RunFolder, comparable, holds_run, write_atomically
+from stepdistill.settings import Steps
 
 COST = "cost.json"
 SLACK = 0.03
@@ -38,7 +39,7 @@ class RunEntry(Section):
     )
     overrides: list[str] = Field([], description="key=value for it alone")
     tunes: str | None = Field(None, description="another run, whose student this one starts from; its passes are extra")
-    steps: list[int] = Field([], description="numbers of steps that the student is measured at; its own by default")
+    steps: list[Steps] = Field([], description="numbers of steps that the student is measured at; its own by default")
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ def read_entries(
 
 def _read(name, title, seed, entry: RunEntry, overrides, passes: int, output: Path, folder: Path, base) -> Contestant:
     path = folder / entry.config
-    own = [*overrides, *entry.overrides, f"output={json.dumps(str(output))}"]
+    own = [*overrides, *entry.overrides, f"output={_as_yaml(output)}"]
     own += [] if seed is None else [f"seed={seed}"]
-    own += [] if base is None else [f"teacher.path={json.dumps(str(base.run.student))}"]
+    own += [] if base is None else [f"teacher.path={_as_yaml(base.run.student)}"]
     raw = apply_overrides(read_yaml(path), own)
     recipe = is_recipe(raw)
     if base is None and not recipe:
@@ -149,6 +150,11 @@ def _read(name, title, seed, entry: RunEntry, overrides, passes: int, output: Pa
                 "train.updates"
             )
     return made
+
+
+def _as_yaml(path: Path) -> str:
+    """A path as a value of an override, whatever characters are in it."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _check_comparable(found: dict[str, Contestant]) -> None:

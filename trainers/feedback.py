@@ -39,7 +39,7 @@ class PerceptualSettings(Section):
 
     model: str = Field(description="module:attribute of a PerceptualModel, or of what gives one")
     weight: float = Field(1.0, gt=0)
-    noised_steps: int = Field(1, ge=1, description="real pictures are noised to one of so many last steps")
+    noised_steps: int = Field(1, ge=1, le=64, description="real pictures are noised to one of so many last steps")
 
 
 class FeedbackSettings(Section):
@@ -48,7 +48,7 @@ class FeedbackSettings(Section):
     rollout_steps: list[int] = Field(
         [], description="numbers of steps, one drawn for each batch; the sampler's and its also_steps by default"
     )
-    last: int = Field(1, ge=1, description="the graded step is drawn from so many last ones")
+    last: int = Field(1, ge=1, le=64, description="the graded step is drawn from so many last ones")
     decoder: UserPath | None = Field(
         None, description="an AutoencoderTiny for the teacher's latents; its own by default"
     )

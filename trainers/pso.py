@@ -67,7 +67,9 @@ class PSOSettings(Section):
     over_steps: OverSteps = Field("step", description="a sigmoid for each step, or one of the sum over steps")
     clamp: float | None = Field(0.1, gt=0, lt=1, description="online: ratios stay in 1 -/+ this; null is no clamp")
     rewards: list[RewardSettings] = Field([], description="online: their weighted sum judges; else they are watched")
-    rollout_steps: int | None = Field(None, ge=1, description="steps of the rollouts; the sampler's by default")
+    rollout_steps: int | None = Field(
+        None, ge=1, le=1000, description="steps of the rollouts; the sampler's by default"
+    )
     rollout_transition: Transition | None = Field(None, description="of the rollouts; the sampler's by default")
     shared_start: bool = Field(False, description="both rollouts of a pair from the same first noise")
     pairs: PreferenceSettings | None = None
@@ -78,7 +80,9 @@ class PSOSettings(Section):
     likelihood: Literal["denoising", "transition"] = Field("denoising", description="of the samples, with targets")
     error: Literal["native", "eps", "v", "x0", "flow"] = Field("native", description="what denoising errors are of")
     decoder: UserPath | None = Field(None, description="an AutoencoderTiny for the rewards; the model's own by default")
-    probe: int = Field(40, ge=1, description="samples whose reward and distance are logged every train.sample_every")
+    probe: int = Field(
+        40, ge=1, le=65_536, description="samples whose reward and distance are logged every train.sample_every"
+    )
 
     @model_validator(mode="after")
     def _of_the_mode(self):

@@ -31,13 +31,13 @@ from stepdistill.settings import RunSettings
 
 class RegressionSettings(Section):
     pairs: UserPath | None = Field(None, description="the folder of the pairs; 'pairs' in the run's by default")
-    count: int = Field(10_000, ge=1, description="pairs")
-    shard: int = Field(1000, ge=1, description="pairs a file")
-    pair_batch: int = Field(64, ge=1, description="pairs made at a time")
+    count: int = Field(10_000, ge=1, le=10**9, description="pairs")
+    shard: int = Field(1000, ge=1, le=10**6, description="pairs a file")
+    pair_batch: int = Field(64, ge=1, le=65_536, description="pairs made at a time")
     guidance_scale: float = Field(1.0, ge=0, description="of the teacher's samples; baked into the student")
     seed: int | None = Field(None, ge=0, description="of the pairs' noise; the run's by default")
     distance: Literal["mse", "lpips"] = "mse"
-    lpips_size: int = Field(224, ge=16, description="smaller pictures are enlarged to this side for LPIPS")
+    lpips_size: int = Field(224, ge=16, le=4096, description="smaller pictures are enlarged to this side for LPIPS")
     decoder: UserPath | None = Field(
         None, description="an AutoencoderTiny for LPIPS on latents; the teacher's by default"
     )

@@ -43,7 +43,7 @@ class ScoreSettings(Section):
     """What every score method can be told; each gives the defaults of its own paper."""
 
     guidance_scale: float = Field(1.0, ge=1, description="of the teacher; 1 is none; baked into the student")
-    fake_score_updates: int = Field(1, ge=1, description="for each student update")
+    fake_score_updates: int = Field(1, ge=1, le=10_000, description="for each student update")
     first: Literal["student", "fake_score"] = Field(
         "student", description="which is updated first: student (DMD2), or fake_score on samples of its own (SiD)"
     )

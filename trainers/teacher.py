@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMScheduler
@@ -34,16 +34,21 @@ class TeacherData(Section):
     idx_images: UserPath | None = Field(None, description="images in MNIST's idx format")
     idx_labels: UserPath | None = Field(None, description="labels in MNIST's idx format")
     npz: UserPath | None = Field(None, description="an .npz with 'images' and 'labels'")
-    num_labels: int = Field(10, ge=1)
+    num_labels: int = Field(10, ge=1, le=10**6)
     label_names: list[str] | None = Field(None, description="kept in the UNet's config, for pictures")
     mirror: bool = Field(False, description="mirror half of the pictures, left to right")
 
 
+Channels = Annotated[int, Field(ge=8, le=4096)]
+
+
 class TeacherNetwork(Section):
-    resolution: int = Field(16, ge=8)
+    resolution: int = Field(16, ge=8, le=1024)
     channels: Literal[1, 3] = 1
-    block_channels: list[int] = Field([16, 32, 64], min_length=1, description="multiples of 8, a resolution each")
-    layers_per_block: int = Field(1, ge=1)
+    block_channels: list[Channels] = Field(
+        [16, 32, 64], min_length=1, max_length=8, description="multiples of 8, a resolution each"
+    )
+    layers_per_block: int = Field(1, ge=1, le=32)
 
     @model_validator(mode="after")
     def _fits(self):
@@ -58,15 +63,17 @@ class TeacherNetwork(Section):
 class LoopSettings(Section):
     """AdamW with a warm-up and a cosine, an average of the weights, and saves to go on from."""
 
-    steps: int = Field(20000, ge=1, description="optimizer steps; fewer than are done already ends the training")
-    batch_size: int = Field(64, ge=1)
+    steps: int = Field(
+        20000, ge=1, le=10**9, description="optimizer steps; fewer than are done already ends the training"
+    )
+    batch_size: int = Field(64, ge=1, le=65_536)
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    warmup: int = Field(500, ge=0)
+    warmup: int = Field(500, ge=0, le=10**9)
     final_lr: float = Field(1e-5, ge=0, description="the cosine ends here")
     weight_decay: float = Field(0.0, ge=0)
     ema_decay: float = Field(0.9995, ge=0, lt=1)
     clip: float = Field(1.0, gt=0)
-    save_every: int = Field(2000, ge=1, description="steps between resumable saves")
+    save_every: int = Field(2000, ge=1, le=10**9, description="steps between resumable saves")
 
 
 class TeacherConfig(LoopSettings):
@@ -75,7 +82,7 @@ class TeacherConfig(LoopSettings):
 
     kind: Literal["class_conditional"] = "class_conditional"
     output: UserPath = Field(description="the stock diffusers folder to write")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     data: TeacherData = TeacherData()
     network: TeacherNetwork = TeacherNetwork()
     label_dropout: float = Field(0.1, ge=0, le=1)

@@ -39,7 +39,7 @@ from stepdistill.objectives.denoising import capped_snr_weight, denoising_loss
 from stepdistill.run import differences
 
 from .grids import save_grid
-from .teacher import LoopSettings, autocast, fit, teacher_scheduler
+from .teacher import Channels, LoopSettings, autocast, fit, teacher_scheduler
 
 
 def _multiples(key: str, channels: list[int], of: int) -> None:
@@ -51,9 +51,11 @@ def _multiples(key: str, channels: list[int], of: int) -> None:
 class VAESettings(LoopSettings):
     """The autoencoder and its training."""
 
-    block_channels: list[int] = Field([24, 32, 64], min_length=1, description="multiples of 8; halved between them")
-    layers_per_block: int = Field(1, ge=1)
-    latent_channels: int = Field(4, ge=1)
+    block_channels: list[Channels] = Field(
+        [24, 32, 64], min_length=1, max_length=8, description="multiples of 8; halved between them"
+    )
+    layers_per_block: int = Field(1, ge=1, le=32)
+    latent_channels: int = Field(4, ge=1, le=1024)
     kl_weight: float = Field(3e-4, ge=0, description="of the mean KL, against the mean absolute error")
     square_weight: float = Field(2.0, ge=0, description="of the mean squared error: colours come sooner")
     edge_weight: float = Field(0.5, ge=0, description="of the absolute error of differences between neighbours")
@@ -67,11 +69,11 @@ class VAESettings(LoopSettings):
 class TextSettings(Section):
     """The text encoder and its vocabulary."""
 
-    vocabulary: int = Field(2048, ge=514, description="tokens at most; 514 are the bytes, start and end")
-    max_tokens: int = Field(24, ge=4, description="start and end counted; longer prompts are cut")
-    width: int = Field(128, ge=8, multiple_of=8)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(4, ge=1)
+    vocabulary: int = Field(2048, ge=514, le=10**6, description="tokens at most; 514 are the bytes, start and end")
+    max_tokens: int = Field(24, ge=4, le=4096, description="start and end counted; longer prompts are cut")
+    width: int = Field(128, ge=8, le=8192, multiple_of=8)
+    layers: int = Field(3, ge=1, le=128)
+    heads: int = Field(4, ge=1, le=1024)
 
     @model_validator(mode="after")
     def _fits(self):
@@ -83,10 +85,10 @@ class TextSettings(Section):
 class DenoiserSettings(LoopSettings):
     """The UNet, and the training of it and the text encoder."""
 
-    block_channels: list[int] = Field([64, 128, 192], min_length=1, description="multiples of 16")
+    block_channels: list[Channels] = Field([64, 128, 192], min_length=1, max_length=8, description="multiples of 16")
     attention: list[bool] = Field([False, True, True], description="whether each resolution attends to the text")
-    layers_per_block: int = Field(1, ge=1)
-    heads: int = Field(4, ge=1)
+    layers_per_block: int = Field(1, ge=1, le=32)
+    heads: int = Field(4, ge=1, le=1024)
     snr_cap: float = Field(5.0, gt=0, description="levels of a higher alpha^2/sigma^2 than this count less in the loss")
     noise_bias: float = Field(1.0, ge=1, description="t = T u^(1/noise_bias), u uniform: above 1 favours much noise")
     text_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
@@ -106,7 +108,7 @@ class SampleSettings(Section):
     """The pictures drawn at every save; the folder says that the teacher is called so."""
 
     prompts: list[str] = Field(["grinning face, noto style"], min_length=1)
-    steps: int = Field(25, ge=1)
+    steps: int = Field(25, ge=1, le=10_000)
     guidance_scale: float = Field(3.0, ge=0)
 
 
@@ -116,7 +118,7 @@ class TextTeacherConfig(Section):
     kind: Literal["text_to_image"]
     output: UserPath = Field(description="the stock diffusers folder to write")
     data: UserPath = Field(description="a folder written by stepdistill teacher emoji")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     bf16: bool = Field(False, description="autocast to bfloat16 in training")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the weights that are written")
     vae: VAESettings = VAESettings(warmup=100)

@@ -56,8 +56,8 @@ class AdversarialSettings(Section):
 
 
 class TSCDSettings(Section):
-    segments: int = Field(1, ge=1, description="k of this stage")
-    grid: int = Field(40, ge=1, description="N, points of the whole grid; a multiple of segments")
+    segments: int = Field(1, ge=1, le=10_000, description="k of this stage")
+    grid: int = Field(40, ge=1, le=10_000, description="N, points of the whole grid; a multiple of segments")
     end: Literal["start", "random"] = Field("start", description="where both jump to: the segment's start, or anywhere")
     guidance_scale: float = Field(1.0, ge=0, description="of the teacher; 1 is none; baked into the student")
     guidance_range: tuple[float, float] | None = Field(

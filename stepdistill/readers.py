@@ -1,0 +1,202 @@
+"""Reading users' files: plain files alone, of a size that such a file can have, never more than fits into memory.
+
+What is wrong is raised as :class:`ValueError` or :class:`OSError` in a few words; ``with errors.reading(...)`` around
+the call makes the user's line of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+MOST_TEXT = 64 * 2**20
+"""Bytes of a text or JSON file that is read whole."""
+DIGEST = "sha256"
+"""The key of a safetensors file's metadata under which the digest of its content stands."""
+
+
+def regular(path: str | Path) -> Path:
+    """``path``, a plain file: reading a pipe or a device may never end.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a folder, pipe, socket or device.
+    """
+    path = Path(path)
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise ValueError("it is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise ValueError("it is a pipe or a device, not a file")
+    return path
+
+
+def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
+    """A UTF-8 text file of at most ``most`` bytes, without a byte order mark.
+
+    Raises:
+        OSError: as :func:`regular`, or it cannot be read.
+        ValueError: as :func:`regular`, larger, or not UTF-8.
+    """
+    with regular(path).open("rb") as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text, from byte {error.start} on") from None
+
+
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """A JSON file that holds a ``kind``.
+
+    Raises:
+        OSError: as :func:`read_text`.
+        ValueError: as :func:`read_text`, not JSON, or another kind of value.
+    """
+    value = parse_json(read_text(path))
+    if not isinstance(value, kind):
+        raise ValueError(f"it holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """A JSON text's value.
+
+    Raises:
+        ValueError: not JSON, or lists in lists deeper than anyone writes them.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def memory_available() -> int | None:
+    """Bytes of main memory that can be had without swapping; None where the system does not say."""
+    try:
+        information = Path("/proc/meminfo").read_text(encoding="ascii")
+        return 1024 * int(information.partition("MemAvailable:")[2].split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def require_memory(size: int) -> None:
+    """
+    Raises:
+        MemoryError: ``size`` bytes are more than there are.
+    """
+    there_are = memory_available()
+    if there_are is not None and size > there_are:
+        raise MemoryError(f"it needs {size / 2**30:,.1f} GiB of memory, {there_are / 2**30:,.1f} are available")
+
+
+# -- NumPy -------------------------------------------------------------------------------------------------
+
+
+def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+    """The arrays ``names`` of an ``.npz``, those that it holds; all of them without names.  Nothing is unpickled.
+
+    Every array's header is compared with what the file holds and with the memory before it is read.
+
+    Raises:
+        OSError: as :func:`regular`.
+        ValueError, zipfile.BadZipFile: not an ``.npz``, damaged, or with Python objects in it.
+        MemoryError: larger than the memory.
+    """
+    path = regular(path)
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not an .npz file; numpy.savez writes one")
+    with zipfile.ZipFile(path) as archive:
+        held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        wanted = [name for name in names or held if name in held]
+        require_memory(sum(_checked_size(archive, held[name]) for name in wanted))
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in wanted}
+
+
+def _checked_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    """Bytes of one array, once its header is known to fit the file."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise ValueError(f"its array {info.filename} is of NumPy's format {version}")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(member)
+        start = member.tell()
+    if dtype.hasobject:
+        raise ValueError(f"its array {info.filename} holds Python objects, which are not read")
+    size = math.prod(shape) * dtype.itemsize
+    if size != info.file_size - start:
+        raise ValueError(
+            f"its array {info.filename} says {dtype} {shape}, {size:,} bytes, and holds {info.file_size - start:,}"
+        )
+    return size
+
+
+# -- tensors -----------------------------------------------------------------------------------------------
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file, {} without any.
+
+    Raises:
+        OSError, ValueError: as :func:`regular`.
+        safetensors.SafetensorError: not such a file.
+    """
+    with safe_open(regular(path), "pt") as file:
+        return file.metadata() or {}
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; where the metadata holds a digest, it is compared.
+
+    Raises:
+        OSError, ValueError: as :func:`regular`.
+        ValueError: the content is not what was written.
+        safetensors.SafetensorError: not such a file.
+    """
+    with safe_open(regular(path), "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    if DIGEST in metadata and metadata[DIGEST] != digest_of(tensors, metadata):
+        raise ValueError("its content is not what was written: the digest differs")
+    return tensors, metadata
+
+
+def digest_of(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+    """SHA-256 of named tensors, bit for bit, and of metadata (the digest in it aside)."""
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if metadata is not None:
+        sha.update(json.dumps({k: v for k, v in metadata.items() if k != DIGEST}, sort_keys=True).encode())
+    return sha.hexdigest()
+
+
+def read_weights(path: str | Path) -> Any:
+    """What a weight file holds, on the CPU: a ``.safetensors`` file's tensors, or what ``torch.save`` wrote.
+
+    No code in the file is run.
+
+    Raises:
+        OSError, ValueError: as :func:`regular`.
+        Exception: many kinds, of a file that is damaged or of another type.
+    """
+    path = regular(path)
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    # only a zip, torch.save's format since 1.6, can be mapped instead of read
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
