@@ -29,7 +29,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # read when torch loads OpenMP, so before it; threads that wait actively take the cores of a machine that is not idle
+    # read when torch loads OpenMP, so before it; threads that wait actively take the cores of a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows its escape
         sys.stdout.reconfigure(errors="backslashreplace")
