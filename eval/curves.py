@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from stepdistill import files
 from stepdistill.errors import UserError
 from stepdistill.run import differences
 
@@ -40,9 +41,13 @@ def read_curve(file: Path, protocol: dict[str, Any] | None = None) -> Curve:
     return curve
 
 
-def curve_text(curve: Curve, protocol: dict[str, Any]) -> str:
-    """What :func:`read_curve` reads."""
-    return json.dumps({"protocol": protocol, "points": curve})
+def write_curve(file: Path, curve: Curve, protocol: dict[str, Any]) -> None:
+    """What :func:`read_curve` reads.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    files.write_json(file, {"protocol": protocol, "points": curve})
 
 
 def at(curve: Curve, passes: float) -> float | None:
@@ -115,8 +120,6 @@ def draw_curves(
     table.set_fontsize(9)
     for row, name in enumerate(curves, 1):
         table[row, 0].set_text_props(color=colours[name], ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path

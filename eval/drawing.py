@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from stepdistill import files
 from stepdistill.errors import UserError
 
-from .features import read_tensors, write_tensors
+from .features import read_tensors
 from .latency import counted_passes
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Looked:
         """One safetensors file, whole or not at all."""
         tensors = {"features": self.features} | ({} if self.scores is None else {"scores": self.scores})
         tensors |= {f"reward/{name}": value for name, value in self.rewards.items()}
-        write_tensors(path, tensors, {"kind": KIND, "seconds": repr(self.seconds), "passes": str(self.passes)})
+        files.write_tensors(path, tensors, {"kind": KIND, "seconds": repr(self.seconds), "passes": str(self.passes)})
 
     @classmethod
     def load(cls, path: Path) -> Looked:
@@ -168,11 +169,11 @@ def _picture(folder: Path, index: int) -> Path:
 
 
 def _save_pictures(pictures: Tensor, indices: range, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = pictures.permute(0, 2, 3, 1).cpu().numpy()
     for index, array in zip(indices, arrays, strict=True):
         image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-        image.save(_picture(folder, index), format="PNG")
+        with files.replacing(_picture(folder, index)) as temporary:
+            image.save(temporary, format="PNG")
 
 
 def _is_there(tools: _Tools, target: Target, seed: int, batch: int, indices: range) -> bool:

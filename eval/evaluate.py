@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from stepdistill import assets
+from stepdistill import assets, files
 from stepdistill.clip import ClipScorer, ClipSettings, load_clip
 from stepdistill.config import Section, UserPath
 from stepdistill.data import given_prompts
@@ -366,11 +366,7 @@ def _earlier(file: Path) -> tuple[dict[str, Any], list[dict]]:
 
 
 def _write(file: Path, protocol: dict[str, Any], rows: list[dict]) -> None:
-    content = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "protocol": protocol, "rows": rows}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    files.write_json(file, {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "protocol": protocol, "rows": rows})
 
 
 def _measure(target: Target, tools: _Tools) -> dict[str, Any]:

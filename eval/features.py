@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stepdistill import assets
 from stepdistill.errors import UserError
+from stepdistill.files import write_tensors
 from stepdistill.matching import CalibratedFeatures, MatchingNetwork, is_matching
 from stepdistill.plugins import import_attribute
 
@@ -45,19 +45,8 @@ def unit_pixels(images: Tensor) -> Tensor:
     return images.float()
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-    """A safetensors file, written beside and renamed in; readable by all, which the library's own are not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    temporary.chmod(0o644)
-    temporary.replace(path)
-    return path
-
-
 def read_tensors(path: str | Path, kind: str, what: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file that :func:`write_tensors` wrote with metadata ``kind``.
+    """Tensors and metadata of a file that :func:`stepdistill.files.write_tensors` wrote with metadata ``kind``.
 
     Raises:
         UserError: no such file, not safetensors, or of another kind.

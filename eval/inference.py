@@ -8,7 +8,6 @@ student's own time a pass and each pipeline's own text encoder and decoder.
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from stepdistill.pipelines import accelerate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stepdistill import assets
+from stepdistill import assets, files
 from stepdistill.attention import (
     AUTO,
     BACKENDS,
@@ -252,4 +251,4 @@ def of_random(size: str, device: str, dtype: torch.dtype, **settings: Any) -> In
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    path.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n", encoding="utf-8")
+    files.write_json(path, [row.as_dict() for row in rows])

@@ -13,12 +13,13 @@ from stepdistill.pipelines.msd import is_msd_folder
 from stepdistill import assets
 from stepdistill.data import given_prompts
 from stepdistill.errors import UserError
+from stepdistill.pipeline_folders import is_whole
 from stepdistill.settings import PromptColumnSettings
 
 from .evaluate import EvaluationSettings, Target, evaluate
 from .pictures import grid, table
 from .processes import Processes
-from .stock import hub_folder, is_pipeline
+from .stock import hub_folder
 
 
 def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
@@ -99,8 +100,8 @@ def evaluate_run(
         raise UserError(f"{run}: not a run folder (no config.yaml in it)") from None
     except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
         raise UserError(f"{run / 'config.yaml'}: damaged; it is not a run's config") from None
-    if not is_pipeline(run / "student"):
-        raise UserError(f"{run}: there is no student in it yet; finish the run, or: stepdistill export {run}")
+    if not is_whole(run / "student"):
+        raise UserError(f"{run}: there is no whole student in it; finish the run, or: stepdistill export {run}")
     targets = run_targets(run, config)
     lines = []
     if own["extractor"] is not None:

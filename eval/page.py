@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from stepdistill import files
+
 MOST_POINTS = 1000
 """Points of a curve; longer ones are averaged in equal spans."""
 
@@ -26,7 +28,11 @@ background:#f5f7f9;padding:.8rem;overflow-x:auto}
 
 
 def write_page(path: Path, name: str, sections: list[tuple[str, str]]) -> Path:
-    """A page called ``name`` with a heading for each (title, HTML), written beside and renamed in."""
+    """A page called ``name`` with a heading for each (title, HTML).
+
+    Raises:
+        UserError: it cannot be written.
+    """
     body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections)
     name = escape(name)
     page = (
@@ -34,10 +40,7 @@ def write_page(path: Path, name: str, sections: list[tuple[str, str]]) -> Path:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}</title><style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n{body}\n</body></html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    files.write_text(path, page)
     return path
 
 

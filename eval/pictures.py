@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from stepdistill import files
+
 from .distances import unit_uint8
 from .evaluate import Target, conditions_for, plural, resolve, step_generator, unit_noise
 from .stock import StockPipeline
@@ -183,8 +185,6 @@ def _fit(text: str, width: int, font) -> str:
 
 
 def _save(image: Image.Image, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    with files.replacing(path) as temporary:
+        image.save(temporary, format="PNG", optimize=True)
     return path

@@ -21,10 +21,11 @@ from stepdistill.captioned import Entry, read_pictures, training_caption
 from stepdistill.config import Section, UserPath
 from stepdistill.data import ImageSet, Order, read_array_images
 from stepdistill.errors import UserError
+from stepdistill.files import write_tensors
 from stepdistill.matching import MatchingNetwork
 
 from .distances import make_reference
-from .features import as_extractor, write_tensors
+from .features import as_extractor
 
 
 class MatchingConfig(Section):

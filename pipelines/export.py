@@ -7,20 +7,18 @@ What a call must say (steps, no guidance) stands in the model card and, with the
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from stepdistill.pipelines.saving import save_in_one_dtype
 from stepdistill.pipelines.schedulers import student_scheduler
 
-from stepdistill import __version__
-from stepdistill.errors import UserError
+from stepdistill import __version__, files
 from stepdistill.families.base import Family
+from stepdistill.pipeline_folders import check_replaceable
 from stepdistill.roles import Role
 from stepdistill.sampler import FewStepSampler
 
@@ -33,6 +31,7 @@ def export_student(
     provenance: dict[str, Any],
     dtype: torch.dtype = torch.float32,
     also_steps: Sequence[int] = (),
+    inputs: Sequence[str | None] = (),
 ) -> Path:
     """Write the student as a stock pipeline folder at ``path``, replacing what is there only when whole.
 
@@ -41,6 +40,7 @@ def export_student(
         provenance: JSON-able facts (method, teacher, updates, ...); ``steps`` and ``call`` are added.
         dtype: of all the folder's weights (:mod:`.saving`); a merged adapter is rounded to it once.
         also_steps: fewer steps that the student is meant for too.
+        inputs: folders that the student is made from, which are not written over.
 
     Raises:
         UserError: the sampler cannot be expressed, or the folder cannot be written.
@@ -56,7 +56,7 @@ def export_student(
     lora = None if role.adapter is None else partial(save_lora, role, pipeline)
     # a router of prompts knows its text encoder by the hash of its weights
     in_float32 = ("text_encoder",) if "msd" in provenance else ()
-    return write_pipeline(pipeline, path, facts, lora, dtype, in_float32)
+    return write_pipeline(pipeline, path, facts, lora, dtype, in_float32, inputs)
 
 
 def call_of(family: Family, sampler: FewStepSampler) -> dict[str, Any]:
@@ -81,6 +81,7 @@ def write_pipeline(
     lora: Callable[[Path], object] | None = None,
     dtype: torch.dtype = torch.float32,
     in_float32: Collection[str] = (),
+    inputs: Sequence[str | None] = (),
 ) -> Path:
     """Save a stock pipeline with its model card at ``path``, replacing what is there only when whole.
 
@@ -88,26 +89,19 @@ def write_pipeline(
         facts: what the model card says; must hold ``call``, ``steps`` and ``version``.
         lora: writes a LoRA file into the folder that it is given.
         dtype: of all weights; in_float32: names of parts that are float32 all the same.
+        inputs: folders that it is made from, which are not written over.
 
     Raises:
-        UserError: the folder holds something else, or cannot be written.
+        UserError: the folder holds something that stepdistill did not export, is one of ``inputs``, or cannot be
+            written.
     """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").is_file():
-        raise UserError(f"{path}: the folder is not empty and holds no pipeline; choose another for the student")
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    check_replaceable(path, inputs)
+    with files.replacing_folder(path) as temporary:
         save_in_one_dtype(pipeline, temporary, dtype, in_float32)
         (temporary / "README.md").write_text(model_card(path.name, pipeline, facts), encoding="utf-8")
         if lora is not None:
             lora(temporary / "lora")
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: the student cannot be written ({reason})") from None
     return path
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stepdistill import __version__
 from stepdistill.errors import UserError
+from stepdistill.pipeline_folders import check_replaceable
 
 DENOISERS = ("unet", "transformer")
 
@@ -64,6 +65,7 @@ def merge_students(a: str, b: str, weight: float, output: str | Path) -> Path:
     Raises:
         UserError: not two pipelines of one class, architecture and scheduler, or ``output`` cannot be written.
     """
+    check_replaceable(output, (a, b))
     (pipeline, network), (other, other_network) = _load(a), _load(b)
     if type(pipeline) is not type(other):
         raise UserError(f"{a} is a {type(pipeline).__name__} and {b} a {type(other).__name__}; they cannot be merged")
@@ -87,4 +89,4 @@ def merge_students(a: str, b: str, weight: float, output: str | Path) -> Path:
     }
     stamped(network, facts)
     stamped(pipeline.scheduler, facts)
-    return write_pipeline(pipeline, output, facts)
+    return write_pipeline(pipeline, output, facts, inputs=(a, b))

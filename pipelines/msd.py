@@ -26,12 +26,11 @@ from safetensors import SafetensorError, safe_open
 from stepdistill.pipelines.calls import callable_with_noise
 from torch import Tensor
 
-from stepdistill import __version__
+from stepdistill import __version__, files
 from stepdistill.errors import UserError
 from stepdistill.families.stable_diffusion import PromptEncoder
 from stepdistill.partition import FILE, Router
-
-MANIFEST = "msd.json"
+from stepdistill.pipeline_folders import MANIFEST, check_replaceable, is_whole, missing
 
 
 def is_msd_folder(path: str | Path) -> bool:
@@ -338,11 +337,16 @@ def export_students(folders: list[Path], router: Router, path: Path) -> Path:
     """Copy the students' exported folders and the router to ``path``, whole or not at all.
 
     Raises:
-        UserError: a student is missing or of another router, or the folder cannot be written.
+        UserError: a student is missing, not whole or of another router, or the folder cannot be written.
     """
+    for k, folder in enumerate(folders):
+        if folder.is_dir() and not is_whole(folder):
+            raise UserError(
+                f"{folder}: student {k} is not whole ({missing(folder)} is missing or cut short); train it with "
+                f"--student {k}, which exports it again"
+            )
     said = [check_student(folder, router, k) for k, folder in enumerate(folders)]
-    if path.is_dir() and any(path.iterdir()) and not is_msd_folder(path):
-        raise UserError(f"{path}: the folder is not empty and holds no students; choose another")
+    check_replaceable(path)
     unet = json.loads((folders[0] / "unet" / "config.json").read_text(encoding="utf-8"))
     size = unet["sample_size"]
     manifest = {
@@ -356,20 +360,12 @@ def export_students(folders: list[Path], router: Router, path: Path) -> Path:
         "noise_shape": [unet["in_channels"], *(size if isinstance(size, list) else [size, size])],
         "parameters": [_parameters(folder / "unet") for folder in folders],
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with files.replacing_folder(path) as temporary:
         for k, folder in enumerate(folders):
             shutil.copytree(folder, temporary / f"student-{k}")
         router.save(temporary / FILE)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        (temporary / "README.md").write_text(_card(path.name, manifest, router), encoding="utf-8")
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{path}: the students cannot be written ({error.strerror or error})") from None
+        files.write_json(temporary / MANIFEST, manifest)
+        files.write_text(temporary / "README.md", _card(path.name, manifest, router))
     return path
 
 

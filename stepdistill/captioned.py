@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stepdistill import files
 from stepdistill.data import write_npz
 from stepdistill.errors import UserError
 
@@ -57,8 +58,8 @@ def write_pictures(output: Path, images: np.ndarray, entries: list[Entry], credi
     write_npz(output / "training.npz", images[training], np.array(prompts))
     document = {"credits": credit, "pictures": [asdict(entry) for entry in entries]}
     lines = json.dumps(document, ensure_ascii=False).replace('{"caption"', '\n{"caption"')
-    (output / "captions.json").write_text(lines + "\n", encoding="utf-8")
-    (output / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    files.write_text(output / "captions.json", lines + "\n")
+    files.write_text(output / "prompts.txt", "\n".join(prompts) + "\n")
 
 
 def read_pictures(folder: str | Path, key: str = "data") -> tuple[np.ndarray, list[Entry]]:

@@ -276,10 +276,7 @@ def sample(
         steer = NegativePrompts(stock.first)(negative_prompt, negative_scale)
     guidance = stock.default_guidance if guidance_scale is None else guidance_scale
     pixels = stock.generate(conditions, noise, steps, generator, guidance, **steer)
-    try:
-        save_grid(pixels * 2 - 1, output)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output {output}: cannot be written ({error})") from None
+    save_grid(pixels * 2 - 1, output)
     print(f"{count} pictures in {output}")
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill import assets
+from stepdistill import assets, files
 from stepdistill.errors import UserError
 from stepdistill.pictures import IMAGE_SUFFIXES, check_kind, fit, open_header, open_picture, upright_size
 
@@ -172,15 +172,15 @@ def write_npz(path: str | Path, images: np.ndarray, labels: np.ndarray | None = 
     Args:
         images: uint8 (N, H, W) or (N, H, W, C); of one channel they are written as (N, H, W).
         labels: integers or captions (N,).
+
+    Raises:
+        UserError: it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     images = images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images
     labelled = {} if labels is None else {"labels": labels if labels.dtype.kind == "U" else labels.astype(np.int64)}
-    with open(temporary, "wb") as file:
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, images=images, **labelled)
-    temporary.replace(path)
     return path
 
 

@@ -84,12 +84,14 @@ def writing(what: str | Path, remedy: str = "choose another place, or its rights
     """What writing raises (disk full, read-only, no right, a failing disk) becomes one line.
 
     Raises:
-        UserError: an :class:`OSError`, or safetensors' error for one, was raised inside.
+        UserError: an :class:`OSError`, or a library's error for one, was raised inside.
     """
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):  # as Rust says it
+            raise
         remedy = "free some space and try again" if is_full(error) else remedy
         raise UserError(f"{what}: cannot be written ({first_line(error)}); {remedy}") from None

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -20,12 +21,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stepdistill.errors import UserError, first_line, writing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCK = ".lock"
 TEMPORARY = ".tmp"
 PREVIOUS = ".previous"
+TEMPORARY_NAME = re.compile(r"\..*\.(\w+)-(\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
+"""``.NAME.HOST-PID-RANDOM.tmp``."""
+_writing: set[str] = set()
+"""Temporary names that this process is writing now."""
 
 
 def sync(path: Path) -> None:
@@ -40,13 +49,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
-    """A new name beside ``path`` that says who writes it: ``.NAME.HOST-PID-RANDOM.tmp``."""
-    return path.with_name(f"{_prefix(path)}{_host()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new name beside ``path`` that says who writes it; what is left under it at the end is deleted."""
+    temporary = path.with_name(f"{_prefix(path)}{_host()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    _writing.add(temporary.name)
+    try:
+        yield temporary
+    finally:
+        _delete(temporary)
+        _writing.discard(temporary.name)
 
 
 def _prefix(path: Path) -> str:
-    return f".{path.name[:100]}."  # a name may have 255 bytes
+    """A name may have 255 bytes, so a long one is cut."""
+    return f".{os.fsencode(path.name)[:100].decode(errors='ignore')}."
 
 
 def _host() -> str:
@@ -63,22 +80,41 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def is_internal(path: Path) -> bool:
+    """Whether a name is one of this module's: a lock, a temporary name, or what was moved aside."""
+    aside = path.name.startswith(".") and path.name.endswith(PREVIOUS)
+    return path.name == LOCK or aside or TEMPORARY_NAME.fullmatch(path.name) is not None
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether a name is a temporary one whose writer is gone: of this machine, or of any and a day old."""
+    parts = TEMPORARY_NAME.fullmatch(path.name)
+    if parts is None or path.name in _writing:
+        return False
+    host, pid = parts[1], int(parts[2])
+    if host == _host() and (pid == os.getpid() or not _alive(pid)):
+        return True
+    return time.time() - path.lstat().st_mtime > 86_400
+
+
 def remove_leftovers(path: Path) -> None:
-    """Delete the temporary names of ``path`` whose writers are gone (of this machine; of others after a day)."""
-    prefix = _prefix(path)
+    """Delete the temporary names of ``path`` whose writers are gone."""
+    _remove_abandoned(path.parent, _prefix(path))
+
+
+def tidy(folder: Path) -> None:
+    """Delete every temporary name in a folder whose writer is gone, and bring back what was moved aside."""
+    _remove_abandoned(folder, ".")
     with contextlib.suppress(OSError):
-        for leftover in path.parent.iterdir():
-            name = leftover.name
-            if not (name.startswith(prefix) and name.endswith(TEMPORARY)):
-                continue
-            host, _, rest = name[len(prefix) : -len(TEMPORARY)].rpartition(".")[2].partition("-")
-            pid = rest.partition("-")[0]
-            if host == _host() and pid.isdigit():
-                gone = int(pid) != os.getpid() and not _alive(int(pid))
-            else:
-                gone = time.time() - leftover.lstat().st_mtime > 86_400
-            if gone:
-                _delete(leftover)
+        for path in folder.glob(f".*{PREVIOUS}"):
+            recover(path.with_name(path.name[1 : -len(PREVIOUS)]))
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.name.startswith(prefix) and _is_abandoned(path):
+                _delete(path)
 
 
 def _delete(path: Path) -> None:
@@ -103,15 +139,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        temporary = _temporary(path)
-        try:
+        with _temporary(path) as temporary:
             yield temporary
             _usual_rights(temporary)
             sync(temporary)
             os.replace(temporary, path)
-        except BaseException:
-            _delete(temporary)
-            raise
         sync(path.parent)
 
 
@@ -131,7 +163,20 @@ def write_json(path: str | Path, value: object) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False))
+    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """A safetensors file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    return Path(path)
 
 
 def finite(value: object) -> object:
@@ -161,31 +206,31 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         remove_leftovers(path)
-        temporary = _temporary(path)
-        try:
+        with _temporary(path) as temporary:
             temporary.mkdir()
             yield temporary
             for part in [temporary, *temporary.rglob("*")]:
                 _usual_rights(part)
                 sync(part)
             _put_in_place(temporary, path)
-        except BaseException:
-            _delete(temporary)
-            raise
-        sync(path.parent)
+            sync(path.parent)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a folder to ``path``; what stands there is under ``temporary`` afterwards, or deleted."""
     if not os.path.lexists(path):
         temporary.rename(path)
         return
     if _exchange(temporary, path):
-        _delete(temporary)  # now the old one
         return
     previous = path.with_name(f".{path.name}{PREVIOUS}")
     _delete(previous)
     path.rename(previous)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        recover(path)
+        raise
     _delete(previous)
 
 
@@ -217,12 +262,12 @@ def remove_folder(path: Path) -> str | None:
 
     It is renamed first; what a kill leaves of it is a temporary name, which :func:`remove_leftovers` finds.
     """
-    temporary = _temporary(path)
-    try:
-        path.rename(temporary)
-        shutil.rmtree(temporary)
-    except OSError as error:
-        return first_line(error)
+    with _temporary(path) as temporary:
+        try:
+            path.rename(temporary)
+            shutil.rmtree(temporary)
+        except OSError as error:
+            return first_line(error)
     return None
 
 

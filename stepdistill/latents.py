@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.data import ImageSet
-from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.files import write_tensors
 
 
 def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
@@ -22,6 +20,9 @@ def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 
 
     The file is keyed by a fingerprint of the images, the VAE's weights and the size, so that a stale one is
     never used.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     vae = getattr(family, "vae", None)
     if vae is None:
@@ -44,12 +45,5 @@ def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 
         for i in bar
     ]
     latents = torch.cat(parts).contiguous()
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")  # every process of a run may be here
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": latents}, temporary, {"fingerprint": key})
-        temporary.replace(file)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{folder}: the latents cannot be written ({error}); free space or change output") from None
+    write_tensors(file, {"latents": latents}, {"fingerprint": key})  # every process of a run may be here
     return latents

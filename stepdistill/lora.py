@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.errors import UserError
+from stepdistill.files import write_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
@@ -45,7 +45,6 @@ class LoRA:
 
     def save(self, folder: Path) -> Path:
         """Write diffusers' keys, alpha in the metadata (without it every loader takes alpha = rank)."""
-        folder.mkdir(parents=True, exist_ok=True)
         said = {
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -54,22 +53,20 @@ class LoRA:
             "bias": "none",
         }
         metadata = json.dumps({f"{PREFIX}{k}": v for k, v in said.items()}, sort_keys=True)
-        tensors = {f"{PREFIX}{key}": value.contiguous() for key, value in self.portable_state_dict().items()}
-        save_file(tensors, folder / FILE, {"format": "pt", METADATA: metadata})
-        return folder / FILE
+        tensors = {f"{PREFIX}{key}": value for key, value in self.portable_state_dict().items()}
+        return write_tensors(folder / FILE, tensors, {"format": "pt", METADATA: metadata})
 
     def save_kohya(self, folder: Path) -> Path:
         """Write kohya's keys: ``lora_unet_<path with _>.lora_down``, ``.lora_up`` and ``.alpha``."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for path, (down, up) in self.factors.items():
             name = f"lora_unet_{path.replace('.', '_')}"
-            tensors[f"{name}.lora_down.weight"] = down.contiguous()
-            tensors[f"{name}.lora_up.weight"] = up.contiguous()
+            tensors[f"{name}.lora_down.weight"] = down
+            tensors[f"{name}.lora_up.weight"] = up
             tensors[f"{name}.alpha"] = torch.tensor(float(self.alpha))
         said = {"ss_network_module": "networks.lora", "ss_network_dim": str(self.rank)}
-        save_file(tensors, folder / KOHYA_FILE, {"format": "pt", "ss_network_alpha": str(self.alpha), **said})
-        return folder / KOHYA_FILE
+        metadata = {"format": "pt", "ss_network_alpha": str(self.alpha), **said}
+        return write_tensors(folder / KOHYA_FILE, tensors, metadata)
 
 
 def stacked(parts: list[tuple[LoRA, float]]) -> LoRA:

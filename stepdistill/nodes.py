@@ -6,9 +6,7 @@ what the chosen ones are.  Without a folder (tests, benchmarks) they are kept in
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from stepdistill import files
 from stepdistill.errors import UserError
-from stepdistill.run import write_atomically
 
 PATH = "path.json"
 
@@ -62,17 +60,8 @@ class NodeStore:
         if self.folder is None:
             self._memory[update] = data
         elif own:
-            file = self.file(update)
-            temporary = file.with_suffix(".tmp")
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+            with files.replacing(self.file(update)) as temporary:
                 temporary.write_bytes(data)
-                temporary.replace(file)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                reason = error.strerror or error
-                raise UserError(f"{self.folder}: a node cannot be written ({reason}); free space") from None
         return Node(update, loss, hashlib.sha256(data).hexdigest())
 
     def read(self, node: Node) -> dict[str, Tensor]:
@@ -103,7 +92,7 @@ class NodeStore:
             self._memory = {k: v for k, v in self._memory.items() if k in kept}
             return
         content = {**facts, "nodes": [{"file": self.file(n.update).name, **asdict(n)} for n in nodes]}
-        write_atomically(self.folder / PATH, json.dumps(content, indent=1))
+        files.write_json(self.folder / PATH, content)
         for file in self.folder.glob("node-*.safetensors"):
             if file not in {self.file(update) for update in kept}:
                 file.unlink()

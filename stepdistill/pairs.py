@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +20,7 @@ from stepdistill.data import Order
 from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.files import write_tensors
 from stepdistill.nodes import digest
 from stepdistill.sampler import ddim_times, ode_sample
 
@@ -115,16 +114,8 @@ def _write(family, items, recipe, folder, index, batch, fingerprint, bar, autoca
 
         parts.append(ode_sample(denoise, family.schedule, times, part).float().cpu())
         bar.update(len(part))
-    file = _file(folder, index)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     metadata = {"fingerprint": fingerprint, "items": json.dumps(own)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"noise": noise, "x0": torch.cat(parts).contiguous()}, temporary, metadata)
-        temporary.replace(file)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{folder}: pairs cannot be written ({error}); free space or choose another folder") from None
+    write_tensors(_file(folder, index), {"noise": noise, "x0": torch.cat(parts)}, metadata)
 
 
 def hash_seed(seed: int, index: int) -> int:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from stepdistill.config import Section
 from stepdistill.errors import UserError
-from stepdistill.run import write_atomically
+from stepdistill.files import write_json
 
 FILE = "router.json"
 FIT_MOST = 50_000
@@ -124,11 +124,7 @@ class Router:
         except (OSError, ValueError, TypeError):
             pass
         found = self.route(prompts, embed)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(found))
-        except OSError as error:
-            raise UserError(f"{file}: the routes cannot be written ({error.strerror or error})") from None
+        write_json(file, found)
         return found
 
     def route(self, items: Sequence, embed: Embed | None, batch: int = 64) -> list[int]:
@@ -148,11 +144,7 @@ class Router:
     def save(self, path: Path) -> None:
         """Raises:
         UserError: it cannot be written."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps({**self._said(), "hash": self.hash}, indent=1))
-        except OSError as error:
-            raise UserError(f"{path}: the router cannot be written ({error.strerror or error})") from None
+        write_json(path, {**self._said(), "hash": self.hash})
 
     @classmethod
     def load(cls, path: Path) -> Router:

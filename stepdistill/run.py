@@ -28,8 +28,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from stepdistill import files
 from stepdistill.config import dump_yaml
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, writing
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 LONGEST_NAME = 200
@@ -50,13 +51,6 @@ FREE_TRAIN_KEYS = {
     "attention",
     "non_finite_limit",
 }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -193,17 +187,19 @@ class RunFolder:
         return holds_run(self.path, config.model_dump(mode="json"), resume, {CACHE, PAIRS})
 
     def create(self, config: BaseModel, seed: int) -> None:
-        """Make the folder with its config and environment."""
-        try:
-            self.samples.mkdir(parents=True, exist_ok=True)
-            self.write_config(config)
-            write_atomically(self.path / "environment.json", json.dumps(environment(seed), indent=1))
-        except OSError as error:
-            raise UserError(f"output = {self.path}: cannot be written ({error.strerror or error})") from None
+        """Make the folder with its config, which makes it a run's, and environment.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with writing(f"output = {self.path}", "choose another with output=FOLDER"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self.write_config(config)
+        files.write_json(self.path / "environment.json", environment(seed))
 
     def write_config(self, config: BaseModel) -> None:
         """Record the resolved config."""
-        write_atomically(self.path / "config.yaml", dump_yaml(config))
+        files.write_text(self.path / "config.yaml", dump_yaml(config))
 
     def keep_metrics_until(self, iteration: int) -> None:
         """Drop rows that a resumed run will write again, and a last line cut short by a kill."""
@@ -216,8 +212,14 @@ class RunFolder:
                     rows.append(line)
             except (ValueError, KeyError):
                 break
-        write_atomically(self.metrics, "".join(f"{row}\n" for row in rows))
+        files.write_text(self.metrics, "".join(f"{row}\n" for row in rows))
 
     def append(self, row: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """One more row of metrics; what is no number becomes null.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        line = json.dumps(files.finite(row), allow_nan=False)
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")

@@ -257,7 +257,7 @@ def test_export_writes_the_average_or_not(whole, tmp_path):
 def test_bad_exports_are_one_line_and_harm_nothing(whole, tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
     cases = {
-        "holds no pipeline; choose another": [whole / "run", "--output", tmp_path],
+        "holds no student that stepdistill exported; choose another": [whole / "run", "--output", tmp_path],
         "use one of float32": [whole / "run", "--output", tmp_path / "x", "--dtype", "int8"],
         "not a run folder": [tmp_path],
     }

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, model_validator
 from stepdistill.eval.comparison import Together, write_comparison
-from stepdistill.eval.curves import CURVE, Curve, curve_text, curves_table, draw_curves, read_curve
+from stepdistill.eval.curves import CURVE, Curve, curves_table, draw_curves, read_curve, write_curve
 from stepdistill.eval.distances import ReferenceStatistics, unit_uint8
 from stepdistill.eval.evaluate import Target, evaluate, step_generator, unit_noise
 from stepdistill.eval.features import load_extractor
@@ -32,11 +32,11 @@ from stepdistill.trainers.msd import MultiStudent
 from stepdistill.trainers.recipe import Recipe
 from stepdistill.trainers.tables import aligned, markdown, summary
 
-from stepdistill import assets
+from stepdistill import assets, files
 from stepdistill.clip import ClipSettings
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
-from stepdistill.run import RunFolder, write_atomically
+from stepdistill.run import RunFolder
 from stepdistill.settings import EvaluationSettings, RunSettings
 
 Seed = Annotated[int, Field(ge=0)]
@@ -100,7 +100,7 @@ class DistanceCurve:
         last = self.points[-1][0] if self.points else -1
         if trainer.passes // self.every > last // self.every or (trainer.spent() and trainer.passes > last):
             self.points.append((trainer.passes, self.measure(trainer)))
-            write_atomically(self.file, curve_text(self.points, self.protocol))
+            write_curve(self.file, self.points, self.protocol)
 
     @torch.no_grad()
     def measure(self, trainer: Trainer) -> float:
@@ -277,7 +277,7 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
     if curves:
         pictures.append(draw_curves(seeds, level["frechet"], title, metric, columns, output / "compare.png"))
     cells = summary(rows[0], [(made, steps, row) for (made, steps), row in zip(found.asked, rows[1:], strict=True)])
-    write_atomically(output / "table.md", markdown(cells))
+    files.write_text(output / "table.md", markdown(cells))
     content = {
         "passes": settings.passes,
         "teacher": level["frechet"],
@@ -286,7 +286,7 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
         "final": rows,
         "costs": {name: read_cost(made) for name, made in entries.items()},
     }
-    write_atomically(output / "compare.json", json.dumps(content, indent=1))
+    files.write_json(output / "compare.json", content)
     together = Together(
         output / "evaluation.json",
         output / "grid.png",

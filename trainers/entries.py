@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from stepdistill.eval.stock import is_pipeline
 from stepdistill.trainers.job import Job, make_job
 from stepdistill.trainers.msd import MSD, MultiStudent, is_multi_student, jobs_of, make_multi_student
 from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe
 
-from stepdistill import checkpoint
+from stepdistill import checkpoint, files
 from stepdistill.config import Section, UserPath, apply_overrides, read_yaml
 from stepdistill.errors import UserError
-from stepdistill.run import RunFolder, comparable, holds_run, write_atomically
+from stepdistill.pipeline_folders import is_whole
+from stepdistill.run import RunFolder, comparable, holds_run
 from stepdistill.settings import Steps
 
 COST = "cost.json"
@@ -77,7 +77,7 @@ class Contestant:
 
     @property
     def finished(self) -> bool:
-        return is_pipeline(self.run.student)
+        return is_whole(self.run.student)
 
     def check_finished(self) -> None:
         """That what is finished is what the config says, at its budget.
@@ -200,7 +200,7 @@ def write_cost(made: Contestant) -> dict[str, Any]:
         "students": made.work.settings.students if isinstance(made.work, MultiStudent) else 1,
         "peak_gib": peak_memory(),
     }
-    write_atomically(made.run.path / COST, json.dumps(cost, indent=1) + "\n")
+    files.write_json(made.run.path / COST, cost)
     return cost
 
 

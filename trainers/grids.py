@@ -9,9 +9,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from stepdistill import files
+from stepdistill.errors import UserError
+
 
 def save_grid(pixels: Tensor, path: Path, columns: int = 10, least_side: int = 48) -> None:
-    """Write (N, C, H, W) pixels in [-1, 1] as one PNG, ``columns`` across; small pictures are enlarged to be seen."""
+    """Write (N, C, H, W) pixels in [-1, 1] as one picture, ``columns`` across; small ones are enlarged to be seen.
+
+    Raises:
+        UserError: it cannot be written, or its name's ending is no picture format's.
+    """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise UserError(f"{path}: cannot be written: no picture format has this ending; name a .png")
     count, channels, height, width = pixels.shape
     array = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     rows = math.ceil(count / columns)
@@ -22,5 +32,5 @@ def save_grid(pixels: Tensor, path: Path, columns: int = 10, least_side: int = 4
     image = Image.fromarray(canvas[..., 0] if channels == 1 else canvas[..., :3])
     scale = max(1, math.ceil(least_side / height))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    with files.replacing(path) as temporary:
+        image.save(temporary, format=kind)

@@ -44,6 +44,7 @@ from stepdistill.config import dump_yaml, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.partition import Router
+from stepdistill.pipeline_folders import is_whole
 from stepdistill.run import RunFolder
 from stepdistill.sampler import FewStepSampler
 
@@ -343,7 +344,7 @@ def rehearse_students(several: MultiStudent, family: Family, router: Router) -> 
 
 def _one(work: Job | Recipe, run: RunFolder, title: str, go_on: bool, main_process: bool) -> None:
     """A run or recipe of one student, unless it is finished."""
-    if (run.student / "model_index.json").is_file():
+    if is_whole(run.student):
         if main_process:
             print(f"{title}: finished before, in {run.path}")
         return

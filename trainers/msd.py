@@ -28,6 +28,7 @@ from stepdistill.config import check, merge, output_folder
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.partition import FILE, PartitionSettings, Router, make_router
+from stepdistill.pipeline_folders import is_whole
 from stepdistill.run import CACHE, PAIRS, RunFolder, holds_run
 
 MSD = "msd"
@@ -71,7 +72,7 @@ class MultiStudent:
         return RunFolder(self.output / f"student-{k}")
 
     def finished(self, k: int) -> bool:
-        return (self.folder(k).student / "model_index.json").is_file()
+        return is_whole(self.folder(k).student)
 
     @property
     def router_file(self) -> Path:

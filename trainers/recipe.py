@@ -24,9 +24,11 @@ from pydantic import Field
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.job import Job, make_job
 
+from stepdistill import files
 from stepdistill.config import Section, check, merge, output_folder
 from stepdistill.errors import UserError
-from stepdistill.run import CACHE, RunFolder, comparable, holds_run, write_atomically
+from stepdistill.pipeline_folders import check_replaceable, is_whole
+from stepdistill.run import CACHE, RunFolder, comparable, holds_run
 
 STAGES = "stages"
 OWN = ("name", "take", "of", "shared")
@@ -59,7 +61,7 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        return (self.run.student / "model_index.json").is_file()
+        return is_whole(self.run.student)
 
     @property
     def passes(self) -> int:
@@ -112,15 +114,9 @@ class Recipe:
         Raises:
             UserError: it cannot be written.
         """
-        temporary = self.output / ".student.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            shutil.copytree(self.last.run.student, temporary)
-            shutil.rmtree(self.run.student, ignore_errors=True)
-            temporary.rename(self.run.student)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"{self.output}: the student cannot be written ({error.strerror or error})") from None
+        check_replaceable(self.run.student)
+        with files.replacing_folder(self.run.student) as temporary:
+            shutil.copytree(self.last.run.student, temporary, dirs_exist_ok=True)
 
 
 def with_stages(config: dict[str, Any]) -> dict[str, Any]:
@@ -212,9 +208,4 @@ def write_config(output: Path, config: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / "config.yaml", text)
-    except OSError as error:
-        raise UserError(f"output = {output}: cannot be written ({error.strerror or error})") from None
+    files.write_text(output / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

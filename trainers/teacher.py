@@ -18,7 +18,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDIMScheduler
 from pydantic import Field, model_validator
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +27,9 @@ from stepdistill.data import Order, mirrored, read_idx, read_npz
 from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError
 from stepdistill.families.unet2d import UNet2DFamily, build_teacher_network
+from stepdistill.files import replacing_folder, write_tensors
 from stepdistill.objectives.denoising import denoising_loss
+from stepdistill.pipeline_folders import check_replaceable
 
 
 class TeacherData(Section):
@@ -159,6 +161,7 @@ def fit(
 
 def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
     """Train, then write a stock folder at ``config.output``; resumes from ``OUTPUT.partial`` if it is there."""
+    check_replaceable(config.output, teacher=True)
     net, data = config.network, config.data
     shape = (net.channels, net.resolution, net.resolution)
     if data.npz is not None:
@@ -202,7 +205,8 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
             "finished": time.strftime("%Y-%m-%d"),
         }
     )
-    ConsistencyModelPipeline(unet=network.cpu(), scheduler=family.scheduler).save_pretrained(config.output)
+    with replacing_folder(config.output) as temporary:
+        ConsistencyModelPipeline(unet=network.cpu(), scheduler=family.scheduler).save_pretrained(temporary)
     return Path(config.output)
 
 
@@ -213,10 +217,7 @@ def _save_partial(path: Path, step: int, network, ema, optimizer, generator) -> 
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
     tensors["generator"] = generator.get_state()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": json.dumps(step)})
-    temporary.replace(path)
+    write_tensors(path, tensors, {"step": json.dumps(step)})
 
 
 def _resume(path: Path, network, ema, optimizer, generator) -> int:

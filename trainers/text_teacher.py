@@ -23,7 +23,6 @@ from diffusers import DDIMScheduler, ModelMixin
 from diffusers.models.attention_processor import AttnProcessor
 from pydantic import Field, model_validator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from stepdistill.pipelines.saving import save_in_one_dtype
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +34,9 @@ from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError
 from stepdistill.families import small
 from stepdistill.families.stable_diffusion import StableDiffusionFamily, encode_prompts
+from stepdistill.files import replacing_folder, write_tensors
 from stepdistill.objectives.denoising import capped_snr_weight, denoising_loss
+from stepdistill.pipeline_folders import check_replaceable
 from stepdistill.run import differences
 
 from .grids import save_grid
@@ -219,9 +220,8 @@ def train_vae(config: TextTeacherConfig, pixels: Tensor, held_out: Tensor, devic
     standardise_latents(vae, pixels)
     vae.register_to_config(_stepdistill={"vae": said})
     _show_reconstructions(vae, held_out, work / "pictures" / "vae.png")
-    unfinished = work / "vae.unfinished"
-    vae.save_pretrained(unfinished)
-    unfinished.rename(work / "vae")
+    with replacing_folder(work / "vae") as temporary:
+        vae.save_pretrained(temporary)
     return vae
 
 
@@ -239,6 +239,7 @@ def _show_reconstructions(vae: ModelMixin, pixels: Tensor, path: Path) -> None:
 
 def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
     """Train both phases, then write a stock folder at ``config.output``; goes on from ``OUTPUT.work``."""
+    check_replaceable(config.output, teacher=True)
     images, entries = read_pictures(config.data)
     factor = 2 ** (len(config.vae.block_channels) - 1 + len(config.denoiser.block_channels) - 1)
     if images.shape[1] != images.shape[2] or images.shape[1] % factor:
@@ -277,7 +278,8 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
     call = {"num_inference_steps": config.samples.steps, "guidance_scale": config.samples.guidance_scale}
     family.scheduler.register_to_config(_stepdistill={"steps": config.samples.steps, "call": call})
     path = Path(config.output)
-    save_in_one_dtype(family.to("cpu").pipeline(unet, family.scheduler), path, getattr(torch, config.dtype))
+    with replacing_folder(path) as temporary:
+        save_in_one_dtype(family.to("cpu").pipeline(unet, family.scheduler), temporary, getattr(torch, config.dtype))
     return path
 
 
@@ -295,9 +297,7 @@ def _latents(config: TextTeacherConfig, vae: ModelMixin, pixels: Tensor, held_ou
         print(f"{file}: of another VAE or other pictures; made anew")
     psnr = torch.tensor(reconstruction_psnr(vae, held_out), dtype=torch.float64)
     latents = encode_all(vae, pixels).contiguous()
-    unfinished = file.with_suffix(".unfinished")
-    save_file({"latents": latents, "psnr": psnr}, unfinished, made_of)
-    unfinished.rename(file)
+    write_tensors(file, {"latents": latents, "psnr": psnr}, made_of)
     return latents, psnr.item()
 
 
@@ -308,9 +308,8 @@ def _tokenizer(config: TextTeacherConfig, entries: list[Entry]) -> PreTrainedTok
         return small.load_tokenizer(folder)
     texts = [text for entry in entries for text in (entry.caption, *entry.keywords)]
     tokenizer = small.build_tokenizer(texts, config.text.vocabulary, config.text.max_tokens)
-    unfinished = folder.with_suffix(".unfinished")
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    with replacing_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
     return small.load_tokenizer(folder)
 
 

@@ -455,7 +455,7 @@ def test_gathering_refuses_what_does_not_belong_together(three, held, tmp_path):
         assert not (tmp_path / "out").exists()
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mine.txt").write_text("dear")
-    with pytest.raises(UserError, match="not empty and holds no students; choose another"):
+    with pytest.raises(UserError, match="holds no student that stepdistill exported; choose another"):
         export_students(folders, three.router, tmp_path / "letters")
     (held / "msd.json").write_text("{")
     assert export_students(folders, three.router, held) == held  # an older gathering is replaced

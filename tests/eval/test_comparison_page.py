@@ -10,7 +10,7 @@ from console import stepdistill
 from matplotlib.figure import Figure
 from PIL import Image
 from stepdistill.eval.comparison import Together, config_differences, write_comparison
-from stepdistill.eval.curves import CURVE, curve_text, draw_curves, read_curve
+from stepdistill.eval.curves import CURVE, draw_curves, read_curve, write_curve
 
 from stepdistill.errors import UserError
 
@@ -223,7 +223,7 @@ def test_configs_that_agree_do_not_differ():
 
 def test_a_curve_of_another_protocol_is_refused(tmp_path):
     protocol = {"samples": 20, "seed": 0}
-    (tmp_path / CURVE).write_text(curve_text([(0, 9.0), (10, 1.5)], protocol))
+    write_curve(tmp_path / CURVE, [(0, 9.0), (10, 1.5)], protocol)
     assert read_curve(tmp_path / CURVE, protocol) == read_curve(tmp_path / CURVE) == [(0, 9.0), (10, 1.5)]
     with pytest.raises(UserError, match=r"measured under another protocol: samples \(20 there, 30 now\)"):
         read_curve(tmp_path / CURVE, {**protocol, "samples": 30})

@@ -358,7 +358,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(UserError, match="a node cannot be written"):
+    with pytest.raises(UserError, match=r"node-00000001\.safetensors: cannot be written"):
         NodeStore(blocked / "nodes").write(1, 0.0, {"a": torch.zeros(1)})
 
 

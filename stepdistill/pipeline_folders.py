@@ -1,0 +1,161 @@
+"""Pipeline folders on the disk: whether one is whole, and whether it may be written over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from stepdistill import assets, files
+from stepdistill.errors import UserError
+
+INDEX = "model_index.json"
+MANIFEST = "msd.json"
+"""What makes a folder one of several students."""
+STAMP = "_stepdistill"
+"""The key of a config that says what made it."""
+CONFIGS = {
+    "Scheduler": "scheduler_config.json",
+    "Tokenizer": "tokenizer_config.json",
+    "TokenizerFast": "tokenizer_config.json",
+    "Processor": "preprocessor_config.json",
+    "FeatureExtractor": "preprocessor_config.json",
+}
+"""By the end of a component's class; every other component is a network with ``config.json`` and weights."""
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+"""One of these is beside a tokenizer's config."""
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether a folder holds a pipeline, or several students, with every part that it names.
+
+    What a killed process had moved aside is brought back first.
+    """
+    folder = Path(folder)
+    files.recover(folder)
+    return missing(folder) is None
+
+
+def missing(folder: Path) -> str | None:
+    """The first file that a pipeline's folder, or that of several students, should have and has not; None: whole.
+
+    A weight file that is cut short counts as missing.
+    """
+    if (folder / MANIFEST).is_file():
+        return _missing_of_several(folder)
+    index = _mapping(folder / INDEX)
+    if index is None:
+        return INDEX
+    for name, value in index.items():
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+            part = _missing_of_component(folder / name, value[1])
+            if part is not None:
+                return f"{name}/{part}"
+    return None
+
+
+def _missing_of_several(folder: Path) -> str | None:
+    students = (_mapping(folder / MANIFEST) or {}).get("students")
+    if not isinstance(students, int):
+        return MANIFEST
+    if not (folder / "router.json").is_file():
+        return "router.json"
+    for k in range(students):
+        part = missing(folder / f"student-{k}")
+        if part is not None:
+            return f"student-{k}/{part}"
+    return None
+
+
+def _missing_of_component(folder: Path, kind: str) -> str | None:
+    config = next((file for end, file in CONFIGS.items() if kind.endswith(end)), None)
+    if config is not None:
+        if "Tokenizer" in kind and not any((folder / name).is_file() for name in VOCABULARIES):
+            return "its vocabulary"
+        return None if (folder / config).is_file() else config
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    for index in folder.glob("*.index.json"):
+        shards = (_mapping(index) or {}).get("weight_map")
+        if not isinstance(shards, dict):
+            return index.name
+        weights += [folder / shard for shard in sorted(set(map(str, shards.values())))]
+    if not weights:
+        return "its weights"
+    return next((file.name for file in weights if not _is_whole_file(file)), None)
+
+
+def _is_whole_file(file: Path) -> bool:
+    if file.suffix != ".safetensors":
+        return file.is_file()
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _mapping(file: Path) -> dict[str, Any] | None:
+    """A JSON object, None where there is no readable one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+# -- writing over one ----------------------------------------------------------------------------------------
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether stepdistill exported this folder: a student, or several."""
+    if (folder / MANIFEST).is_file():
+        return True
+    stamp = (_mapping(folder / "scheduler" / "scheduler_config.json") or {}).get(STAMP)
+    return isinstance(stamp, dict) and "version" in stamp  # a teacher of ours says its steps alone
+
+
+def is_trained_teacher(folder: Path) -> bool:
+    """Whether ``stepdistill teacher train`` made this folder."""
+    stamp = (_mapping(folder / "unet" / "config.json") or {}).get(STAMP)
+    return isinstance(stamp, dict) and "trained_by" in stamp
+
+
+def is_free(folder: Path) -> bool:
+    """Whether there is no such folder, or nothing of anyone's in it."""
+    return not folder.exists() or (folder.is_dir() and not any(not files.is_internal(p) for p in folder.iterdir()))
+
+
+def check_replaceable(folder: str | Path, inputs: Iterable[str | Path | None] = (), teacher: bool = False) -> None:
+    """Refuse to write a pipeline over what stepdistill did not write, or over what it is made from.
+
+    Args:
+        inputs: folders (``asset:NAME`` or hub ids too) that it is made from.
+        teacher: it is one that ``stepdistill teacher train`` makes; by default a student.
+
+    Raises:
+        UserError: the folder is one of the inputs, a file, or holds something else.
+    """
+    folder = Path(folder)
+    files.recover(folder)
+    for source in inputs:
+        place = None if source is None else Path(assets.resolve(str(source)))
+        if place is not None and place.exists() and folder.exists() and place.samefile(folder):
+            raise UserError(f"{folder}: it would be written over what it is made from; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: that is a file; name a folder")
+    ours = is_trained_teacher if teacher else is_exported
+    if not is_free(folder) and not ours(folder):
+        kind = "teacher that stepdistill trained" if teacher else "student that stepdistill exported"
+        raise UserError(f"{folder}: the folder is not empty and holds no {kind}; choose another, or remove it")
+
+
+def holds_parts(folder: Path) -> bool:
+    """Whether all in a run's ``student`` are parts of one, as an interrupted deletion leaves them."""
+    parts = {INDEX, MANIFEST, "router.json", "README.md", "lora", "scheduler", "unet", "transformer", "vae"}
+    parts |= {"text_encoder", "tokenizer", "feature_extractor", "safety_checker", "image_encoder"}
+    return all(p.name in parts or p.name.startswith("student-") or files.is_internal(p) for p in folder.iterdir())
