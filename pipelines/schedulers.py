@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
@@ -11,6 +13,7 @@ from diffusers import (
     LCMScheduler,
     TCDScheduler,
 )
+from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
@@ -133,11 +136,26 @@ def _vp(scheduler, kind: PredictionType, sampler: FewStepSampler):
     if length == len(table):
         same = {k: config[k] for k in ("beta_start", "beta_end", "beta_schedule", "trained_betas") if k in config}
         same["rescale_betas_zero_snr"] = bool(config.get("rescale_betas_zero_snr", False))
-        whole = made(num_train_timesteps=len(table), **same, **common, **own)
-        if torch.equal(whole.alphas_cumprod.double(), table):
-            return whole
-    alphas = table[:length] / torch.cat([torch.ones(1, dtype=table.dtype), table[: length - 1]])
-    return made(num_train_timesteps=length, trained_betas=(1 - alphas).tolist(), **common, **own)
+        with contextlib.suppress(NotImplementedError):  # a beta schedule that only the teacher's own class knows
+            whole = made(num_train_timesteps=len(table), **same, **common, **own)
+            if torch.equal(whole.alphas_cumprod.double(), table):
+                return whole
+    betas = scheduler.betas[:length].tolist()
+    exact = made(num_train_timesteps=length, trained_betas=betas, **common, **own)
+    if torch.equal(exact.alphas_cumprod.double(), table[:length]):
+        return exact
+    return made(num_train_timesteps=length, trained_betas=betas_of(table[:length]), **common, **own)
+
+
+def betas_of(alphas_cumprod: Tensor) -> list[float]:
+    """Betas whose products, as stock schedulers take them, are ``alphas_cumprod`` (T,): each corrects for how far the
+    rounding of those before it to float32 has led the product away."""
+    product, betas = 1.0, []
+    for wanted in alphas_cumprod.tolist():
+        beta = torch.tensor(1 - wanted / product if product else 1.0, dtype=torch.float32)
+        product *= float(1 - beta)
+        betas.append(float(beta))
+    return betas
 
 
 def _common(kind: PredictionType) -> dict:
@@ -151,10 +169,24 @@ def _common(kind: PredictionType) -> dict:
 
 
 def _signal_lcm(kind: PredictionType, sampler: SignalSampler) -> LCMScheduler:
-    """One step at label ``times[0]`` where alpha is that of the schedule's last timestep: its betas are spread evenly
-    over the timesteps up to the label, so that float32 keeps their product."""
-    last = sampler.schedule.alphas_cumprod[-1]
-    count = int(sampler.times[0]) + 1
-    betas = [0.0] * (count - 1) + [1.0] if last == 0 else [1 - float(last) ** (1 / count)] * count
+    """One step at label ``times[0]`` where alpha is that of the schedule's last timestep."""
+    betas = betas_with_product(float(sampler.schedule.alphas_cumprod[-1]), int(sampler.times[0]) + 1)
     own = {"original_inference_steps": 1, "timestep_scaling": TIMESTEP_SCALING}
-    return LCMScheduler(num_train_timesteps=count, trained_betas=betas, **own, **_common(kind))
+    return LCMScheduler(num_train_timesteps=len(betas), trained_betas=betas, **own, **_common(kind))
+
+
+def betas_with_product(wanted: float, count: int) -> list[float]:
+    """``count`` betas with ``prod(1 - beta) = wanted``, spread evenly so that float32 keeps the product.
+
+    Where ``wanted`` is tiny even that is too coarse (a float32 beta near 1 leaves 1 - beta in steps of 6e-8), so of
+    pairs of the last two the best is taken.
+    """
+    if wanted == 0 or count == 1:
+        return [0.0] * (count - 1) + [1 - wanted]
+    even = torch.tensor(1 - wanted ** (1 / count), dtype=torch.float32)
+    before = float(1 - even) ** (count - 2)
+    first = (even.double() + torch.arange(-2000, 2001) * 2.0**-24).clamp(0, 1 - 2.0**-24).float()
+    last = (1 - wanted / before / (1 - first).double()).clamp(0, 1).float()
+    error = (before * (1 - first).double() * (1 - last).double() - wanted).abs()
+    best = int(error.argmin())
+    return [float(even)] * (count - 2) + [float(first[best]), float(last[best])]

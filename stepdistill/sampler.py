@@ -50,12 +50,15 @@ EDM_STUDENT_RHO = 4.0
 """Spacing of an EDM student's steps, ``sigma_k = sigma_1 (1 - k/N)^rho``: 80, 25, 5, 0.3 for four."""
 
 
-def few_step_times(schedule: Schedule, steps: int, start: float | None = None) -> tuple[float, ...]:
+def few_step_times(
+    schedule: Schedule, steps: int, start: float | None = None, key: str = "sampler.steps"
+) -> tuple[float, ...]:
     """The N times of a student, descending, as its exported scheduler will give them.
 
     VP: ``k (N, ..., 1) - 1`` with ``k = (start + 1) // N``; N = 4, start 999: 999, 749, 499, 249.
     Flow: ``0.999 (N, ..., 1) / N``, shifted.  EDM: ``start (1 - k/N)^4``.  ``start``: the first time (the noise's
-    conditioning timestep), by default the last of a VP schedule, and sigma_max.
+    conditioning timestep), by default the last of a VP schedule, and sigma_max.  ``key``: the config's name of
+    ``steps``, for errors.
 
     Raises:
         UserError: more steps than levels, a start outside the schedule.
@@ -67,9 +70,9 @@ def few_step_times(schedule: Schedule, steps: int, start: float | None = None) -
             raise UserError(f"sampler.start = {first}: a whole timestep from 1 to {last} is needed")
         stride = (int(first) + 1) // steps
         if stride < 1:
-            raise UserError(f"sampler.steps = {steps}: more than the {int(first) + 1} timesteps up to {first}")
+            raise UserError(f"{key} = {steps}: more than the {int(first) + 1} timesteps up to {first:g}")
         if (int(first) + 1) % steps and stride * steps - 1 < 0.9 * first:
-            raise UserError(f"sampler.steps = {steps} does not divide {int(first) + 1} timesteps; use a divisor")
+            raise UserError(f"{key} = {steps} does not divide {int(first) + 1} timesteps; use a divisor")
         return tuple(float(stride * k - 1) for k in range(steps, 0, -1))
     if isinstance(schedule, FlowSchedule):
         if start is not None:
@@ -240,7 +243,15 @@ class SignalSampler(FewStepSampler):
 
 
 def ddim_times(schedule: Schedule, steps: int) -> tuple[float, ...]:
-    """Trailing times of a teacher's sampler in ``steps`` steps, descending: its usual DDIM or Euler grid."""
+    """Trailing times of a teacher's sampler in ``steps`` steps, descending: its usual DDIM or Euler grid.
+
+    Raises:
+        UserError: more steps than levels.
+    """
+    if steps > schedule.num_levels:
+        raise UserError(
+            f"teacher.steps = {steps}: more than the {schedule.num_levels} levels of the teacher's schedule"
+        )
     levels = [round(schedule.num_levels * (1 - k / steps)) - 1 for k in range(steps)]
     return tuple(float(t) for t in schedule.level(torch.tensor(levels)))
 

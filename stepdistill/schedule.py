@@ -26,7 +26,9 @@ from stepdistill.errors import UserError
 PredictionType = Literal["eps", "v", "x0", "flow", "edm"]
 
 ALPHA_MIN = 1e-4
-"""Smallest alpha that x0 is divided by.  Below it (zero terminal SNR) eps says nothing of x0."""
+"""What x0 is divided by where alpha is exactly 0 and eps says nothing of x0, so that a conversion stays finite.  Any
+other alpha is divided by as it is, however small: stock schedulers do the same.  An eps teacher whose schedule reaches
+0 is refused (:func:`from_scheduler`)."""
 SIGMA_MIN = 1e-5
 """Smallest sigma that eps and the score are divided by: at sigma = 0 the noise is unknown."""
 
@@ -74,10 +76,24 @@ class Schedule(abc.ABC):
     """alpha and sigma as functions of t, and how a network is fed at t.
 
     ``num_levels`` discrete noise levels (ascending in noise) stand for "a random time": methods draw an integer
-    level and :meth:`level` turns it into t, so that a range such as 20..980 means the same on every schedule.
+    level and :meth:`level` turns it into t.  Configs count levels in thousandths of the schedule, whatever its number
+    of levels is, so that a range such as 20..980 means the same on every schedule: thousandth k holds the levels whose
+    part of the schedule lies in ``[k / 1000, (k + 1) / 1000)``; with 1000 levels it is level k.
     """
 
     num_levels: int
+
+    def level_of(self, thousandth: int) -> int:
+        """The level where thousandth 0..999 begins; with fewer than 1000 levels, the one that it falls in."""
+        return thousandth * self.num_levels // 1000
+
+    def level_range(self, low: int, high: int) -> tuple[int, int]:
+        """The first and the last level, both included, of thousandths ``low .. high``, both included, 0..999."""
+        return self.level_of(low), -(-(high + 1) * self.num_levels // 1000) - 1
+
+    def level_distance(self, thousandths: int) -> int:
+        """How many levels make a distance of so many thousandths, at least 1."""
+        return max(1, round(thousandths * self.num_levels / 1000))
 
     @abc.abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,15 +131,15 @@ class Schedule(abc.ABC):
     def to_x0(self, output: Tensor, kind: PredictionType, x_t: Tensor, t: Tensor) -> Tensor:
         """The x0 that a prediction of ``kind`` means at ``x_t``.
 
-        eps: ``(x - sigma eps) / alpha`` with alpha at least ``ALPHA_MIN``; v: ``(alpha x - sigma v) / (alpha^2 +
-        sigma^2)``; flow: ``(x - sigma u) / (alpha + sigma)``.  Any schedule, so any pair may be converted.
+        eps: ``(x - sigma eps) / alpha``, with ``ALPHA_MIN`` in place of an alpha of 0; v: ``(alpha x - sigma v) /
+        (alpha^2 + sigma^2)``; flow: ``(x - sigma u) / (alpha + sigma)``.  Any schedule, so any pair may be converted.
         """
         alpha, sigma = self._coefficients(x_t, t)
         match kind:
             case "x0":
                 x0 = output
             case "eps":
-                x0 = (x_t - sigma * output) / alpha.clamp(min=ALPHA_MIN)
+                x0 = (x_t - sigma * output) / torch.where(alpha > 0, alpha, ALPHA_MIN)
             case "v":
                 x0 = (alpha * x_t - sigma * output) / (alpha**2 + sigma**2)
             case "flow":
@@ -234,8 +250,8 @@ class VPSchedule(Schedule):
         return index
 
     def at_noise_ratio(self, ratio: Tensor) -> Tensor:
-        """Nearest in ln(sigma/alpha)."""
-        logs = (self._sigma / self._alpha.clamp(min=ALPHA_MIN)).log().to(ratio.device)
+        """Nearest in ln(sigma/alpha); an alpha of 0 is infinitely far from any other."""
+        logs = (self._sigma / self._alpha).log().to(ratio.device)
         wanted = ratio.double().log()
         above = torch.searchsorted(logs, wanted).clamp(1, self.num_levels - 1)
         return torch.where(wanted - logs[above - 1] < logs[above] - wanted, above - 1, above)
@@ -328,7 +344,8 @@ def from_scheduler(scheduler) -> tuple[Schedule, PredictionType]:
     schedulers set to ``use_flow_sigmas`` are flow; schedulers with ``sigma_data`` are EDM.
 
     Raises:
-        UserError: a scheduler of another kind, or a prediction type that is not one of ours.
+        UserError: a scheduler of another kind, a prediction type that is not one of ours, or an eps network on betas
+            that are rescaled to end in pure noise, where no x0 can be read off eps.
     """
     config, name = scheduler.config, type(scheduler).__name__
     stated = config.get("prediction_type", "epsilon")
@@ -352,5 +369,13 @@ def from_scheduler(scheduler) -> tuple[Schedule, PredictionType]:
                 f"scheduler {name}: prediction_type {stated!r} is not supported; use one of "
                 f"{', '.join(DIFFUSERS_PREDICTION_TYPES)}"
             )
-        return VPSchedule(scheduler.alphas_cumprod), DIFFUSERS_PREDICTION_TYPES[stated]
+        kind = DIFFUSERS_PREDICTION_TYPES[stated]
+        if kind == "eps" and (config.get("rescale_betas_zero_snr") or scheduler.alphas_cumprod[-1] == 0):
+            raise UserError(
+                f"scheduler {name}: its last timestep is pure noise (rescale_betas_zero_snr), where a network that "
+                "predicts epsilon says nothing of the picture; if it was trained on such a schedule, its "
+                "prediction_type is v_prediction or sample: say so in scheduler_config.json, else set "
+                "rescale_betas_zero_snr to false"
+            )
+        return VPSchedule(scheduler.alphas_cumprod), kind
     raise UserError(f"scheduler {name} is neither VP, flow nor EDM; save the teacher with one that is")

@@ -1,5 +1,6 @@
 """Conversions, named epsilons, and the schedules read off diffusers' schedulers."""
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -54,6 +55,49 @@ def test_zero_terminal_snr_reads_x0_off_v_but_not_off_eps():
     torch.testing.assert_close(schedule.to_x0(eps - x0, "flow", x_t, t), x0)
     wrong = schedule.to_x0(eps + 0.1, "eps", x_t, t)
     torch.testing.assert_close(wrong, torch.full_like(wrong, -0.1 / ALPHA_MIN), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "UnCLIPScheduler", "LCMScheduler"])
+def test_eps_at_the_last_timestep_of_a_cosine_schedule_is_divided_as_stock_divides_it(name):
+    """alpha is 4.93e-5 there; a bound of 1e-4 gave half of stock's x0."""
+    if name == "UnCLIPScheduler":
+        scheduler = diffusers.UnCLIPScheduler(clip_sample=False)
+    else:
+        scheduler = getattr(diffusers, name)(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    scheduler.set_timesteps(1000, **({"original_inference_steps": 1000} if name == "LCMScheduler" else {}))
+    schedule, kind = from_scheduler(scheduler)
+    x_t, eps = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.full((3,), 999)
+    assert schedule.alpha_sigma(t)[0][0].item() == pytest.approx(4.928e-5, rel=1e-3)
+    stepped = scheduler.step(eps, scheduler.timesteps[0], x_t)
+    stock = stepped.denoised if name == "LCMScheduler" else stepped.pred_original_sample
+    assert stock.abs().max() > 1e4
+    # LCM's own blend with x_t (c_skip, c_out) is 3e-9 off
+    torch.testing.assert_close(schedule.to_x0(eps, kind, x_t, t), stock, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(rescale_betas_zero_snr=True),
+        EulerDiscreteScheduler(rescale_betas_zero_snr=True),  # its table ends in 2^-24 in place of 0
+        DDIMScheduler(trained_betas=[0.1, 0.5, 1.0], num_train_timesteps=3),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_an_eps_teacher_that_starts_from_pure_noise_is_refused(scheduler):
+    says = "last timestep is pure noise.*prediction_type is v_prediction or sample.*rescale_betas_zero_snr to false"
+    with pytest.raises(UserError, match=says) as refused:
+        from_scheduler(scheduler)
+    assert "\n" not in str(refused.value)
+    scheduler.register_to_config(prediction_type="v_prediction")
+    assert from_scheduler(scheduler)[1] == "v"
+
+
+def test_noise_ratios_find_their_timestep_on_schedules_that_end_in_noise():
+    for schedule in (zero_snr(), from_scheduler(DDIMScheduler(beta_schedule="squaredcos_cap_v2"))[0]):
+        alpha, sigma = schedule.alpha_sigma(torch.arange(20, 999))
+        assert torch.equal(schedule.at_noise_ratio(sigma / alpha), torch.arange(20, 999))
 
 
 def test_score_is_the_gradient_of_the_gaussian_kernel():

@@ -11,12 +11,14 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    UnCLIPScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -34,6 +36,12 @@ def scheduler(name: str):
         "v": lambda: DDIMScheduler(
             prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, **pixel
         ),
+        "cosine_eps": lambda: DDIMScheduler(beta_schedule="squaredcos_cap_v2", **pixel),
+        "cosine_ddpm": lambda: DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        "unclip": lambda: UnCLIPScheduler(),
+        "sigmoid": lambda: DDPMScheduler(beta_schedule="sigmoid"),
+        "eps_4000": lambda: DDIMScheduler(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2", **pixel),
+        "v_100": lambda: DDIMScheduler(num_train_timesteps=100, prediction_type="v_prediction", **pixel),
         "flow": lambda: FlowMatchEulerDiscreteScheduler(),
         "flow_shift": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
         "edm": lambda: CMStochasticIterativeScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5),

@@ -356,8 +356,9 @@ class Trainer(abc.ABC):
         return self.real.batch(start, count)
 
     def draw_time(self, low: int, high: int, count: int) -> Tensor:
-        """Times (count,) of noise levels uniform in ``low .. high``, both included."""
-        return self.roles.student.schedule.level(self.noise.randint(low, high, count))
+        """Times (count,) of noise levels uniform in ``low .. high``, in thousandths of the schedule, both included."""
+        schedule = self.roles.student.schedule
+        return schedule.level(self.noise.randint(*schedule.level_range(low, high), count))
 
     def total(self, role: str, losses: Losses) -> Tensor:
         """The weighted sum of a role's losses; all of them are logged."""

@@ -41,7 +41,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.objectives.bootstrapping import bootstrap_loss, signal_target
 from stepdistill.sampler import FewStepSampler, SignalSampler
-from stepdistill.schedule import VPSchedule
+from stepdistill.schedule import Schedule, VPSchedule
 from stepdistill.settings import RunSettings
 
 BINS = 4
@@ -50,8 +50,8 @@ BINS = 4
 
 class BOOTSettings(Section):
     guidance_scale: float = Field(1.0, ge=1, description="of the teacher, in both losses; 1 is none; baked in")
-    delta: int = Field(50, ge=1, le=999, description="levels (of 1000) from s up to t")
-    min_level: int = Field(1, ge=0, le=998, description="the lowest label, where the student is read")
+    delta: int = Field(50, ge=1, le=999, description="from s up to t, in thousandths of the schedule")
+    min_level: int = Field(1, ge=0, le=998, description="the lowest label, where the student is read, in thousandths")
     boundary_weight: float = Field(0.1, ge=0, description="of L_BC")
     weight_floor: float = Field(0.1, gt=0, description="of w^2 in the loss's weight 1/w^2")
     solver: Literal["euler", "heun"] = Field("euler", description="the teacher's step: DDIM's, or second order")
@@ -65,8 +65,15 @@ class BOOTSettings(Section):
     @model_validator(mode="after")
     def _some_room(self):
         if self.min_level + self.delta > 999:
-            raise ValueError(f"delta = {self.delta} above min_level = {self.min_level} leaves the 1000 levels")
+            raise ValueError(
+                f"delta = {self.delta} above min_level = {self.min_level} leaves the schedule's 1000 thousandths"
+            )
         return self
+
+
+def lowest_level(settings: BOOTSettings, schedule: Schedule) -> int:
+    """The level of ``min_level``; on a VP schedule of few timesteps it is 1 where that would be timestep 0."""
+    return max(schedule.level_of(settings.min_level), int(isinstance(schedule, VPSchedule)))
 
 
 class BOOT(DirectTrainer):
@@ -85,17 +92,17 @@ class BOOT(DirectTrainer):
     def check_family(cls, settings: BOOTSettings, family: Family) -> None:
         if settings.guidance_scale != 1:
             family.null_condition(1)
-        last = family.schedule.num_levels - 1
-        if settings.min_level + settings.delta > last:
-            raise UserError(
-                f"boot.min_level = {settings.min_level}, delta = {settings.delta}: the teacher's levels end at {last}"
-            )
         if isinstance(family.schedule, VPSchedule) and settings.min_level == 0:
             raise UserError("boot.min_level = 0: the stock scheduler cannot be told timestep 0; set 1 or more")
+        if lowest_level(settings, family.schedule) >= family.schedule.num_levels - 1:
+            raise UserError(
+                f"boot.min_level = {settings.min_level}: leaves no label above it among the teacher's "
+                f"{family.schedule.num_levels} levels; lower it"
+            )
 
     @classmethod
     def make_sampler(cls, config: RunSettings, family: Family) -> FewStepSampler:
-        level = torch.tensor([config.boot.min_level])
+        level = torch.tensor([lowest_level(config.boot, family.schedule)])
         return SignalSampler(family.schedule, (float(family.schedule.level(level)),))
 
     @classmethod
@@ -125,12 +132,12 @@ class BOOT(DirectTrainer):
 
     def draw_levels(self, count: int) -> tuple[Tensor, Tensor]:
         """Levels of s and t (count,), s uniform from the lowest level that is open yet up to the one below T."""
-        own, last = self.settings, self.roles.student.schedule.num_levels - 1
-        low = own.min_level
+        own, schedule = self.settings, self.roles.student.schedule
+        low, last = lowest_level(own, schedule), schedule.num_levels - 1
         if own.progressive:
             low = max(low, round(last - (last - low) * (self.counters["student"] + 1) / own.progressive))
         level_s = self.noise.randint(min(low, last - 1), last - 1, count)
-        return level_s, (level_s + own.delta).clamp(max=last)
+        return level_s, (level_s + schedule.level_distance(own.delta)).clamp(max=last)
 
     def teacher_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """f: the guided teacher's x0 (B, ...)."""

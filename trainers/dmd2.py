@@ -39,7 +39,7 @@ class GANSettings(Section):
 
     student_weight: float = Field(0.0, ge=0, description="w_g: 3e-3 ImageNet, 1e-3 SD1.5, 5e-3 SDXL; 0 turns it off")
     discriminator_weight: float = Field(1e-2, gt=0, description="w_d, in the fake score's loss")
-    max_level: int = Field(999, ge=0, le=999, description="its inputs are noised at levels 0..this")
+    max_level: int = Field(999, ge=0, le=999, description="its inputs are noised at levels 0..this, in thousandths")
     noised: bool = Field(True, description="false: the discriminator sees clean samples at the lowest level")
 
 

@@ -18,7 +18,7 @@ from stepdistill.trainers.base import ConditionSource, RealSource, Trainer, chec
 from stepdistill import assets, checkpoint, data
 from stepdistill.attention import NATIVE
 from stepdistill.config import Section, apply_overrides, check, merge, read_yaml
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
 from stepdistill.latents import cached_latents
@@ -169,6 +169,27 @@ def check_judge(config: RunSettings, family: Family) -> None:
     if own.enabled and own.extractor is not None:
         reference = ReferenceStatistics.load(assets.resolve(own.reference))
         reference.check(load_extractor(own.extractor, "cpu"), family.image_shape)
+
+
+def check_teacher_steps(job: Job, family: Family) -> None:
+    """Refuse numbers of the teacher's steps that its schedule, or its stock scheduler, does not have.
+
+    Raises:
+        UserError: one that is used is too high.
+    """
+    config, scheduler = job.config, family.scheduler
+    if job.method.name == "pso" or not (config.evaluation.enabled or job.method.name == "regression"):
+        return
+    evaluated = config.evaluation.teacher_steps if config.evaluation.enabled else []
+    for key, steps in [("teacher.steps", config.teacher.steps), *(("evaluation.teacher_steps", n) for n in evaluated)]:
+        levels = family.schedule.num_levels
+        if steps > levels:
+            raise UserError(f"{key} = {steps}: more than the {levels} timesteps of the teacher; set {levels} or fewer")
+        try:
+            type(scheduler).from_config(scheduler.config).set_timesteps(steps)
+        except Exception as error:  # each scheduler has its own words
+            name, reason = type(scheduler).__name__, first_line(error)
+            raise UserError(f"{key} = {steps}: the teacher's {name} does not take so many ({reason})") from None
 
 
 @dataclass(frozen=True)

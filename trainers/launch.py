@@ -17,8 +17,9 @@ import torch.distributed as dist
 import transformers
 from stepdistill.eval.processes import alone
 from stepdistill.eval.report import write_report
-from stepdistill.pipelines import check_expressible, export_student, export_students
+from stepdistill.pipelines import export_student, export_students
 from stepdistill.pipelines.msd import is_msd_folder
+from stepdistill.pipelines.schedulers import student_scheduler
 from stepdistill.trainers.base import Interrupted, Trainer
 from stepdistill.trainers.job import (
     Fit,
@@ -27,6 +28,7 @@ from stepdistill.trainers.job import (
     check_fit,
     check_judge,
     check_named,
+    check_teacher_steps,
     condition_items,
     load_teacher,
     make_accelerator,
@@ -170,7 +172,8 @@ def end_processes() -> None:
 def checked_sampler(job: Job, family: Family) -> FewStepSampler:
     """The student's sampler; what could not be trained, exported or measured in the end is refused now."""
     sampler = job.method.make_sampler(job.config, family)
-    check_expressible(family, sampler)
+    student_scheduler(family, sampler)
+    check_teacher_steps(job, family)
     check_named(job)
     check_judge(job.config, family)
     return sampler

@@ -48,10 +48,12 @@ class ScoreSettings(Section):
         "student", description="which is updated first: student (DMD2), or fake_score on samples of its own (SiD)"
     )
     min_level: int = Field(
-        20, ge=0, le=999, description="lowest level (of 1000) where student and teacher are compared"
+        20, ge=0, le=999, description="lowest level, in thousandths of the schedule, where student and teacher compare"
     )
-    max_level: int = Field(980, ge=0, le=999, description="highest level, included")
-    fake_score_min_level: int = Field(0, ge=0, le=999, description="the fake score is trained at levels from this")
+    max_level: int = Field(980, ge=0, le=999, description="highest level, included, in thousandths")
+    fake_score_min_level: int = Field(
+        0, ge=0, le=999, description="the fake score is trained at levels from this, in thousandths"
+    )
     fake_score_max_level: int = Field(999, ge=0, le=999, description="to this, included")
     fake_score_target: Literal["native", "eps", "v", "x0", "flow"] = Field(
         "native", description="what its squared error is taken of; native: the network's own prediction (DMD2: eps)"

@@ -56,7 +56,9 @@ class LognormalSettings(Section):
 
 
 class SIMSettings(ScoreSettings):
-    min_level: int = Field(0, ge=0, le=999, description="the student's levels are uniform from this (SiD: 0; SD: 20)")
+    min_level: int = Field(
+        0, ge=0, le=999, description="the student's levels, in thousandths, are uniform from this (0; SD: 20)"
+    )
     max_level: int = Field(800, ge=0, le=999, description="to this (SiD's tmax 800; on Stable Diffusion 979)")
     objective: Literal["sim", "full", "sid"] = "sim"
     sid_alpha: float = Field(1.2, description="of objective sid: 1.2 in SiD, 1 in SiD-LSG and SIM's squared distance")

@@ -132,7 +132,7 @@ class TSCD(DirectTrainer):
     @classmethod
     def grid_times(cls, config: RunSettings, family: Family) -> tuple[float, ...]:
         """The grid's times, descending: those of the sampler with as many steps."""
-        return few_step_times(family.schedule, config.tscd.grid, cls.first_time(config, family))
+        return few_step_times(family.schedule, config.tscd.grid, cls.first_time(config, family), "tscd.grid")
 
     @classmethod
     def passes_per_update(cls, config: RunSettings, settings: TSCDSettings) -> float:

@@ -33,8 +33,8 @@ from stepdistill.settings import RunSettings
 class TSMSettings(Section):
     guidance_scale: float = Field(1.0, ge=0, description="of the teacher's prediction; 1 is none")
     images: Literal["all", "own"] = Field("all", description="of several students: every image, or those of its part")
-    min_level: int = Field(0, ge=0, le=999, description="lowest noise level (of 1000)")
-    max_level: int = Field(999, ge=0, le=999, description="highest level, included")
+    min_level: int = Field(0, ge=0, le=999, description="lowest noise level, in thousandths of the schedule")
+    max_level: int = Field(999, ge=0, le=999, description="highest level, included, in thousandths")
 
     @model_validator(mode="after")
     def _levels(self):

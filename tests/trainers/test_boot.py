@@ -67,7 +67,12 @@ class Table(nn.Module):
         return (self.gain[index] * x.flatten(1) + self.bias[index]).reshape(x.shape)
 
 
-def tabular(name, kind, updates=4, lr=0.02, teacher=None, **settings):
+def thousandths(levels):
+    """What the config says for so many of the LEVELS."""
+    return -(-1000 * levels // LEVELS)
+
+
+def tabular(name, kind, updates=4, lr=0.02, teacher=None, delta=DELTA, **settings):
     """A trainer whose float64 student is a table, and whose data are N(MU, C^2)."""
     schedule = short_schedule(name)
     gaussian = GaussianMixture([MU], torch.diag(torch.tensor(C, dtype=F64) ** 2))
@@ -77,7 +82,7 @@ def tabular(name, kind, updates=4, lr=0.02, teacher=None, **settings):
     trainer = toy_trainer(
         family,
         method="boot",
-        boot={"delta": DELTA, "min_level": LOW, **settings},
+        boot={"delta": thousandths(delta), "min_level": thousandths(LOW), **settings},
         train={"updates": updates, "batch_size": 128, "log_every": 1000},
         optimizer={"student": {"lr": lr, "betas": [0.0, 0.99], "decay": updates, "clip": 1e9}},
     )
@@ -686,10 +691,23 @@ def test_teachers_that_do_not_fit():
     BOOT.check_family(settings(min_level=0), toy_family(schedule=FlowSchedule()))
 
 
-def test_a_lowest_label_that_the_teacher_has_not_is_refused():
-    """It would train label 98 of 100, and be read at 150."""
-    with pytest.raises(UserError, match="min_level = 150"):
-        BOOT.check_family(BOOT.Settings(min_level=150), toy_family(schedule=linear_betas(100, 0.01, 0.2)))
+@pytest.mark.parametrize(
+    ("timesteps", "low", "delta"), [(10, 1, 1), (100, 1, 5), (250, 1, 12), (1000, 1, 50), (4000, 4, 200)]
+)
+def test_labels_are_thousandths_of_the_schedule(timesteps, low, delta):
+    """The defaults, min_level 1 and delta 50; timestep 0 cannot be told to a stock scheduler."""
+    trainer = copied("eps", linear_betas(timesteps))
+    s, t = trainer.draw_levels(200_000)
+    assert (s.min().item(), s.max().item()) == (low, timesteps - 2)
+    assert torch.equal(t, (s + delta).clamp(max=timesteps - 1))
+    BOOT.check_family(trainer.settings, trainer.family)
+    assert BOOT.make_sampler(trainer.config, trainer.family).times == (float(low),)
+
+
+def test_a_lowest_label_with_none_above_it_is_refused():
+    BOOT.check_family(BOOT.Settings(min_level=800), toy_family(schedule=linear_betas(10)))
+    with pytest.raises(UserError, match=r"min_level = 920: leaves no label above it among the teacher's 10 levels"):
+        BOOT.check_family(BOOT.Settings(min_level=920), toy_family(schedule=linear_betas(10)))
 
 
 # -- end to end --------------------------------------------------------------------------------------------------
