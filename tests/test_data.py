@@ -89,6 +89,12 @@ def test_any_slicing_gives_the_same_sequence(cut):
     assert [i for at in range(0, 40, cut) for i in order.indices(at, min(cut, 40 - at))] == whole
 
 
+def test_no_epoch_of_one_seed_is_an_epoch_of_another():
+    """Seed s at epoch e + 1 is not seed s + 1 at epoch e, as a sum of both would have it."""
+    epochs = {(seed, epoch): tuple(Order(50, seed).indices(50 * epoch, 50)) for seed in range(5) for epoch in range(5)}
+    assert len(set(epochs.values())) == 25
+
+
 def test_order_is_a_function_of_seed_and_position():
     order = Order(10, 1)
     late = order.indices(95, 20)

@@ -66,6 +66,23 @@ def test_a_wide_networks_head_is_laid_out_as_dmd2s():
             assert (layer.num_groups, layer.eps) == (expected.num_groups, expected.eps)
 
 
+HALVINGS = {1: 0, 4: 0, 7: 0, 8: 1, 15: 1, 16: 2, 24: 2, 32: 3, 64: 4}
+
+
+@pytest.mark.parametrize(("size", "halvings"), HALVINGS.items())
+def test_maps_are_halved_until_they_are_four_to_seven_wide(size, halvings):
+    head = DiscriminatorHead(8, size, size)
+    strides = [layer.stride[0] for layer in head.layers if isinstance(layer, nn.Conv2d)]
+    assert strides == [2] * halvings + [1, 1]
+    assert head(torch.zeros(2, 8, size, size)).shape == (2, 1)
+
+
+def test_a_map_that_is_not_square_is_halved_by_its_shorter_side():
+    head = DiscriminatorHead(8, 8, 32)
+    assert head(torch.zeros(2, 8, 8, 32)).shape == (2, 1)
+    assert sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in head.layers) == 1
+
+
 GROUPS = {
     **dict.fromkeys((1, 7, 8, 12, 255), 1),
     **{16: 2, 24: 2, 32: 4, 48: 4, 64: 8, 96: 8, 128: 16},

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stepdistill.pipelines import export_student
@@ -13,7 +14,7 @@ from stepdistill.pipelines import export_student
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.lora import FILE, KOHYA_FILE, LoRA, read_lora, stacked
-from stepdistill.roles import LoRASettings, Roles, RolesSettings
+from stepdistill.roles import AdapterSwitch, LoRASettings, Roles, RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 
 
@@ -81,6 +82,38 @@ def test_a_file_is_read_as_it_was_written(student, tmp_path):
     again = read_lora(tmp_path / FILE, "here")
     assert again.factors.keys() == ours.factors.keys()
     assert all(torch.equal(a, b) for k in ours.factors for a, b in zip(ours.factors[k], again.factors[k], strict=True))
+
+
+def test_a_file_that_says_nothing_of_alpha_has_scale_one_as_diffusers_has_it(student, tmp_path):
+    teacher, folder = student
+    save_file(load_file(folder / "lora" / FILE), tmp_path / FILE)
+    lora = read_lora(tmp_path, "here")
+    assert (lora.rank, lora.alpha) == (4, 4.0)
+    loaded, _ = pictures(teacher, tmp_path, FILE)
+    (scales,) = {tuple(module.scaling.values()) for module in loaded.modules() if isinstance(module, LoraLayer)}
+    assert scales == (1.0,)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 2.0])
+def test_one_adapter_that_counts_for_less_is_exported_so(ratio):
+    """Its factors' product is that of the merged weights: without the ratio both would be the whole adapter."""
+    network = tiny.unet(labels=2)
+    switch = AdapterSwitch(network)
+    switch.add("student", LoRASettings(rank=2, alpha=3.0), ["to_q", "conv1"])
+    base = switch.merged_state_dict(None)
+    with torch.no_grad():
+        for parameter in switch.parameters("student").values():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    whole = switch.lora("student")
+    with switch.scaled("student", ratio):
+        lora, merged = switch.lora("student"), switch.merged_state_dict("student")
+    assert len(lora.factors) > 2
+    for path, (down, up) in whole.factors.items():
+        delta = ratio * 1.5 * (up.flatten(1) @ down.flatten(1)).reshape(merged[f"{path}.weight"].shape)
+        down, up = lora.factors[path]
+        product = lora.alpha / lora.rank * (up.flatten(1) @ down.flatten(1)).reshape(delta.shape)
+        torch.testing.assert_close(product, delta)
+        torch.testing.assert_close(merged[f"{path}.weight"] - base[f"{path}.weight"], delta, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_stacked_are_the_sum_of_their_products():

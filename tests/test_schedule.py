@@ -15,7 +15,7 @@ from diffusers import (
 from toys import linear_betas, zero_snr
 
 from stepdistill.errors import UserError
-from stepdistill.schedule import ALPHA_MIN, EDMSchedule, FlowSchedule, VPSchedule, from_scheduler
+from stepdistill.schedule import ALPHA_MIN, EDMSchedule, FlowSchedule, VPSchedule, from_scheduler, noise_up
 
 SCHEDULES = {
     "vp": linear_betas(),
@@ -119,6 +119,46 @@ def test_float32_in_float32_out_with_float64_coefficients():
     assert half.dtype == torch.bfloat16
 
 
+CONVERSIONS = {
+    "add_noise": lambda s, a, b, x, t, low: s.add_noise(a, b, t),
+    "x0 of eps": lambda s, a, b, x, t, low: s.to_x0(b, "eps", x, t),
+    "x0 of v": lambda s, a, b, x, t, low: s.to_x0(b, "v", x, t),
+    "x0 of flow": lambda s, a, b, x, t, low: s.to_x0(b, "flow", x, t),
+    "eps of x0": lambda s, a, b, x, t, low: s.from_x0(a, "eps", x, t),
+    "v of x0": lambda s, a, b, x, t, low: s.from_x0(a, "v", x, t),
+    "flow of x0": lambda s, a, b, x, t, low: s.from_x0(a, "flow", x, t),
+    "target of v": lambda s, a, b, x, t, low: s.target(a, b, "v", x, t),
+    "score": lambda s, a, b, x, t, low: s.score(a, x, t),
+    "signal": lambda s, a, b, x, t, low: s.to_signal(x, b, t),
+    "noise_up": lambda s, a, b, x, t, low: noise_up(x, s.alpha_sigma(low), s.alpha_sigma(t), b),
+    "network_input": lambda s, a, b, x, t, low: s.network_input(x, t),
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("name", ["vp", "shifted_flow", "edm"])
+def test_bf16_samples_are_rounded_once_and_their_coefficients_never(name, conversion):
+    """The result is the exact one of the same inputs to half a unit in bfloat16's last place, 2^-8 of it; a coefficient
+    in bfloat16 is off by as much before it is used."""
+    schedule, convert = SCHEDULES[name], CONVERSIONS[conversion]
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(3, 900, 4, generator=generator).bfloat16()
+    index = torch.arange(20, 920)
+    t, low = schedule.level(index), schedule.level(index - 15)
+    exact = convert(schedule, *samples.double(), t, low)
+    result = convert(schedule, *samples, t, low)
+    assert result.dtype == torch.bfloat16
+    assert ((result.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * exact.abs().max()).all()
+
+
+def test_coefficients_are_float64():
+    for schedule in SCHEDULES.values():
+        t = schedule.level(torch.tensor([3, 700]))
+        assert {c.dtype for c in schedule.alpha_sigma(t)} == {torch.float64}
+    alpha, sigma = SCHEDULES["vp"].alpha_sigma(torch.arange(1000))
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1000, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
 def test_schedule_constants_of_stable_diffusion():
     abar = linear_betas().alphas_cumprod
     for t, value in {
@@ -153,6 +193,24 @@ def test_preconditioning_of_edm_has_unit_variance_input_and_target():
     torch.testing.assert_close(c_in**2 * (sigma**2 + 0.25), ones)
     target_variance = ((1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2) / c_out**2
     torch.testing.assert_close(target_variance, ones)
+
+
+@pytest.mark.parametrize("stated", ["epsilon", "v_prediction"])
+def test_an_edm_networks_output_is_read_as_stock_reads_it(stated):
+    """c_out is negative for schedulers that call the raw output a v-prediction."""
+    stock = EDMEulerScheduler(prediction_type=stated)
+    schedule, kind = from_scheduler(stock)
+    assert kind == "edm"
+    generator = torch.Generator().manual_seed(0)
+    x_t, output = torch.randn(2, 1, 3, 4, generator=generator, dtype=torch.float64)
+    for value in (0.01, 0.5, 7.0, 80.0):
+        sigma = torch.tensor([value], dtype=torch.float64)
+        x0 = schedule.to_x0(output, "edm", x_t, sigma)
+        torch.testing.assert_close(x0, stock.precondition_outputs(x_t, output, sigma))
+        torch.testing.assert_close(schedule.from_x0(x0, "edm", x_t, sigma), output)
+        torch.testing.assert_close(schedule.network_input(x_t, sigma), stock.precondition_inputs(x_t, sigma))
+        label = stock.precondition_noise(sigma)
+        torch.testing.assert_close(schedule.network_time(sigma).double(), label, rtol=1e-6, atol=1e-6)
 
 
 def test_deterministic_step_is_stock_ddim():

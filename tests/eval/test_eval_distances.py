@@ -104,6 +104,25 @@ def test_moments_are_those_of_all_features(pictures, reference_file, network_fil
     assert mean_and_covariance(features)[1].dtype == torch.float64
 
 
+def test_a_references_features_are_a_seeded_random_subset(pictures, network_file):
+    """Pictures often lie sorted by class: the first ones are of one kind."""
+    extractor = as_extractor(FeatureNetwork.load(network_file))
+    whole = extractor(pixels_uint8(pictures.batch(list(range(200))))).half()
+
+    def places(seed, count=40):
+        features = make_reference(pictures, extractor, kid_features=count, seed=seed).features
+        found = (features[:, None] == whole).all(2).nonzero()
+        assert len(features) == count == len(found)  # each is one of the pictures', and of one only
+        return found[:, 1]
+
+    first = places(0)
+    assert len(first.unique()) == 40
+    assert first.max() > 160
+    assert first.double().mean().item() == pytest.approx(99.5, abs=30)  # three standard errors
+    assert torch.equal(first, places(0))
+    assert not torch.equal(first, places(1))
+
+
 def test_another_extractor_is_refused(reference_file, network_file):
     reference = ReferenceStatistics.load(reference_file)
     reference.check(as_extractor(FeatureNetwork.load(network_file)))

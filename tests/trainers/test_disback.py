@@ -201,9 +201,9 @@ def test_no_nodes_is_the_base_method_bit_for_bit(base):
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
 
-def short(run=None, base="dmd2", updates=12, **disback):
+def short(run=None, base="dmd2", updates=12, recorded=6, **disback):
     """Three nodes recorded in six updates, each held for two student updates."""
-    own = {"base": base, "nodes": 3, "updates": 6, "hold": 2, "probe": 4, "spacing": "updates", **disback}
+    own = {"base": base, "nodes": 3, "updates": recorded, "hold": 2, "probe": 4, "spacing": "updates", **disback}
     mixture = GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.05, labels=[0, 1])
     return toy_trainer(
         toy_family(mixture),
@@ -260,6 +260,15 @@ def test_recording_trains_the_fake_score_alone():
     trainer.prepare()
     assert updated == ["fake_score"] * 6
     assert trainer.student_turn()  # the base method's loop starts with the student
+
+
+@pytest.mark.parametrize("recorded", [5, 6, 7])
+def test_the_walk_begins_with_the_students_turn_however_many_updates_were_recorded(recorded):
+    """Two fake-score updates for each of the student's, counted from the recording's end."""
+    trainer, after = short(updates=5, recorded=recorded), []
+    trainer.watchers.append(lambda trainer: after.append(trainer.counters["iteration"]))
+    trainer.fit()
+    assert after == [recorded + 1 + 2 * k for k in range(5)]
 
 
 def test_guidance_and_null_probability_are_the_nodes_own():

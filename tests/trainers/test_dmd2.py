@@ -5,6 +5,7 @@ import torch
 from stepdistill.trainers.base import RealSource
 from toys import MLP, ByLabel, assert_reaches_the_mixture, linear_betas, toy_family, toy_trainer
 
+from stepdistill.analytic import GaussianMixture
 from stepdistill.families.analytic import AnalyticFamily
 
 
@@ -32,15 +33,24 @@ def test_guided_fixed_point(scale, fixed_point):
     assert trainer.distribution_matching(x0, condition).abs().mean() > 0.1
 
 
-def real_source(family, count=32):
+def real_source(family, count=32, labels=None):
     class Pictures:
-        source, labels = "toy", None
+        source = "toy"
 
         def __len__(self):
             return count
 
+    Pictures.labels = labels
     latents = torch.randn(count, *family.sample_shape, generator=torch.Generator().manual_seed(3))
     return RealSource(family, Pictures(), latents, 0)
+
+
+def labelled_trainer(method="dmd2", **changes):
+    """Two labels on Stable Diffusion's schedule; all real pictures have label 1, and the batches' labels alternate."""
+    mixture = GaussianMixture([[-1.0, 0.5], [1.0, -0.5]], 0.05, labels=[0, 1])
+    family = toy_family(mixture, linear_betas())
+    real = real_source(family, labels=[1] * 32)
+    return toy_trainer(family, real, method=method, data={"images": {"folder": "unused"}}, **changes)
 
 
 def gan_trainer(**changes):
@@ -90,6 +100,74 @@ def test_discriminator_loss_trains_the_encoder_and_not_the_decoder():
     assert fake["into.weight"].grad is not None
     assert fake["out.weight"].grad is None
     assert all(p.grad is not None for p in trainer.extra["discriminator"].parameters())
+
+
+def labelled_gan_trainer(method, **gan):
+    """Its head tells samples and labels apart."""
+    own = {"gan": {"student_weight": 0.1, "discriminator_weight": 0.3, **gan}}
+    trainer = labelled_trainer(method, dmd2=own)
+    with torch.no_grad():
+        for parameter in trainer.extra["discriminator"].parameters():
+            parameter.mul_(3.0)
+    return trainer
+
+
+def logits_by_hand(trainer, x0, label, max_level=999):
+    """The head on the fake score's features at a level and noise of their own, (B, 1)."""
+    t = trainer.noise.randint(0, max_level, len(x0))
+    x_t = trainer.family.schedule.add_noise(x0, trainer.noise.randn_like(x0), t)
+    return trainer.extra["discriminator"](trainer.roles.fake_score.features(x_t, t, {"label": label}))
+
+
+def cost(logits):
+    """softplus written out."""
+    return torch.log1p(logits.exp()).mean()
+
+
+@pytest.mark.parametrize("max_level", [999, 400])
+@pytest.mark.parametrize("method", ["dmd2", "enhance"])
+def test_discriminators_loss_by_hand(method, max_level):
+    """softplus(D(fake)) + softplus(-D(real)), the real pictures under labels of their own."""
+    trainer = labelled_gan_trainer(method, max_level=max_level)
+    batch, x0 = trainer.next_batch(), torch.randn(8, 2, 1, 1)
+    state = trainer.noise.get_state()
+    weight, loss = trainer.fake_score_losses(x0, batch)["discriminator"]
+    assert weight == 0.3
+    assert trainer.counters["real"] == 8
+
+    def by_hand(real_label, fake_label):
+        trainer.noise.set_state(state)
+        trainer.fake_score_draw(x0)  # of the denoising loss
+        real = trainer.real.latents[trainer.real.order.indices(0, 8)]
+        return [logits_by_hand(trainer, x, label, max_level) for x, label in ((real, real_label), (x0, fake_label))]
+
+    ones, labels = torch.ones(8, dtype=torch.long), batch.condition["label"]
+    real, fake = by_hand(ones, labels)
+    torch.testing.assert_close(loss, cost(fake) + cost(-real))
+    for wrong in (cost(real) + cost(-fake), cost(fake) + cost(-by_hand(labels, ones)[0])):  # swapped; fakes' labels
+        assert (wrong - loss).abs() > 0.02
+
+
+@pytest.mark.parametrize("method", ["dmd2", "enhance"])
+def test_generators_loss_by_hand(method):
+    """softplus(-D(fake)) after the draws of the matching gradient, under the student's labels."""
+    trainer = labelled_gan_trainer(method)
+    batch, x0 = trainer.next_batch(), torch.randn(8, 2, 1, 1)
+    state = trainer.noise.get_state()
+    weight, loss = trainer.student_losses(x0, batch)["generator"]
+    assert weight == 0.1
+    trainer.noise.set_state(state)
+    trainer.distribution_matching(x0, batch.condition)
+    fake = logits_by_hand(trainer, x0, batch.condition["label"])
+    torch.testing.assert_close(loss, cost(-fake))
+    assert (cost(fake) - loss).abs() > 0.02
+
+
+def test_a_discriminator_of_clean_samples_sees_them_at_the_lowest_level():
+    trainer = labelled_gan_trainer("dmd2", noised=False)
+    x0, labels = torch.randn(8, 2, 1, 1), torch.arange(8) % 2
+    features = trainer.roles.fake_score.features(x0, torch.zeros(8, dtype=torch.long), {"label": labels})
+    torch.testing.assert_close(trainer.logits(x0, {"label": labels}), trainer.extra["discriminator"](features))
 
 
 @pytest.mark.parametrize("ratio", [1, 3, 5])
@@ -203,6 +281,34 @@ def test_rollout_starts_from_new_noise_and_ends_with_the_batchs():
     assert (t == 499).all()
 
 
+def at_exit(trainer, exit_index):
+    """A batch whose training input is that of step ``exit_index``, and the state of the noise before it is made."""
+    while True:
+        batch, state = trainer.next_batch(), trainer.noise.get_state()
+        if trainer.noise.shared_randint(0, trainer.sampler.steps - 1) == exit_index:
+            trainer.noise.set_state(state)
+            return batch, state
+
+
+@pytest.mark.parametrize("exit_index", [1, 2, 3])
+def test_backward_simulation_by_hand(exit_index):
+    """A first noise of its own, another for every move, and the batch's for the last."""
+    trainer = labelled_trainer(sampler={"steps": 4})
+    batch, state = at_exit(trainer, exit_index)
+    found, t = trainer.student_input(batch)
+    trainer.noise.set_state(state)
+    trainer.noise.shared_randint(0, 3)
+    times = [torch.full((8,), time) for time in (999, 749, 499, 249)]
+    x = trainer.noise.randn(8, 2, 1, 1)
+    noises = [trainer.noise.randn(8, 2, 1, 1) for _ in range(exit_index - 1)] + [batch.noise]
+    with torch.no_grad():
+        for now, following, noise in zip(times, times[1:], noises, strict=False):
+            x0 = trainer.roles.student(x, now, batch.condition).x0
+            x = trainer.family.schedule.add_noise(x0, noise, following)
+    torch.testing.assert_close(found, x)
+    assert torch.equal(t, times[exit_index])
+
+
 def test_gradient_passes_through_one_step_only():
     trainer = steps_trainer(steps=4)
     trainer.noise.shared_randint = lambda low, high: 3
@@ -231,6 +337,27 @@ def test_real_inputs_are_noised_samples_each_at_a_time_of_its_own():
     real = trainer.real.latents[trainer.real.order.indices(0, 64)]
     expected = family.schedule.add_noise(real, batch.noise, t)
     torch.testing.assert_close(x_t[~first], expected[~first])
+
+
+def test_real_inputs_come_with_the_real_samples_labels_and_the_first_is_pure_noise():
+    """On a schedule whose last level is not pure noise; what is made of them is told their labels."""
+    real = {"multistep_input": "real", "null_probability": 0.0}
+    trainer = labelled_trainer(sampler={"steps": 4}, dmd2=real, train={"batch_size": 32})
+    batch = trainer.next_batch()
+    assert set(batch.condition["label"].tolist()) == {0, 1}
+    state = trainer.noise.get_state()
+    x0 = trainer.make_sample(batch)
+    assert batch.condition["label"].tolist() == [1] * 32
+    trainer.noise.set_state(state)
+    t = torch.tensor([999, 749, 499, 249])[trainer.noise.randint(0, 3, 32)]
+    pictures = trainer.real.latents[trainer.real.order.indices(0, 32)]
+    x_t = trainer.family.schedule.add_noise(pictures, batch.noise, t)
+    first = t == 999
+    assert 0 < first.sum() < 32
+    assert (x_t[first] - batch.noise[first]).abs().amax(1).min() > 1e-4
+    x_t[first] = batch.noise[first]
+    expected = trainer.roles.student(x_t, t, {"label": torch.ones(32, dtype=torch.long)}).x0
+    torch.testing.assert_close(x0, expected)
 
 
 def test_one_step_input_is_the_noise_at_the_chosen_time():
