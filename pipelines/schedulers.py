@@ -121,6 +121,7 @@ def _vp(scheduler, kind: PredictionType, sampler: FewStepSampler):
     """LCM, DDIM or TCD on the schedule's own table, or on its beginning."""
     config, steps = scheduler.config, sampler.steps
     common = _common(kind)
+    common["set_alpha_to_one"] = sampler.final == "clean"
     match sampler.transition:
         case "renoise":
             made, own = LCMScheduler, {"original_inference_steps": steps, "timestep_scaling": TIMESTEP_SCALING}

@@ -1,34 +1,37 @@
-"""A discriminator that reads a denoising network's mid-block features (DMD2, 2405.14867 section 4.3)."""
+"""Discriminators that read a denoising network's features: its mid-block's (DMD2, 2405.14867 section 4.3), or those of
+all of its blocks (PCM, 2405.18407)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
 class _Reached(Exception):
-    """Raised by the hook to end a forward pass once the feature is there: the decoder is never run."""
+    """Raised by a hook to end a forward pass once all features are there: what follows is never run."""
 
 
-def features_at(module: nn.Module, forward: Callable[[], object]) -> Tensor:
-    """The output of ``module`` during ``forward()``, (B, F, h, w); what comes after ``module`` is not computed."""
-    found: list[Tensor] = []
+def features_at(modules: Sequence[nn.Module], forward: Callable[[], object]) -> list[Tensor]:
+    """The outputs of ``modules`` during ``forward()``, (B, F, h, w) each; what runs after the last is not computed."""
+    outputs: dict[nn.Module, Tensor] = {}
 
-    def keep(_module, _inputs, output):
-        found.append(output[0] if isinstance(output, tuple) else output)
-        raise _Reached
+    def keep(module, _inputs, output):
+        outputs[module] = output[0] if isinstance(output, tuple) else output
+        if len(outputs) == len(modules):
+            raise _Reached
 
-    handle = module.register_forward_hook(keep)
+    handles = [module.register_forward_hook(keep) for module in modules]
     try:
         forward()
     except _Reached:
         pass
     finally:
-        handle.remove()
-    return found[0]
+        for handle in handles:
+            handle.remove()
+    return [outputs[module] for module in modules]
 
 
 CHANNELS_A_GROUP = 8
@@ -71,3 +74,42 @@ class DiscriminatorHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             return self.layers(features.float()).flatten(1)
+
+
+class MapHead(nn.Module):
+    """A feature map (B, C, h, w) to one logit for each of its places, (B, 1, h, w): PCM's head.
+
+    Two 3x3 convolutions with GroupNorm and LeakyReLU, the second beside a skip connection, and a 1x1 convolution.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first, self.second = (
+            nn.Sequential(
+                nn.Conv2d(channels, channels, 3, 1, 1),
+                nn.GroupNorm(norm_groups(channels), channels),
+                nn.LeakyReLU(),
+            )
+            for _ in range(2)
+        )
+        self.last = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.first(features)
+        return self.last(hidden + self.second(hidden))
+
+
+class MapHeads(nn.Module):
+    """PCM's discriminator: ``heads`` heads on each of several feature maps of ``channels`` channels.
+
+    Departure: narrow maps have fewer groups (:func:`norm_groups`).  Float32 whatever the features are.
+    """
+
+    def __init__(self, channels: Sequence[int], heads: int = 4):
+        super().__init__()
+        self.maps = nn.ModuleList(nn.ModuleList(MapHead(count) for _ in range(heads)) for count in channels)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (B, C, h, w), one for each of ``channels``, to the logits (B, 1, h, w) of every head."""
+        with torch.autocast(features[0].device.type, enabled=False):
+            return [head(one.float()) for heads, one in zip(self.maps, features, strict=True) for head in heads]

@@ -293,8 +293,12 @@ class Role:
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The mid-block's output at x_t, (B, F, h, w); the decoder is not run."""
-        block = self.family.mid_block(self.network)
-        return features_at(block, lambda: self(x_t, t, condition))
+        (output,) = features_at([self.family.mid_block(self.network)], lambda: self(x_t, t, condition))
+        return output
+
+    def feature_maps(self, x_t: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
+        """The outputs of all blocks at x_t, (B, F, h, w) each, in the order in which they run."""
+        return features_at(self.family.feature_blocks(self.network), lambda: self(x_t, t, condition))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What this role trains, by name."""

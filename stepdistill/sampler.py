@@ -11,6 +11,9 @@ times sigma on EDM schedules), predicts x0, moves to the next time, and ends wit
 - ``ancestral``: the deterministic move to less noise than the next time has, then fresh noise up to it (Euler
   ancestral, which is DDIM with eta = 1), VP only; it starts from ``sigma`` times unit noise, as SDXL-Turbo does.
 
+``final`` is where an ``ode`` student's last step ends: at the clean sample x0, or, ``timestep_0`` (VP only), at the
+lowest timestep along its own prediction, as stock DDIM does with ``set_alpha_to_one: false``.
+
 A move that draws is a Gaussian of the next sample, :meth:`FewStepSampler.transition_kernel`.
 
 Which times and transitions exist is decided by what a stock diffusers scheduler can be told by its config alone,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from stepdistill.roles import Role
 
 Transition = Literal["renoise", "ode", "tcd", "ancestral"]
+Final = Literal["clean", "timestep_0"]
 Draw = Callable[[Tensor], Tensor]
 """Standard normal noise of the shape, dtype and device of its argument."""
 
@@ -128,10 +132,16 @@ class FewStepSampler:
     times: tuple[float, ...]
     transition: Transition = "renoise"
     eta: float = 0.3
+    final: Final = "clean"
 
     def __post_init__(self):
-        if self.transition in ("tcd", "ancestral") and not isinstance(self.schedule, VPSchedule):
+        vp = isinstance(self.schedule, VPSchedule)
+        if self.transition in ("tcd", "ancestral") and not vp:
             raise UserError(f"sampler.transition = {self.transition}: only VP teachers have it; use renoise or ode")
+        if self.final == "timestep_0" and (self.transition != "ode" or not vp):
+            raise UserError(
+                "sampler.final = timestep_0: only students of VP teachers with transition = ode end there; use clean"
+            )
 
     def in_steps(self, steps: int) -> FewStepSampler:
         """The same sampler in fewer steps, a divisor of its own: every so many of its times."""
@@ -140,6 +150,11 @@ class FewStepSampler:
     @property
     def steps(self) -> int:
         return len(self.times)
+
+    @property
+    def ends_clean(self) -> bool:
+        """Whether the last step gives x0; else it goes to timestep 0."""
+        return self.transition != "tcd" and self.final == "clean"
 
     def time(self, index: int, like: Tensor) -> Tensor:
         """``times[index]`` for each sample of ``like``, shape (B,); integer on VP schedules."""
@@ -201,10 +216,10 @@ class FewStepSampler:
         return x_t, self.time(exit_index, x_t)
 
     def sample(self, student: Denoiser, noise: Tensor, condition: Condition, draw: Draw) -> Tensor:
-        """x0 (B, ...) after all N steps, from unit noise (B, ...); ``tcd`` ends at timestep 0."""
+        """x0 (B, ...) after all N steps, from unit noise (B, ...); timestep 0's sample if not :attr:`ends_clean`."""
         x_t, t = self.rollout(student, noise, condition, self.steps - 1, draw)
         x0 = student(x_t, t, condition).x0
-        return self.schedule.step(x0, x_t, t, torch.zeros_like(t)) if self.transition == "tcd" else x0
+        return x0 if self.ends_clean else self.schedule.step(x0, x_t, t, torch.zeros_like(t))
 
 
 def strategic_step(

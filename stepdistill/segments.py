@@ -42,13 +42,13 @@ class SegmentGrid:
 
     @classmethod
     def of(cls, sampler: FewStepSampler, segments: int) -> SegmentGrid:
-        """The grid whose points are the times of ``sampler``; u = 0 is the clean sample, but for ``tcd`` timestep 0."""
+        """The grid whose points are the times of ``sampler``; u = 0 is where it ends: clean, or at timestep 0."""
         schedule = sampler.schedule
         probe = torch.zeros(1)
         time = torch.cat([sampler.time(i, probe) for i in range(sampler.steps)]).flip(0)
         alpha, sigma = schedule.alpha_sigma(time)
         first = torch.zeros_like(time[:1])
-        last = schedule.alpha_sigma(first) if sampler.transition == "tcd" else (torch.ones(1), torch.zeros(1))
+        last = (torch.ones(1), torch.zeros(1)) if sampler.ends_clean else schedule.alpha_sigma(first)
         coefficients = [torch.cat([end.double(), own.cpu()]) for end, own in zip(last, (alpha, sigma), strict=True)]
         return cls(torch.cat([first, time]), *coefficients, torch.tensor(edges(sampler.steps, segments)))
 

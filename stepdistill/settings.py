@@ -11,7 +11,7 @@ from stepdistill.attention import AUTO, BACKENDS, NATIVE
 from stepdistill.config import Section, UserPath
 from stepdistill.pictures import Colour
 from stepdistill.roles import RolesSettings
-from stepdistill.sampler import Transition
+from stepdistill.sampler import Final, Transition
 
 
 class TeacherSettings(Section):
@@ -92,6 +92,9 @@ class SamplerSettings(Section):
         description="between steps: fresh noise (LCM), the student's own ODE (DDIM, Euler), tcd or ancestral between",
     )
     eta: float = Field(0.3, ge=0, le=1, description="of tcd (its gamma): 0 is the ODE, 1 fresh noise")
+    final: Final = Field(
+        "clean", description="where the last ode step ends: at x0, or at timestep 0, where PCM's lowest phase ends"
+    )
     also_steps: list[int] = Field([], description="other numbers of steps it is meant for; divisors of steps")
 
     @model_validator(mode="after")

@@ -1,10 +1,12 @@
 """The discriminator's head: narrow networks' logits say something of their inputs, wide networks' layout is DMD2's."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
-from stepdistill.discriminator import DiscriminatorHead, norm_groups
+from stepdistill.discriminator import DiscriminatorHead, MapHeads, features_at, norm_groups
 
 NARROW = [8, 16, 32, 64]
 
@@ -95,3 +97,57 @@ def test_groups_have_eight_channels_or_more(channels, groups):
     assert norm_groups(channels) == groups
     assert channels % groups == 0
     assert groups == 1 or channels // groups >= 8
+
+
+# -- heads on every map ----------------------------------------------------------------------------------------
+
+
+def test_every_head_gives_a_logit_for_each_place_of_its_map():
+    torch.manual_seed(0)
+    heads = MapHeads([8, 16, 256], heads=3)
+    maps = [torch.randn(2, 8, 8, 8), torch.randn(2, 16, 4, 4), torch.randn(2, 256, 1, 1)]
+    logits = heads(maps)
+    assert [tuple(one.shape) for one in logits] == [(2, 1, 8, 8)] * 3 + [(2, 1, 4, 4)] * 3 + [(2, 1, 1, 1)] * 3
+    assert all(not torch.equal(a, b) for a, b in pairwise(logits[:3]))
+    groups = [[m.num_groups for m in one.modules() if isinstance(m, nn.GroupNorm)] for one in heads.maps]
+    assert groups == [[1] * 6, [2] * 6, [32] * 6]
+    with pytest.raises(ValueError, match="zip"):
+        heads(maps[:2])
+
+
+def test_a_map_head_by_hand():
+    torch.manual_seed(0)
+    (head,) = MapHeads([16], heads=1).maps[0]
+    convolutions = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
+    assert [c.weight.shape for c in convolutions] == [(16, 16, 3, 3), (16, 16, 3, 3), (1, 16, 1, 1)]
+    x = torch.randn(2, 16, 4, 4)
+
+    def block(x, convolution):
+        x = nn.functional.conv2d(x, convolution.weight, convolution.bias, padding=1)
+        return nn.functional.leaky_relu(nn.functional.group_norm(x, 2), 0.01)
+
+    hidden = block(x, convolutions[0])
+    hidden = hidden + block(hidden, convolutions[1])
+    torch.testing.assert_close(head(x), nn.functional.conv2d(hidden, convolutions[2].weight, convolutions[2].bias))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("channels", NARROW)
+def test_map_logits_differ_between_inputs(channels, size):
+    torch.manual_seed(0)
+    (logits,) = MapHeads([channels], heads=1)([torch.randn(64, channels, size, size)])
+    assert logits.mean((1, 2, 3)).std() > 0.1 / size
+
+
+def test_features_are_the_outputs_of_the_blocks_and_nothing_after_the_last_runs():
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    ran = []
+    layers[3].register_forward_hook(lambda *_: ran.append(3))
+    x = torch.randn(2, 4)
+    maps = features_at([layers[0], layers[2]], lambda: layers(x))
+    assert torch.equal(maps[0], layers[0](x))
+    assert torch.equal(maps[1], layers[:3](x))
+    assert ran == []
+    layers(x)
+    assert ran == [3]  # the hooks are gone

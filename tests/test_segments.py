@@ -14,9 +14,10 @@ from toys import linear_betas
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.denoiser import Prediction
+from stepdistill.errors import UserError
 from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.schedule import EDMSchedule, FlowSchedule, VPSchedule
-from stepdistill.segments import edges
+from stepdistill.segments import SegmentGrid, edges
 
 F64 = torch.float64
 MEAN = 0.7
@@ -350,3 +351,48 @@ def test_the_teacher_of_the_sheet_in_fifty_steps():
     grid = grid_of(schedule, 50, transition="tcd")
     found = [multiplier(grid, c).prod().item() for c in (1.0, 0.3, 2.0)]
     assert found == pytest.approx([0.9729, 0.2764, 1.944], abs=5e-4)
+
+
+# -- where the lowest segment ends ---------------------------------------------------------------------------------
+
+
+def test_the_grid_ends_where_its_sampler_ends():
+    """Clean, or with ``final: timestep_0`` at the schedule's first alpha, as PCM's lowest phase does."""
+    schedule = linear_betas()
+    times = few_step_times(schedule, 40)
+    clean, lowest = (
+        SegmentGrid.of(FewStepSampler(schedule, times, "ode", final=final), 4) for final in ("clean", "timestep_0")
+    )
+    assert (clean.alpha[0], clean.sigma[0]) == (1, 0)
+    assert lowest.alpha[0] == pytest.approx(0.99915**0.5, abs=1e-8)
+    assert lowest.sigma[0] == pytest.approx(0.00085**0.5, abs=1e-8)
+    assert torch.equal(clean.alpha[1:], lowest.alpha[1:])
+    assert torch.equal(clean.edges, lowest.edges)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_sampler_that_ends_at_timestep_0_is_ddim_without_alpha_to_one(steps):
+    """Our last move, stock DDIM's and the exported scheduler's."""
+    schedule = linear_betas()
+    student = GaussianMixture([[-1.0, 0.3], [0.9, 0.6]], 0.05).denoiser(schedule)
+    sampler = FewStepSampler(schedule, few_step_times(schedule, steps), "ode", final="timestep_0")
+    noise = torch.randn(6, 2, 1, 1, dtype=F64, generator=torch.Generator().manual_seed(0))
+    ours = sampler.sample(student, noise, {}, lambda like: pytest.fail("it drew noise"))
+    family = SimpleNamespace(scheduler=DDIMScheduler(**SD_BETAS), kind="eps", passes_eta=True)
+    exported = student_scheduler(family, sampler)
+    assert exported.config.set_alpha_to_one is False
+    stock = DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    for scheduler in (exported, stock):
+        scheduler.set_timesteps(steps)
+        x = noise
+        for t in scheduler.timesteps:
+            x = scheduler.step(student(x, t.expand(6), {}).eps, t, x).prev_sample
+        torch.testing.assert_close(x, ours, rtol=1e-5, atol=1e-5)
+    clean = FewStepSampler(schedule, sampler.times, "ode").sample(student, noise, {}, None)
+    assert (clean - ours).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("schedule", "transition"), [(FlowSchedule, "ode"), (linear_betas, "renoise")])
+def test_only_an_ode_student_of_a_vp_teacher_ends_at_timestep_0(schedule, transition):
+    with pytest.raises(UserError, match=r"sampler\.final = timestep_0"):
+        FewStepSampler(schedule(), (0.5,), transition, final="timestep_0")

@@ -270,7 +270,7 @@ class Trainer(abc.ABC):
         """
         own = config.sampler
         times = few_step_times(family.schedule, own.steps, cls.first_time(config, family))
-        return FewStepSampler(family.schedule, times, own.transition, own.eta)
+        return FewStepSampler(family.schedule, times, own.transition, own.eta, own.final)
 
     @staticmethod
     def first_time(config: RunSettings, family: Family) -> float | None:

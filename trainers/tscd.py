@@ -19,6 +19,13 @@ d is a mean squared error (or Huber) times ``mse_weight`` plus an adversarial te
 the paper raises over the stages.  The discriminator is a head on the frozen teacher's mid-block, given the candidate
 (renoised within the segment) and x_u, conditioned as the teacher is; the real ones are the targets.
 
+Phased consistency's own discriminator is ``adversarial: {loss: hinge, features: all, conditional: false}``: four heads
+on the output of each of the teacher's blocks, a logit for each place of a map, and a hinge.  Its released code ends the
+lowest phase at timestep 0, where DDIM without ``set_alpha_to_one`` ends too: ``sampler.final: timestep_0``.  Departures
+from that code, which are not offered: it updates discriminator and student in turn, on a batch each (here both on one),
+takes candidates to any timestep of the phase, its end included (here to a point of the grid above the end), and has
+grids whose edges are not its sampler's times.
+
 Not in the paper, so choices: the number of grid points, the range of guidance scales, the weights, the target's decay,
 the offset noise.  Whether a later stage's teacher is the base model or the stage before is ambiguous there
 (``teacher: base`` or ``previous_stage``; with the latter set ``grid`` to that stage's segments).
@@ -28,31 +35,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from stepdistill.trainers.base import Batch, Losses
 from stepdistill.trainers.direct import DirectTrainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.config import Section
-from stepdistill.denoiser import guided
-from stepdistill.discriminator import DiscriminatorHead
+from stepdistill.denoiser import Condition, guided
+from stepdistill.discriminator import DiscriminatorHead, MapHeads
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.objectives.adversarial import discriminator_loss, generator_loss
+from stepdistill.objectives.adversarial import AdversarialLoss, discriminator_loss, generator_loss
 from stepdistill.objectives.consistency import consistency_distance
 from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.segments import SegmentGrid, edges
 from stepdistill.settings import RunSettings
+
+Features = Tensor | list[Tensor]
+"""The mid-block's output (B, F, h, w), or those of all blocks."""
 
 
 class AdversarialSettings(Section):
     """The adversarial part of the distance; off while ``weight`` is 0."""
 
     weight: float = Field(0.0, ge=0, description="of the student's part; 0 turns it off")
-    conditional: bool = Field(True, description="the discriminator sees x_u beside the candidate")
+    conditional: bool = Field(True, description="the discriminator sees x_u beside the candidate (PCM: false)")
+    loss: AdversarialLoss = Field("softplus", description="or hinge (PCM)")
+    features: Literal["mid", "all"] = Field(
+        "mid", description="what it reads of the teacher: the mid-block, or the output of every block (PCM)"
+    )
+    heads: int = Field(4, ge=1, description="on each block's output, with features = all")
 
 
 class TSCDSettings(Section):
@@ -61,7 +77,10 @@ class TSCDSettings(Section):
     end: Literal["start", "random"] = Field("start", description="where both jump to: the segment's start, or anywhere")
     guidance_scale: float = Field(1.0, ge=0, description="of the teacher; 1 is none; baked into the student")
     guidance_range: tuple[float, float] | None = Field(
-        None, description="[low, high] to draw a scale from for each batch, in place of guidance_scale (omega + 1)"
+        None, description="[low, high] to draw a scale from, in place of guidance_scale (omega + 1)"
+    )
+    guidance_draw: Literal["batch", "sample"] = Field(
+        "batch", description="one draw of the scale for all (Hyper-SD), or one a sample (LCM, PCM)"
     )
     teacher: Literal["base", "previous_stage"] = Field(
         "base", description="whose step is taken: the teacher's, or the student's as this stage starts"
@@ -143,28 +162,37 @@ class TSCD(DirectTrainer):
     def build(self) -> None:
         own = self.settings
         times = self.grid_times(self.config, self.family)
-        transition = self.sampler.transition
-        whole = FewStepSampler(self.family.schedule, times, transition, self.sampler.eta)
+        whole = replace(self.sampler, times=times)
         self.grid = SegmentGrid.of(whole, own.segments).to(self.family.device)
         student, copied = self.roles.student, self.roles.frozen_like
         self.target = copied(student, "consistency_target") if own.target_decay else student
         self.solver = copied(student, "previous_stage") if own.teacher == "previous_stage" else self.roles.teacher
-        self.looked_at: list[tuple[Tensor, ...]] = []
+        self.looked_at: list[tuple[Features, Features, Features | None]] = []
         if own.adversarial.weight:
             self.extra["discriminator"] = self._discriminator()
 
-    def _discriminator(self) -> DiscriminatorHead:
+    def _discriminator(self) -> nn.Module:
         if not hasattr(self.roles.teacher, "features"):
             raise UserError("tscd.adversarial.weight > 0: a teacher in closed form has no features for a discriminator")
+        settings = self.settings.adversarial
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             condition, _ = self.conditions.batch(0, 1)
             probe = torch.zeros(1, *self.family.sample_shape, device=self.family.device)
-            features = self.roles.teacher.features(probe, self.grid.time[-1:], condition)
-            channels, *size = features.shape[1:]
-            head = DiscriminatorHead(channels * (1 + self.settings.adversarial.conditional), *size)
+            features = self.features(probe, self.grid.time[-1:], condition)
+            features = _joined(features, features if settings.conditional else None)
+            if settings.features == "all":
+                discriminator = MapHeads([one.shape[1] for one in features], settings.heads)
+            else:
+                discriminator = DiscriminatorHead(*features.shape[1:])
             self.roles.meter.forward = 0
-        return head.to(self.family.device)
+        return discriminator.to(self.family.device)
+
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Features:
+        """What the discriminator reads of the teacher at x_t (B, ...), t (B,)."""
+        if self.settings.adversarial.features == "all":
+            return self.roles.teacher.feature_maps(x_t, t, condition)
+        return self.roles.teacher.features(x_t, t, condition)
 
     # -- losses --------------------------------------------------------------------------------------------
 
@@ -201,7 +229,7 @@ class TSCD(DirectTrainer):
     def aim(self, x_u: Tensor, u: Tensor, end: Tensor, batch: Batch) -> Tensor:
         """The target's jump from where the teacher's one step leads, (B, ...)."""
         grid, below = self.grid, u - 1
-        scale = self.draw_scale()
+        scale = self.draw_scale(len(u))
         null = self.family.null_condition(len(u)) if self.settings.guided else None
         step = guided(self.solver, x_u, grid.time[u], batch.condition, null, scale)
         x_below = grid.add_noise(step.x0, step.eps, below)
@@ -210,12 +238,14 @@ class TSCD(DirectTrainer):
         arrived = (end == below).reshape(-1, *[1] * (x_u.ndim - 1))
         return torch.where(arrived, x_below, grid.add_noise(said.x0, said.eps, end))
 
-    def draw_scale(self) -> float:
-        own = self.settings
-        if own.guidance_range is None:
-            return own.guidance_scale
-        low, high = own.guidance_range
-        return low + (high - low) * self.noise.shared_uniform()
+    def draw_scale(self, count: int) -> float | Tensor:
+        """The teacher's guidance scale for ``count`` samples: one, or one each, (count,)."""
+        settings = self.settings
+        if settings.guidance_range is None:
+            return settings.guidance_scale
+        low, high = settings.guidance_range
+        draw = self.noise.uniform(count) if settings.guidance_draw == "sample" else self.noise.shared_uniform()
+        return low + (high - low) * draw
 
     def generator(self, jump: Tensor, aim: Tensor, x_u: Tensor, u: Tensor, end: Tensor, batch: Batch) -> Tensor:
         """The student's adversarial loss; what it was made of is kept for the discriminator's turn.
@@ -226,23 +256,24 @@ class TSCD(DirectTrainer):
         look = end + 1 + (self.noise.uniform(len(u)) * (high - end)).long()
         fake = self.grid.renoised(jump, end, look, self.noise.randn_like(jump))
         real = self.grid.renoised(aim, end, look, self.noise.randn_like(aim))
-        beside = None
-        if self.settings.adversarial.conditional:
+        settings, beside = self.settings.adversarial, None
+        if settings.conditional:
             with torch.no_grad():
-                beside = self.roles.teacher.features(x_u, self.grid.time[u], batch.condition)
-        features = self.roles.teacher.features(fake, self.grid.time[look], batch.condition)
+                beside = self.features(x_u, self.grid.time[u], batch.condition)
+        features = self.features(fake, self.grid.time[look], batch.condition)
         with torch.no_grad():
-            real_features = self.roles.teacher.features(real, self.grid.time[look], batch.condition)
-        self.looked_at.append((features.detach(), real_features, beside))
+            real_features = self.features(real, self.grid.time[look], batch.condition)
+        self.looked_at.append((_detached(features), real_features, beside))
         frozen = {k: p.detach() for k, p in self.extra["discriminator"].named_parameters()}
         logits = torch.func.functional_call(self.extra["discriminator"], frozen, (_joined(features, beside),))
-        return generator_loss(logits)
+        return generator_loss(logits, settings.loss)
 
     def after_student(self) -> None:
         """The discriminator on the features that the student's turn made, and the target's average."""
         head = self.extra.get("discriminator")
         for fake, real, beside in self.looked_at:
-            loss = discriminator_loss(head(_joined(real, beside)), head(_joined(fake, beside)))
+            logits = head(_joined(real, beside)), head(_joined(fake, beside))
+            loss = discriminator_loss(*logits, self.settings.adversarial.loss)
             self.log("loss/discriminator", loss)
             (loss / len(self.looked_at)).backward()
         if self.looked_at:
@@ -278,5 +309,14 @@ def _among(times: Sequence[float], others: Sequence[float]) -> bool:
     return all(any(math.isclose(time, other, rel_tol=1e-9) for other in others) for time in times)
 
 
-def _joined(features: Tensor, beside: Tensor | None) -> Tensor:
-    return features if beside is None else torch.cat([features, beside], 1)
+def _joined(features: Features, beside: Features | None) -> Features:
+    """Along the channels, map by map."""
+    if beside is None:
+        return features
+    if isinstance(features, Tensor):
+        return torch.cat([features, beside], 1)
+    return [torch.cat(pair, 1) for pair in zip(features, beside, strict=True)]
+
+
+def _detached(features: Features) -> Features:
+    return features.detach() if isinstance(features, Tensor) else [one.detach() for one in features]

@@ -60,6 +60,11 @@ class Family(abc.ABC):
     def mid_block(self, network: nn.Module) -> nn.Module:
         """The module whose output (B, F, h, w) is the encoder's last feature; a discriminator's input."""
 
+    def feature_blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The modules whose outputs (B, F, h, w) are all the features that a discriminator can read, in the order in
+        which they run."""
+        return [self.mid_block(network)]
+
     def denoiser(self, network: nn.Module | None = None, autocast_dtype: torch.dtype | None = None) -> Denoiser:
         """``network`` (the teacher's by default) as a denoiser; it computes as :mod:`stepdistill.precision` says."""
         target = self.network if network is None else network

@@ -70,6 +70,9 @@ class UNet2DFamily(Family):
     def mid_block(self, network: nn.Module) -> nn.Module:
         return network.mid_block
 
+    def feature_blocks(self, network: nn.Module) -> list[nn.Module]:
+        return [*network.down_blocks, network.mid_block, *network.up_blocks]
+
     def fresh_network(self, like: nn.Module | None = None) -> UNet2DModel:
         return UNet2DModel.from_config((self.network if like is None else like).config)
 

@@ -30,6 +30,16 @@ METHODS = {
         "tscd": {"segments": 4, "adversarial": {"weight": 0.1}, "teacher": "previous_stage"},
         "sampler": {"steps": 4, "transition": "ode"},
     },
+    "tscd_phased": {
+        "tscd": {
+            "segments": 4,
+            "target_decay": 0.0,
+            "guidance_range": [1.0, 3.0],
+            "guidance_draw": "sample",
+            "adversarial": {"weight": 0.1, "loss": "hinge", "features": "all", "heads": 2, "conditional": False},
+        },
+        "sampler": {"steps": 4, "transition": "ode", "final": "timestep_0"},
+    },
     "feedback": {
         "feedback": {
             "rewards": [{"reward": "judges:Brightness", "hinge": 2.0}],

@@ -62,6 +62,8 @@ CASES = {
     "sd-zero_snr_v-1": ("stable_diffusion", "sd_zero_snr_v", "prompt", 1, None, "renoise", "mixed"),
     "sd-zero_snr_v-4": ("stable_diffusion", "sd_zero_snr_v", "prompt", 4, None, "renoise", "full"),
     "sd-ddim_eps-4-ode": ("stable_diffusion", "sd_ddim_eps", "prompt", 4, None, "ode", "full"),
+    "sd-ddim_eps-4-ode-to-timestep-0": ("stable_diffusion", "sd_ddim_eps", "prompt", 4, None, "ode_to_0", "full"),
+    "unet2d-v-2-ode-to-timestep-0": ("unet2d", "v", 3, 2, None, "ode_to_0", "full"),
     "sd-zero_snr_v-2-ode": ("stable_diffusion", "sd_zero_snr_v", "prompt", 2, None, "ode", "full"),
     "sd-pndm_eps-4-tcd": ("stable_diffusion", "sd_pndm_eps", "prompt", 4, None, "tcd", "shared"),
     "sd-zero_snr_v-2-tcd": ("stable_diffusion", "sd_zero_snr_v", "prompt", 2, None, "tcd", "full"),
@@ -121,7 +123,9 @@ def build(case, folder):
         level = family.schedule.level(torch.tensor(start or 1))
         return family, roles, SignalSampler(family.schedule, (float(level),))
     eta = 0.7 if family.passes_eta else 0.3
-    sampler = FewStepSampler(family.schedule, few_step_times(family.schedule, steps, start), transition, eta)
+    final = "timestep_0" if transition == "ode_to_0" else "clean"
+    transition = transition.removesuffix("_to_0")
+    sampler = FewStepSampler(family.schedule, few_step_times(family.schedule, steps, start), transition, eta, final)
     return family, roles, sampler
 
 

@@ -202,3 +202,23 @@ def test_discriminator_loss_falls_when_real_logits_rise_and_fake_ones_fall():
     real, fake = torch.tensor([[0.5]], requires_grad=True), torch.tensor([[0.5]], requires_grad=True)
     discriminator_loss(real, fake).backward()
     assert real.grad < 0 < fake.grad
+
+
+def test_hinge_losses_by_hand_and_of_a_discriminator_that_knows_nothing():
+    real, fake = torch.tensor([[2.0], [0.5], [-1.0]]), torch.tensor([[-2.0], [-0.5], [1.0], [0.0]])
+    # real: 0, 0.5, 2; fake: 0, 0.5, 2, 1
+    assert discriminator_loss(real, fake, "hinge").item() == pytest.approx(2.5 / 3 + 3.5 / 4)
+    # the generator's: 3, 1.5, 0, 1
+    assert generator_loss(fake, "hinge").item() == pytest.approx(5.5 / 4)
+    zeros = torch.zeros(8, 1)
+    assert discriminator_loss(zeros, zeros, "hinge").item() == 2
+    assert generator_loss(zeros, "hinge").item() == 1
+
+
+@pytest.mark.parametrize("kind", ["softplus", "hinge"])
+def test_several_heads_count_alike_whatever_the_size_of_their_maps(kind):
+    generator = torch.Generator().manual_seed(0)
+    real, fake = ([torch.randn(4, 1, n, n, generator=generator) for n in (1, 2, 8)] for _ in range(2))
+    alone = [discriminator_loss(*pair, kind) for pair in zip(real, fake, strict=True)]
+    torch.testing.assert_close(discriminator_loss(real, fake, kind), sum(alone) / 3)
+    torch.testing.assert_close(generator_loss(fake, kind), sum(generator_loss(one, kind) for one in fake) / 3)

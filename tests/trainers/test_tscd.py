@@ -425,7 +425,7 @@ def test_one_scale_is_drawn_a_batch_uniform_in_its_range():
         found.append(scales[0].item())
     assert len(set(found)) == 5
     assert asked == [[1] * 8 + [0] * 8] * 5
-    draws = torch.tensor([trainer.draw_scale() for _ in range(4000)])
+    draws = torch.tensor([trainer.draw_scale(8) for _ in range(4000)])
     assert draws.min() >= 2
     assert draws.max() < 14
     assert scipy.stats.kstest(draws.numpy(), "uniform", (2, 12)).pvalue > 1e-3

@@ -9,7 +9,7 @@ from stepdistill.trainers.base import Batch
 from stepdistill.trainers.tscd import TSCD
 from toys import toy_family
 
-from stepdistill.discriminator import DiscriminatorHead
+from stepdistill.discriminator import DiscriminatorHead, MapHeads
 from stepdistill.errors import UserError
 from stepdistill.sampler import few_step_times
 
@@ -222,3 +222,115 @@ def test_the_plans_passes_are_those_that_a_run_makes(own, passes):
     assert TSCD.passes_per_update(trainer.config, trainer.settings) == passes
     trainer.iteration()
     assert trainer.passes == passes * 8
+
+
+# -- phased consistency's discriminator --------------------------------------------------------------------------
+
+
+def phased(conditional=False, **own):
+    """Hinge, two heads on the output of each of a UNet's five blocks."""
+    adversarial = {"weight": 0.3, "loss": "hinge", "features": "all", "heads": 2, "conditional": conditional}
+    trainer = unets(adversarial=adversarial, **own)
+    shake(trainer.roles.student)
+    shake(trainer.extra["discriminator"])
+    return trainer
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_all_maps_by_hand(conditional):
+    """Both losses are hinges of the heads on what the teacher's blocks put out, down, middle and up."""
+    trainer = phased(conditional)
+    discriminator, network = trainer.extra["discriminator"], trainer.family.network
+    assert isinstance(discriminator, MapHeads)
+    assert len(discriminator.maps) == 5
+    blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]
+    seen, maps_of = [], trainer.roles.teacher.feature_maps
+
+    def noting(x_t, t, condition):
+        maps = maps_of(x_t, t, condition)
+        outputs = []
+        handles = [b.register_forward_hook(lambda _m, _i, out, o=outputs: o.append(out)) for b in blocks]
+        trainer.family.forward(network, x_t, t, condition)
+        for handle in handles:
+            handle.remove()
+        for one, output in zip(maps, outputs, strict=True):
+            torch.testing.assert_close(one, output[0] if isinstance(output, tuple) else output)
+        seen.append(maps)
+        return maps
+
+    trainer.roles.teacher.feature_maps = noting
+    _, loss = trainer.student_losses(trainer.next_batch())["generator"]
+    *beside, fake, real = seen
+    assert len(beside) == conditional
+
+    def logits(maps):
+        if conditional:
+            maps = [torch.cat(pair, 1) for pair in zip(maps, beside[0], strict=True)]
+        return discriminator([one.detach() for one in maps])
+
+    by_hand = torch.stack([(1 - one).clamp(min=0).mean() for one in logits(fake)]).mean()
+    torch.testing.assert_close(loss, by_hand)
+    assert max(gradient.abs().max() for gradient in gradients(trainer, loss).values()) > 1e-6
+
+    expected = torch.stack(
+        [
+            (1 + f).clamp(min=0).mean() + (1 - r).clamp(min=0).mean()
+            for f, r in zip(logits(fake), logits(real), strict=True)
+        ]
+    ).mean()
+    reached = {}
+    trainer.update = lambda role: reached.update({role: [p.grad.clone() for p in trainer.trained[role].values()]})
+    trainer.after_student()
+    (logged,) = trainer._logged["loss/discriminator"]
+    torch.testing.assert_close(logged, expected.detach())
+    by_parameter = torch.autograd.grad(expected, list(discriminator.parameters()))
+    for gradient, value in zip(reached["discriminator"], by_parameter, strict=True):
+        torch.testing.assert_close(gradient, value)
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_hinge_on_the_mid_block_alone_is_another_loss_on_the_same_logits():
+    losses = {}
+    for kind in ("softplus", "hinge"):
+        trainer = self_taught(segments=4, adversarial={"weight": 0.3, "loss": kind})
+        shake(trainer.extra["discriminator"], 0.3)
+        assert isinstance(trainer.extra["discriminator"], DiscriminatorHead)
+        batch = trainer.next_batch()
+        logits = []
+        trainer.extra["discriminator"].register_forward_hook(lambda _m, _i, out, logits=logits: logits.append(out))
+        losses[kind] = trainer.student_losses(batch)["generator"][1], logits[0]
+    (soft, a), (hinge, b) = losses["softplus"], losses["hinge"]
+    assert torch.equal(a, b)
+    torch.testing.assert_close(soft, torch.nn.functional.softplus(-a).mean())
+    torch.testing.assert_close(hinge, torch.relu(1 - a).mean())
+
+
+def test_a_network_of_one_block_has_one_map():
+    adversarial = {"weight": 0.1, "features": "all", "heads": 1, "conditional": False}
+    trainer = self_taught(adversarial=adversarial)
+    assert len(trainer.extra["discriminator"].maps) == 1
+    trainer.iteration()
+    assert trainer.counters["discriminator"] == 1
+
+
+@pytest.mark.parametrize("draw", ["batch", "sample"])
+def test_a_scale_for_all_or_one_a_sample(draw):
+    trainer = unets(guidance_range=[2.0, 5.0], guidance_draw=draw)
+    seen, ask = [], module.guided
+
+    def noting(denoiser, x_t, t, condition, null, scale):
+        seen.append(scale)
+        return ask(denoiser, x_t, t, condition, null, scale)
+
+    module.guided = noting
+    try:
+        trainer.iteration()
+    finally:
+        module.guided = ask
+    scales = torch.as_tensor(seen[0])
+    assert scales.shape == ((8,) if draw == "sample" else ())
+    many = torch.cat([torch.as_tensor(trainer.draw_scale(1000)).reshape(-1) for _ in range(50)])
+    assert (many >= 2).all()
+    assert (many < 5).all()
+    assert many.double().mean().item() == pytest.approx(3.5, abs=0.05 if draw == "sample" else 0.6)
+    assert len(many.unique()) > 40
