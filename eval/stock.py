@@ -186,7 +186,8 @@ class StockPipeline:
             accepted.pop("batch_size", None)
         try:
             images = self.pipeline(**accepted, **further).images
-        except ValueError as wrong:  # a scheduler's own word on its steps
+        except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as wrong:
+            # a scheduler's own word on its steps, or one that this pipeline cannot call
             reason = (str(wrong).splitlines() or ["refused"])[0]
             raise UserError(f"pipeline {self.path}: cannot be sampled in {steps} steps: {reason}") from None
         return images.float().clamp(0, 1) if images.isfinite().all() else images.float()

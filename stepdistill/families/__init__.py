@@ -22,20 +22,57 @@ NETWORKS = {"UNet2DModel": "unet2d", "UNet2DConditionModel": "stable_diffusion"}
 
 
 def family_of(model_index: dict, source: str) -> str:
-    """The family that a folder's ``model_index.json`` belongs to.
+    """The family that a folder's ``model_index.json`` belongs to, by its pipeline's class and all of its parts.
 
     Raises:
-        UserError: no family for it.
+        UserError: no family for it, a part that is missing or not understood, or another pipeline around the parts.
     """
-    network = (model_index.get("unet") or [None, None])[1]
-    extra = [k for k in ("text_encoder_2", "controlnet", "image_encoder") if (model_index.get(k) or [None])[0]]
-    if network in NETWORKS and not extra:
-        return NETWORKS[network]
-    what = model_index.get("_class_name", "unknown")
-    raise UserError(
-        f"teacher {source}: a {what} is not supported; supported are pipelines around "
-        f"{' or '.join(NETWORKS)} (families {', '.join(FAMILIES)})"
-    )
+    name = model_index.get("_class_name") if isinstance(model_index, dict) else None
+    if not isinstance(name, str):
+        raise UserError(
+            f"teacher {source}: model_index.json names no pipeline class of diffusers; save the teacher with "
+            "save_pretrained"
+        )
+    entries = {k: v for k, v in model_index.items() if isinstance(v, list) and not k.startswith("_")}
+    if odd := [k for k, v in entries.items() if len(v) != 2 or not (v == [None, None] or _are_names(v))]:
+        raise UserError(
+            f"teacher {source}: model_index.json: {odd[0]} = {entries[odd[0]]} is not a library and a class; save the "
+            "teacher with save_pretrained"
+        )
+    parts = {part: kind for part, (library, kind) in entries.items() if library is not None}
+    family = NETWORKS.get(parts.get("unet", ""))
+    if family is None:
+        raise UserError(
+            f"teacher {source}: a {name} is not supported; supported are pipelines around "
+            f"{' or '.join(NETWORKS)} (families {', '.join(FAMILIES)})"
+        )
+    _check_parts(name, parts, FAMILIES[family], source)
+    return family
+
+
+def _are_names(pair: list) -> bool:
+    return all(isinstance(entry, str) for entry in pair)
+
+
+def _check_parts(name: str, parts: dict[str, str], family: type[Family], source: str) -> None:
+    """Refuse a pipeline class ``name`` with ``parts`` (classes by name) that is not a teacher of ``family``."""
+    expected = ", ".join(family.parts)
+    known = {*family.parts, *family.left_out}
+    if more := [f"{part} ({kind})" for part, kind in parts.items() if part not in known]:
+        raise UserError(
+            f"teacher {source}: a {name} with {', '.join(more)} is not supported: its network does not work on what "
+            f"one with {expected} alone works on"
+        )
+    for part, kind in family.parts.items():
+        if part not in parts:
+            raise UserError(f"teacher {source}: its {part} is missing; save the whole pipeline")
+        if kind is not None and parts[part] != kind:
+            raise UserError(f"teacher {source}: its {part} is of class {parts[part]}; only {kind} is supported")
+    if name not in family.pipelines:
+        raise UserError(
+            f"teacher {source}: a {name} is not supported; if {family.pipelines[0]} draws as well with its parts "
+            f"({expected}), save them as one"
+        )
 
 
 def _model_index(path: str, revision: str | None) -> dict:

@@ -35,6 +35,14 @@ class Family(abc.ABC):
     lora_targets: ClassVar[list[str] | str]
     architecture_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of the network's config that a smaller student may change."""
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """diffusers' pipeline classes whose folders hold such a teacher, the one to save as first."""
+    parts: ClassVar[dict[str, str | None]] = {}
+    """The parts of such a folder; the class that each must have, None where any will do."""
+    left_out: ClassVar[tuple[str, ...]] = ()
+    """Parts that may be there and take no part in drawing."""
+    plain_config: ClassVar[dict[str, tuple[tuple, str]]] = {}
+    """Keys of the network's config that change how it must be called: the values that do not, and what others mean."""
     passes_eta: ClassVar[bool] = False
     """Whether the stock pipeline hands its scheduler an ``eta``."""
     takes_negatives: ClassVar[bool] = False
@@ -46,6 +54,27 @@ class Family(abc.ABC):
     condition_kind: ConditionKind = "none"
     num_labels: int = 0
     has_null: bool = False
+
+    @classmethod
+    def check_network(cls, network: nn.Module, source: str) -> None:
+        """Refuse a network that wants to be called otherwise than this family calls it.
+
+        Raises:
+            UserError: the key of its config that says so.
+        """
+        config = network.config
+        for key, (plain, meaning) in cls.plain_config.items():
+            if config.get(key) not in plain:
+                raise UserError(
+                    f"teacher {source}: {key} = {config[key]} in its unet's config is not supported: {meaning}"
+                )
+        if config.out_channels != config.in_channels:
+            raise UserError(
+                f"teacher {source}: {config.out_channels} output channels for {config.in_channels} input channels "
+                "(a learned variance) is not supported"
+            )
+        if config.sample_size is None:
+            raise UserError(f"teacher {source}: its UNet's config has no sample_size; add it")
 
     # -- calling the network -------------------------------------------------------------------------------
 

@@ -95,6 +95,29 @@ class PromptEncoder:
 
 class StableDiffusionFamily(Family):
     name = "stable_diffusion"
+    pipelines = (
+        "StableDiffusionPipeline",
+        "LatentConsistencyModelPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    )
+    parts = {
+        "unet": "UNet2DConditionModel",
+        "scheduler": None,
+        "vae": "AutoencoderKL",
+        "text_encoder": None,
+        "tokenizer": None,
+    }
+    left_out = ("safety_checker", "feature_extractor")
+    plain_config = {
+        "addition_embed_type": ((None,), "it takes more than a prompt (SDXL, DeepFloyd IF, Kandinsky)"),
+        "class_embed_type": ((None,), "it takes class labels beside the prompt (upscalers, unCLIP)"),
+        "num_class_embeds": ((None,), "it takes class labels beside the prompt (upscalers)"),
+        "encoder_hid_dim_type": ((None,), "its prompts are changed on the way in (DeepFloyd IF, Kandinsky)"),
+        "attention_type": (("default",), "it takes boxes beside the prompt (GLIGEN)"),
+        "dual_cross_attention": ((False,), "it takes two kinds of conditions (Versatile Diffusion)"),
+    }
     # the module set of DMD2's LoRA recipe and of LCM-LoRA
     lora_targets = [
         "to_q",
@@ -147,17 +170,15 @@ class StableDiffusionFamily(Family):
         """From a loaded pipeline's components.
 
         Raises:
-            UserError: a part is missing, or the UNet is an inpainting or depth one.
+            UserError: the UNet is an inpainting or depth one, or is called in another way.
         """
-        for part in ("unet", "scheduler", "vae", "text_encoder", "tokenizer"):
-            if components.get(part) is None:
-                raise UserError(f"teacher {source}: its {part} is missing; save the whole pipeline")
         network = components["unet"]
         if network.config.in_channels != components["vae"].config.latent_channels:
             raise UserError(
                 f"teacher {source}: its UNet takes {network.config.in_channels} channels, not the VAE's "
                 f"{components['vae'].config.latent_channels}; inpainting and depth models are not supported"
             )
+        cls.check_network(network, source)
         return cls(
             network,
             components["scheduler"],

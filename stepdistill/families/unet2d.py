@@ -1,8 +1,8 @@
 """Pixel-space UNet2DModel teachers, unconditional or class-conditional.
 
-The teacher's folder holds ``unet`` and ``scheduler`` (as DDPMPipeline, DDIMPipeline and ConsistencyModelPipeline
-write it).  The null label for guidance is ``null_label`` under ``_stepdistill`` in the UNet's config; a teacher
-without one is guided by nothing.
+The teacher's folder holds ``unet`` and ``scheduler`` and nothing else (as DDPMPipeline, DDIMPipeline, PNDMPipeline and
+ConsistencyModelPipeline write it).  The null label for guidance is ``null_label`` under ``_stepdistill`` in the UNet's
+config; a teacher without one is guided by nothing.
 """
 
 from __future__ import annotations
@@ -10,17 +10,26 @@ from __future__ import annotations
 import copy
 
 import torch
-from diffusers import ConsistencyModelPipeline, UNet2DModel
+from diffusers import ConsistencyModelPipeline, DDPMPipeline, UNet2DModel
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.schedule import FlowSchedule, from_scheduler
+from stepdistill.schedule import EDMSchedule, FlowSchedule, from_scheduler
 
 
 class UNet2DFamily(Family):
     name = "unet2d"
+    pipelines = ("ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+    parts = {"unet": "UNet2DModel", "scheduler": None}
+    plain_config = {
+        "class_embed_type": ((None,), "its classes are not told by a number, so no stock pipeline tells them"),
+        "time_embedding_type": (
+            ("positional", "learned"),
+            "it divides its output by its time, as score-SDE models do, whose schedulers are not supported",
+        ),
+    }
     architecture_keys = (
         "block_out_channels",
         "layers_per_block",
@@ -40,6 +49,8 @@ class UNet2DFamily(Family):
         config = network.config
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
+        if height == width:
+            network.register_to_config(sample_size=height)  # the consistency pipeline takes no pair
         self.sample_shape = (config.in_channels, height, width)
         self.null_label = (config.get("_stepdistill") or {}).get("null_label")
         self.has_null = self.null_label is not None
@@ -52,17 +63,25 @@ class UNet2DFamily(Family):
         """From a loaded pipeline's components.
 
         Raises:
-            UserError: a network without a sample size, or one that learns its variance.
+            UserError: a network that is called in another way, without a sample size, or that learns its variance;
+                pictures that are not square, where no stock pipeline draws them.
         """
-        network = components["unet"]
-        if network.config.sample_size is None:
-            raise UserError(f"teacher {source}: its UNet's config has no sample_size; add it")
-        if network.config.out_channels != network.config.in_channels:
+        cls.check_network(components["unet"], source)
+        family = cls(components["unet"], components["scheduler"])
+        labels = family.condition_kind == "label"
+        if not family.is_square and (labels or isinstance(family.schedule, EDMSchedule)):
+            _, height, width = family.sample_shape
             raise UserError(
-                f"teacher {source}: {network.config.out_channels} output channels for "
-                f"{network.config.in_channels} input channels (a learned variance) is not supported"
+                f"teacher {source}: its pictures are {width}x{height}, and stock diffusers draws none that are not "
+                f"square {'by class labels' if labels else 'with EDM schedulers'}, so nobody could use its student; "
+                "take a teacher of squares"
             )
-        return cls(network, components["scheduler"])
+        return family
+
+    @property
+    def is_square(self) -> bool:
+        _, height, width = self.sample_shape
+        return height == width
 
     def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return network(x, time, class_labels=condition.get("label")).sample
@@ -97,11 +116,23 @@ class UNet2DFamily(Family):
             return {**found, key: torch.cat([found[key], own[-1:]])}
         return found
 
-    def pipeline(self, network: nn.Module, scheduler) -> ConsistencyModelPipeline:
-        """ConsistencyModelPipeline: the one stock class for (class-conditional) pixel students.
+    def pipeline(self, network: UNet2DModel, scheduler) -> ConsistencyModelPipeline | DDPMPipeline:
+        """ConsistencyModelPipeline: the one stock class for (class-conditional) pixel students; DDPMPipeline for
+        pictures that are not square, which that one cannot draw.
 
         Where the null label is the last one it is cut off, so that a call without labels never draws it.
+
+        Raises:
+            UserError: pictures that are not square with a scheduler that scales its first noise, as DDPMPipeline
+                does not.
         """
+        if not self.is_square:
+            if scheduler.init_noise_sigma != 1:
+                raise UserError(
+                    f"no stock pipeline draws pictures that are not square with {type(scheduler).__name__}; set "
+                    "sampler.transition to renoise, ode or tcd"
+                )
+            return DDPMPipeline(unet=network, scheduler=scheduler)
         if self.has_null and self.null_label == network.config.num_class_embeds - 1:
             network = _without_last_label(network)
         return ConsistencyModelPipeline(unet=network, scheduler=scheduler)
