@@ -153,10 +153,11 @@ def test_commands_take_a_half_precision_folder(stored, tmp_path):
 
 
 def test_students_in_half_precision_are_merged_in_float32(stored, tmp_path):
+    """A's text encoder, stored in float32 under a config that names bfloat16, loses nothing."""
     folders = []
-    for index, weights in enumerate(("full", "shared")):
-        family, student, sampler = student_of(stored["bfloat16"], "bfloat16", weights)
-        folders.append(str(export_student(family, student, sampler, tmp_path / str(index), {}, BF16)))
+    for index, (weights, dtype) in enumerate((("full", F32), ("shared", BF16))):
+        family, student, sampler = student_of(stored["float32"], "float32", weights)
+        folders.append(str(export_student(family, student, sampler, tmp_path / str(index), {}, dtype)))
         file = tmp_path / str(index) / "text_encoder" / "config.json"  # as others save such a folder
         file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "bfloat16"}))
     merged = merge_students(*folders, 0.25, tmp_path / "merged")
@@ -165,6 +166,8 @@ def test_students_in_half_precision_are_merged_in_float32(stored, tmp_path):
     a, b = (DiffusionPipeline.from_pretrained(folder, dtype=F32).unet.state_dict() for folder in folders)
     for key, value in pipeline.unet.state_dict().items():
         torch.testing.assert_close(value, 0.25 * a[key] + 0.75 * b[key])
+    text = family.text_encoder.state_dict()
+    assert all(torch.equal(value, text[key]) for key, value in pipeline.text_encoder.state_dict().items())
     assert draw(pipeline).isfinite().all()
 
 
