@@ -6,13 +6,13 @@ What a call must say (steps, no guidance) stands in the model card and, with the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from stepdistill.pipelines.card import model_card
 from stepdistill.pipelines.saving import save_in_one_dtype
 from stepdistill.pipelines.schedulers import student_scheduler
 
@@ -99,7 +99,7 @@ def write_pipeline(
     check_replaceable(path, inputs)
     with files.replacing_folder(path) as temporary:
         save_in_one_dtype(pipeline, temporary, dtype, in_float32)
-        (temporary / "README.md").write_text(model_card(path.name, pipeline, facts), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(path.name, pipeline, facts, dtype), encoding="utf-8")
         if lora is not None:
             lora(temporary / "lora")
     return path
@@ -115,48 +115,3 @@ def save_lora(role: Role, pipeline, folder: Path) -> None:
     lora.save(folder)
     if hasattr(pipeline, "load_lora_weights"):
         lora.save_kohya(folder)
-
-
-def model_card(name: str, pipeline, facts: dict[str, Any]) -> str:
-    """README.md of an exported folder: what it is, and the three lines that use it."""
-    conditional = getattr(pipeline.unet.config, "num_class_embeds", None)
-    inputs = {"StableDiffusionPipeline": '"a photo of a cat"'}.get(type(pipeline).__name__)
-    inputs = inputs or ("class_labels=[0]" if conditional else "batch_size=1")
-    arguments = ", ".join([inputs, *(f"{k}={v}" for k, v in facts["call"].items())])
-    also = ", ".join(map(str, facts.get("also_steps") or []))
-    others = f" (this, or {also})" if also else ""
-    settings = json.dumps({k: v for k, v in facts.items() if k != "call"}, indent=1, default=str)
-    return f"""---
-library_name: diffusers
-tags: [stepdistill, distillation, few-step]
----
-# {name}: {facts["steps"]}-step student by {facts.get("method", "distillation")}
-
-Distilled from `{facts.get("teacher", "a teacher")}` with stepdistill {facts["version"]}. A stock
-`{type(pipeline).__name__}`: diffusers alone loads it, stepdistill is not needed.
-
-```python
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER")
-image = pipe({arguments}).images[0]
-```
-
-The number of steps{others} and the absence of guidance are part of what was trained. The teacher's licence applies.
-{_attention_line(facts)}
-<details><summary>How it was made</summary>
-
-```json
-{settings}
-```
-</details>
-"""
-
-
-def _attention_line(facts: dict[str, Any]) -> str:
-    kernel = facts.get("attention")
-    if kernel is None:
-        return ""
-    return (
-        f"\nTrained with `{kernel}` attention (diffusers' name) in {facts.get('precision', 'float32')}. Exact kernels "
-        "give the same pictures up to rounding, in float32 within 0.001 of a pixel's range.\n"
-    )

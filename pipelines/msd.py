@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError, safe_open
 from stepdistill.pipelines.calls import callable_with_noise
+from stepdistill.pipelines.card import students_card
 from torch import Tensor
 
 from stepdistill import __version__, files
@@ -365,7 +366,7 @@ def export_students(folders: list[Path], router: Router, path: Path) -> Path:
             shutil.copytree(folder, temporary / f"student-{k}")
         router.save(temporary / FILE)
         files.write_json(temporary / MANIFEST, manifest)
-        files.write_text(temporary / "README.md", _card(path.name, manifest, router))
+        files.write_text(temporary / "README.md", students_card(path.name, manifest, router))
     return path
 
 
@@ -379,36 +380,3 @@ def _parameters(folder: Path) -> int:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: not readable ({error}); export the student again") from None
     return total
-
-
-def _card(name: str, manifest: dict[str, Any], router: Router) -> str:
-    labels = router.kind == "labels"
-    what = "class_labels=[0, 1]" if labels else '["a photo of a cat", "a red bus"]'
-    parts = "" if not labels else "".join(f"- `student-{k}`: {p}\n" for k, p in enumerate(router.parameters["labels"]))
-    first = "class_labels=[LABEL]" if labels else '"a photo of a cat"'
-    call = ", ".join(f"{k}={v}" for k, v in manifest["call"].items())
-    return f"""---
-library_name: diffusers
-tags: [stepdistill, distillation, few-step]
----
-# {name}: {manifest["students"]} students of one teacher
-
-Distilled from `{manifest["teacher"]}` by {manifest["method"]} with stepdistill {manifest["version"]}; each student
-draws a part of the conditions. All of them, routed:
-
-```python
-from stepdistill.pipelines import MSDPipeline
-pipe = MSDPipeline.from_pretrained("PATH_OF_THIS_FOLDER", memory="2GB")
-images = pipe({what}).images
-```
-
-One of them, for its own conditions alone, with diffusers and nothing else:
-
-```python
-from diffusers import DiffusionPipeline
-image = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER/student-0")({first}, {call}).images[0]
-```
-
-{parts}
-The teacher's licence applies.
-"""
