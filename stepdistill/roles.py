@@ -498,7 +498,9 @@ def enable_checkpointing(network: nn.Module, switch: AdapterSwitch | None) -> No
 class EMA:
     """An exponential moving average of a role's trained parameters, float32.
 
-    ``shadow <- d shadow + (1 - d) parameter`` after each update n, with ``d = min(decay, (1 + n) / (10 + n))``.
+    ``shadow <- d shadow + (1 - d) parameter`` after each update n = 1, 2, ..., with
+    ``d = min(decay, (1 + n) / (10 + n))``: 2/11, 3/12, ...  This is one update ahead of diffusers' ``EMAModel``, whose
+    d is 0 after its first update (the start is forgotten) and 2/11 after its second.
     """
 
     def __init__(self, role: Role, decay: float):

@@ -119,7 +119,7 @@ class OptimizerSettings(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    warmup: int = Field(0, ge=0, le=10**9, description="linear warm-up, in this role's own updates")
+    warmup: int = Field(0, ge=0, le=10**9, description="linear, over this role's own updates; starts at lr / warmup")
     decay: int = Field(
         0, ge=0, le=10**9, description="then linearly towards 0 at this many of its own updates; 0 is constant"
     )

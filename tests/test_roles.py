@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from stepdistill.errors import UserError
@@ -309,6 +310,23 @@ def test_ema_is_its_formula(weights):
     assert ema.shadow.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(ema.shadow[key].double(), value, rtol=0, atol=1e-6)
+
+
+def test_ema_is_one_update_ahead_of_diffusers():
+    """Its decay after n updates is EMAModel's after n + 1."""
+    role = Roles(unet2d(), settings("full")).student
+    ema = EMA(role, 0.9999)
+    theirs = EMAModel(role.network.parameters(), decay=0.9999)
+    key, parameter = next(iter(role.parameters().items()))
+    decays = []
+    for _ in range(5):
+        with torch.no_grad():
+            ema.shadow[key].zero_()
+            parameter.fill_(1.0)
+        ema.update()
+        decays.append(1 - ema.shadow[key].mean().item())
+    assert decays == pytest.approx([theirs.get_decay(n + 1) for n in range(1, 6)])
+    assert theirs.get_decay(1) == 0
 
 
 @pytest.mark.parametrize("weights", ["full", "shared"])

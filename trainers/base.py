@@ -639,7 +639,9 @@ class Trainer(abc.ABC):
 def learning_rate(settings: OptimizerSettings, done: int) -> float:
     """The rate of the next update after ``done`` of the same role: warm-up, then constant or linear decay.
 
-    It never falls below 1 % of ``lr``, so a run that is resumed past ``decay`` still moves.
+    Warm-up is ``lr (done + 1) / warmup``: from ``lr / warmup`` at the first update to ``lr`` at update ``warmup``.
+    diffusers' and transformers' schedulers are one update behind, with a rate of 0 at the first.
+    The rate never falls below 1 % of ``lr``, so a run that is resumed past ``decay`` still moves.
     """
     rate = settings.lr
     if settings.warmup:

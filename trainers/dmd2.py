@@ -9,9 +9,11 @@ discriminator D is a head on the fake score's own mid-block, so that loss trains
 Several steps: the student's input at step k is made by its own earlier steps from fresh noise (backward simulation),
 the step is one draw for all samples and processes, and the gradient passes through that one step.
 
-Departures from the released code, all stated where they happen: warm-up is counted in a role's own updates; times of
-an N-step student are those a stock scheduler can be configured to give; a guidance scale below 1 is refused rather than
-read as 1; non-finite gradients are counted and skipped, never replaced; all passes of a run share one precision.
+Departures from the released code: warm-up is counted in a role's own updates (there in iterations, over the number of
+GPUs); times of an N-step student are those a stock scheduler can be configured to give; a guidance scale below 1 is
+refused rather than read as 1; non-finite gradients are counted and skipped, never replaced; all passes of a run share
+one precision; prompts are those of ``data`` for any number of steps (there, with backward simulation, the captions of
+the real images).
 """
 
 from __future__ import annotations

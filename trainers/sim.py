@@ -19,7 +19,10 @@ x0); batch and rates are the config's.  The generator is called at ``sampler.ini
 that is the timestep of this sigma/alpha, fed with noise of unit variance as every stock scheduler feeds it.
 
 Departures from SiD's code: the loss is a mean over elements too (a constant factor, which Adam does not see); values
-that are not finite are counted and skipped, never replaced; no augmentation.
+that are not finite are counted and skipped, never replaced; no augmentation and no dropout; gradients are clipped
+(there only in fp16); ``train.ema_decay`` has the ramp of :class:`stepdistill.roles.EMA` and not SiD's, a half-life that
+grows with the samples seen.  SiD-LSG weighs the fake score's v error by SNR / (SNR + 1), which is
+``fake_score_target: eps``, and guides the fake score too, which is not offered.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Not verified in the papers, so made choices: the shape of the CLIP weight's deca
 PG-SB draws a scale per batch or per sample (``guidance_draw``), and NASA-T's a (one a sample here).  Departures from
 the released code: alpha of the teacher's own schedule where version 1 hard-codes 0.0047 for its square; all conversions
 in float32; gradients that are not finite are counted and skipped.  ``null_probability`` is one draw a micro-batch,
-shared by all processes.
+shared by all processes (there each process has its own).  Version 2's optional regression on real images is not here.
 """
 
 from __future__ import annotations

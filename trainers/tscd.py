@@ -27,8 +27,9 @@ takes candidates to any timestep of the phase, its end included (here to a point
 grids whose edges are not its sampler's times.
 
 Not in the paper, so choices: the number of grid points, the range of guidance scales, the weights, the target's decay,
-the offset noise.  Whether a later stage's teacher is the base model or the stage before is ambiguous there
-(``teacher: base`` or ``previous_stage``; with the latter set ``grid`` to that stage's segments).
+the offset noise, and that the discriminator's candidates are noised again.  Whether a later stage's teacher is the base
+model or the stage before is ambiguous there (``teacher: base`` or ``previous_stage``; with the latter set ``grid`` to
+that stage's segments).
 """
 
 from __future__ import annotations

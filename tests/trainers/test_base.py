@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from diffusers.optimization import get_constant_schedule_with_warmup
 from stepdistill.trainers.base import Interrupted, RunStopped, learning_rate
 from toys import toy_trainer
 
@@ -132,6 +133,19 @@ def test_learning_rate_warms_up_then_decays_in_the_roles_own_updates():
     rates = [learning_rate(own, done) for done in range(12)]
     assert rates == pytest.approx([0.25, 0.45, 0.6, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.01, 0.01])
     assert learning_rate(OptimizerSettings(lr=0.5), 1000) == 0.5
+
+
+def test_warm_up_is_one_update_ahead_of_diffusers_scheduler():
+    settings = OptimizerSettings(lr=1.0, warmup=4)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = get_constant_schedule_with_warmup(optimizer, 4)
+    rates = []
+    for _ in range(7):
+        rates.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert rates[0] == 0
+    assert rates[1:] == pytest.approx([learning_rate(settings, done) for done in range(6)])
 
 
 def test_every_row_says_how_far_and_at_what_cost(tmp_path):
