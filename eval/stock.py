@@ -21,7 +21,8 @@ from stepdistill.pipelines.msd import MSDPipeline, is_msd_folder
 from torch import Tensor, nn
 
 from stepdistill import assets
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
+from stepdistill.loading import load_pipeline
 
 ConditionKind = Literal["none", "label", "prompt"]
 
@@ -65,13 +66,8 @@ class StockPipeline:
         if is_msd_folder(folder):
             with _quiet():
                 return cls(MSDPipeline.from_pretrained(folder, dtype, device), str(path))
-        try:
-            with _quiet():
-                # named even where it is float32: transformers would take what a text encoder's config says
-                pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=dtype)
-        except Exception as error:  # diffusers raises many kinds; the user needs the folder and the reason
-            reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-            raise UserError(f"pipeline {path}: diffusers cannot load it ({reason}); export it again") from None
+        with _quiet():
+            pipeline = load_pipeline(folder, f"pipeline {path}", "export it again", dtype)
         return cls(pipeline.to(device), str(path))
 
     # -- what it is ----------------------------------------------------------------------------------------
@@ -184,12 +180,9 @@ class StockPipeline:
         accepted = {k: v for k, v in given.items() if k in self._arguments and v is not None}
         if isinstance(self.pipeline, MSDPipeline):
             accepted.pop("batch_size", None)
-        try:
+        remedy = "give other steps, or look at the configs of its parts"
+        with reading(f"pipeline {self.path}", remedy, f"cannot be sampled in {steps} steps"):
             images = self.pipeline(**accepted, **further).images
-        except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as wrong:
-            # a scheduler's own word on its steps, or one that this pipeline cannot call
-            reason = (str(wrong).splitlines() or ["refused"])[0]
-            raise UserError(f"pipeline {self.path}: cannot be sampled in {steps} steps: {reason}") from None
         return images.float().clamp(0, 1) if images.isfinite().all() else images.float()
 
     def _check(self, conditions: list | None, noise: Tensor, guidance_scale: float | None) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from stepdistill.pipelines.export import stamped, write_pipeline
 from torch import Tensor, nn
 
 from stepdistill import __version__
 from stepdistill.errors import UserError
+from stepdistill.loading import load_pipeline
 from stepdistill.pipeline_folders import check_replaceable
 
 DENOISERS = ("unet", "transformer")
@@ -44,11 +44,9 @@ def interpolate(a: dict[str, Tensor], b: dict[str, Tensor], weight: float) -> di
 
 
 def _load(path: str) -> tuple[Any, nn.Module]:
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32)  # a text encoder's config may say less
-    except Exception as error:  # diffusers and transformers raise many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be loaded as a pipeline: {reason}") from None
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder; name an exported student")
+    pipeline = load_pipeline(path, path, "export the student again")
     for name in DENOISERS:
         if (network := getattr(pipeline, name, None)) is not None:
             return pipeline, network

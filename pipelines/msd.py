@@ -30,6 +30,7 @@ from torch import Tensor
 from stepdistill import __version__, files
 from stepdistill.errors import UserError
 from stepdistill.families.stable_diffusion import PromptEncoder
+from stepdistill.loading import load_pipeline
 from stepdistill.partition import FILE, Router
 from stepdistill.pipeline_folders import MANIFEST, check_replaceable, is_whole, missing
 
@@ -105,12 +106,8 @@ class MSDPipeline:
         """Student k's stock pipeline, loaded if it is not."""
         if k not in self.loaded:
             self._make_room(k)
-            path, arguments = self.folder / f"student-{k}", {"dtype": self.dtype, "local_files_only": True}
-            try:
-                pipeline = DiffusionPipeline.from_pretrained(path, **self._given(), **arguments)
-            except Exception as error:  # diffusers raises many kinds
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise UserError(f"{path}: diffusers cannot load this student ({reason}); export it again") from None
+            path = self.folder / f"student-{k}"
+            pipeline = load_pipeline(path, f"student {path}", "export it again", self.dtype, **self._given())
             pipeline = callable_with_noise(pipeline).to(self.device)
             pipeline.set_progress_bar_config(**self._bar)
             self.loaded[k] = pipeline
@@ -131,8 +128,8 @@ class MSDPipeline:
         """What every student has alike, loaded once, {} for pixels: text encoder and tokenizer in float32, which serve
         routing and drawing, and the VAE in ``dtype``."""
         if self.router.kind != "labels" and not self._common:
-            path, arguments = self.folder / "student-0", {"dtype": torch.float32, "local_files_only": True}
-            found = DiffusionPipeline.from_pretrained(path, unet=None, **arguments)
+            path = self.folder / "student-0"
+            found = load_pipeline(path, f"student {path}", "export it again", unet=None)
             self._common = {name: found.components[name] for name in ("text_encoder", "tokenizer", "vae")}
             self._common["text_encoder"].to(self.device)
             self._common["vae"].to(self.device, self.dtype)

@@ -79,6 +79,8 @@ def parse_json(text: str) -> Any:
     """
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not valid JSON, line {error.lineno}: {error.msg}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 from stepdistill.families.base import Family
 from stepdistill.families.stable_diffusion import StableDiffusionFamily
 from stepdistill.families.unet2d import UNet2DFamily
+from stepdistill.loading import check_index, load_pipeline, parts_of, read_index
 from stepdistill.precision import norms_in_float32
 
 FAMILIES: dict[str, type[Family]] = {
@@ -19,6 +19,8 @@ FAMILIES: dict[str, type[Family]] = {
 }
 NETWORKS = {"UNet2DModel": "unet2d", "UNet2DConditionModel": "stable_diffusion"}
 """The class of a folder's ``unet`` to its family."""
+TRIED = 100_000_000
+"""Parameters of a network up to which a teacher is called once when it is loaded."""
 
 
 def family_of(model_index: dict, source: str) -> str:
@@ -27,19 +29,8 @@ def family_of(model_index: dict, source: str) -> str:
     Raises:
         UserError: no family for it, a part that is missing or not understood, or another pipeline around the parts.
     """
-    name = model_index.get("_class_name") if isinstance(model_index, dict) else None
-    if not isinstance(name, str):
-        raise UserError(
-            f"teacher {source}: model_index.json names no pipeline class of diffusers; save the teacher with "
-            "save_pretrained"
-        )
-    entries = {k: v for k, v in model_index.items() if isinstance(v, list) and not k.startswith("_")}
-    if odd := [k for k, v in entries.items() if len(v) != 2 or not (v == [None, None] or _are_names(v))]:
-        raise UserError(
-            f"teacher {source}: model_index.json: {odd[0]} = {entries[odd[0]]} is not a library and a class; save the "
-            "teacher with save_pretrained"
-        )
-    parts = {part: kind for part, (library, kind) in entries.items() if library is not None}
+    check_index(model_index, f"teacher {source}")
+    name, parts = model_index["_class_name"], {part: kind for part, (_, kind) in parts_of(model_index).items()}
     family = NETWORKS.get(parts.get("unet", ""))
     if family is None:
         raise UserError(
@@ -48,10 +39,6 @@ def family_of(model_index: dict, source: str) -> str:
         )
     _check_parts(name, parts, FAMILIES[family], source)
     return family
-
-
-def _are_names(pair: list) -> bool:
-    return all(isinstance(entry, str) for entry in pair)
 
 
 def _check_parts(name: str, parts: dict[str, str], family: type[Family], source: str) -> None:
@@ -75,25 +62,46 @@ def _check_parts(name: str, parts: dict[str, str], family: type[Family], source:
         )
 
 
-def _model_index(path: str, revision: str | None) -> dict:
+def _folder(path: str, revision: str | None, variant: str | None) -> Path:
+    """The teacher's folder on this machine; a hub id's is in the hub's cache.
+
+    Raises:
+        UserError: no such folder, and the hub does not give it.
+    """
     folder = Path(path)
     if folder.is_dir():
-        file = folder / "model_index.json"
-        if not file.exists():
-            raise UserError(f"teacher {path}: not a diffusers folder (no model_index.json in it)")
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"teacher {path}: model_index.json is not valid JSON ({error})") from None
+        return folder
     if folder.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"teacher {path}: no such folder; give a diffusers folder or a hub id (owner/name)")
     from diffusers import DiffusionPipeline
 
-    try:
-        return dict(DiffusionPipeline.load_config(path, revision=revision))
-    except Exception as error:  # many kinds; the user needs the name and the reason
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"teacher {path}: no such folder here, and the hub did not give it: {reason}") from None
+    remedy = "look at its name, or name a folder"
+    with reading(f"teacher {path}", remedy, "no such folder here, and the hub did not give it"):
+        check_index(dict(DiffusionPipeline.load_config(path, revision=revision)), f"teacher {path}")
+        return Path(DiffusionPipeline.download(path, revision=revision, variant=variant))
+
+
+def _try(family: Family, source: str) -> None:
+    """Call a teacher of moderate size once, on zeros.
+
+    Raises:
+        UserError: that fails, or gives something of another shape.
+    """
+    if sum(p.numel() for p in family.network.parameters()) > TRIED:
+        return
+    remedy = "look at the configs of its parts"
+    with torch.no_grad(), reading(f"teacher {source}", remedy, "cannot be called"):
+        samples = torch.zeros(1, *family.sample_shape)
+        time = family.schedule.level(torch.tensor([family.schedule.num_levels // 2]))
+        items = {"none": [], "label": [0], "prompt": ["a"]}[family.condition_kind]
+        condition = family.encode_conditions(items) if items else {}
+        shapes = [
+            (family.denoiser()(samples, time, condition).x0.shape, samples.shape),
+            (family.decode(samples).shape, (1, *family.image_shape)),
+        ]
+        for shape, expected in shapes:
+            if tuple(shape) != tuple(expected):
+                raise ValueError(f"it gives {tuple(shape)}, not {tuple(expected)}")
 
 
 def load_family(
@@ -112,20 +120,19 @@ def load_family(
     Raises:
         UserError: not there, not a diffusers folder, of an unsupported class, or broken.
     """
-    index = _model_index(path, revision)
+    folder = _folder(path, revision, variant)
+    what = f"teacher {path}"
+    index = read_index(folder, what)
     found = family_of(index, path)
     if family not in ("auto", found):
         raise UserError(f"teacher.family = {family}: the teacher {path} is of family {found}")
-    from diffusers import DiffusionPipeline
-
     optional = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, variant=variant, dtype=dtype, **optional)
-    except Exception as error:  # diffusers and transformers raise many kinds
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"teacher {path}: cannot be loaded: {reason}") from None
+    pipeline = load_pipeline(folder, what, "save it again with save_pretrained", dtype, variant, **optional)
     norms_in_float32(pipeline.unet)
-    return FAMILIES[found].from_components(pipeline.components, path)
+    with reading(what, "look at the configs of its parts", "is not understood"):
+        loaded = FAMILIES[found].from_components(pipeline.components, path)
+    _try(loaded, path)
+    return loaded
 
 
 __all__ = ["FAMILIES", "Family", "StableDiffusionFamily", "UNet2DFamily", "load_family"]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from stepdistill import precision
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
+from stepdistill.loading import load_network
 from stepdistill.schedule import PredictionType, Schedule
 
 ConditionKind = Literal["none", "label", "prompt"]
@@ -143,11 +144,9 @@ class Family(abc.ABC):
             UserError: not there, or a network of another shape.
         """
         like = self.network if like is None else like
-        try:
-            found = type(self.network).from_pretrained(path, subfolder="unet").state_dict()
-        except Exception as error:  # diffusers raises many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"roles.student_from = {path}: its unet cannot be loaded: {reason}") from None
+        what = f"roles.student_from = {path}"
+        with reading(what, "name a student that was exported", "its unet cannot be loaded"):
+            found = load_network(type(self.network), path, what, subfolder="unet").state_dict()
         found, own = self.complete_weights(found, like), like.state_dict()
         odd = [k for k in own.keys() | found.keys() if k not in own or k not in found or own[k].shape != found[k].shape]
         if odd:

@@ -8,6 +8,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from stepdistill.errors import reading
+from stepdistill.loading import load_network
+
 
 def build_tokenizer(texts: list[str], vocabulary: int, max_tokens: int) -> CLIPTokenizer:
     """A CLIPTokenizer whose merges are learned on ``texts``; every byte is a token, so nothing is unknown."""
@@ -82,9 +85,11 @@ def build_unet(
 
 def load_vae(folder) -> AutoencoderKL:
     """The frozen VAE in ``folder``."""
-    return AutoencoderKL.from_pretrained(folder).requires_grad_(False).eval()
+    with reading(folder, "remove it, and it is made again", "cannot be loaded"):
+        return load_network(AutoencoderKL, folder, str(folder)).requires_grad_(False).eval()
 
 
 def load_tokenizer(folder) -> CLIPTokenizer:
     """The tokenizer in ``folder``, with the ``model_max_length`` it was made with."""
-    return CLIPTokenizer.from_pretrained(folder)
+    with reading(folder, "remove it, and it is made again", "cannot be loaded"):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)

@@ -22,8 +22,9 @@ from diffusers import (
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 from stepdistill.families.base import Family
+from stepdistill.loading import load_network
 from stepdistill.nodes import digest
 from stepdistill.schedule import from_scheduler
 
@@ -45,14 +46,9 @@ def read_tiny_vae(path: str, key: str) -> AutoencoderTiny:
     Raises:
         UserError: there is none.
     """
-    try:
-        vae, found = AutoencoderTiny.from_pretrained(path, output_loading_info=True)
-        if found["missing_keys"]:  # diffusers would fill them with random numbers
-            raise ValueError("its weights are of another model")
-        return vae.requires_grad_(False).eval()
-    except Exception as error:  # diffusers raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key} = {path}: no AutoencoderTiny can be loaded from it: {reason}") from None
+    what = f"{key} = {path}"
+    with reading(what, "name the folder or hub id of a TAESD", "no AutoencoderTiny can be loaded from it"):
+        return load_network(AutoencoderTiny, path, what).requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -159,7 +159,9 @@ TEACHERS = {
     "a file": row({"teacher": {"path": "{root}/prompts.txt"}}, "teacher {root}/prompts.txt", "give a diffusers folder"),
     "unknown asset": row({"teacher": {"path": "asset:none"}}, "asset:none: no such asset; shipped are"),
     "not a diffusers folder": row({"teacher": {"path": "{root}/pictures"}}, "no model_index.json in it"),
-    "index is not JSON": row({"teacher": {"path": "{root}/bad_index"}}, "model_index.json is not valid JSON"),
+    "index is not JSON": row(
+        {"teacher": {"path": "{root}/bad_index"}}, "model_index.json: cannot be read (it is not valid JSON, line 1"
+    ),
     "unsupported class": row(
         {"teacher": {"path": "{root}/flux"}}, "a FluxPipeline is not supported", "UNet2DModel or UNet2DConditionModel"
     ),

@@ -133,7 +133,7 @@ def test_wrong_folders_are_refused(tmp_path):
     broken = save_pixels(tmp_path / "broken", size=16)
     weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    for path, says in (("nowhere", "no such folder"), ("empty", "model_index.json"), ("broken", "cannot load it")):
+    for path, says in (("nowhere", "no such folder"), ("empty", "model_index.json"), ("broken", "cannot be loaded")):
         with pytest.raises(UserError, match=says) as error:
             StockPipeline.load(tmp_path / path)
         assert "\n" not in str(error.value)
