@@ -203,7 +203,7 @@ def test_pixel_teachers_with_other_schedulers_are_drawn(scheduler, tmp_path):
 
 def test_a_scheduler_that_stock_cannot_call_is_one_line(tmp_path):
     DDPMPipeline(tiny.unet(), diffusers.RePaintScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"cannot be sampled in 4 steps: .*original_image") as refused:
+    with pytest.raises(UserError, match=r"cannot be sampled in 4 steps .*original_image") as refused:
         StockPipeline.load(tmp_path).generate(None, torch.randn(2, 1, 8, 8), 4, torch.Generator())
     assert "\n" not in str(refused.value)
 
