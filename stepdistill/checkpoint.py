@@ -71,6 +71,23 @@ def latest(root: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def load_latest(root: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """The newest whole checkpoint with what :func:`load` gives; None where there is none.
+
+    One that a running training deletes while it is read is passed over for the newer one.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    while (path := latest(root)) is not None:
+        try:
+            return path, *load(path)
+        except UserError:
+            if path in folders(root):
+                raise
+    return None
+
+
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The groups of tensors and the meta data of one checkpoint, every file checked against its digest.
 

@@ -152,30 +152,15 @@ def export(
     average: Annotated[bool, typer.Option(help="the averaged weights, if the run has them")] = True,
 ) -> None:
     """Write the student of a run's newest checkpoint as a stock diffusers folder."""
-    import contextlib
-
-    from stepdistill.pipelines import export_student
     from stepdistill.run import RunFolder
     from stepdistill.trainers import launch
-    from stepdistill.trainers.job import DTYPES, build_trainer, provenance, read_job
-    from stepdistill.trainers.job import resume as resume_run
+    from stepdistill.trainers.job import DTYPES
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
     folder = _run_folder(run)
     launch.quiet_libraries()
-    job = read_job(folder / "config.yaml")
-    trainer = build_trainer(job, None)
-    if not resume_run(trainer, RunFolder(folder)):
-        raise UserError(f"{run}: the run has no whole checkpoint yet")
-    with trainer.averaged() if average else contextlib.nullcontext():
-        facts = provenance(job, trainer)
-        target = output or folder / "student"
-        also = job.config.sampler.also_steps
-        path = export_student(
-            trainer.family, trainer.roles.student, trainer.sampler, target, facts, DTYPES[dtype], also
-        )
-    print(f"student {path}")
+    print(f"student {launch.export_again(RunFolder(folder), output, DTYPES[dtype], average)}")
 
 
 @app.command(epilog="Example: stepdistill pairs configs/dmd2/sd15_warmup.yaml --part 0/4")

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NoReturn
 
 from stepdistill.errors import UserError, first_line, writing
 
@@ -290,46 +290,94 @@ def digest(path: str | Path) -> str:
 class Lock:
     """One writer of a folder: held by a process until it ends, however it ends.
 
-    ``with Lock(folder): ...``; the file ``.lock`` stays and means nothing without its holder.
+    ``with Lock(folder): ...``; the file ``.lock`` means nothing without its holder.  A folder that was made for it and
+    got nothing else is removed at the end.
+
+    Args:
+        wait: seconds to wait for another holder.
+        remedy: what else a user can do, after "wait for it, stop it".
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self._file = None
+    def __init__(self, folder: str | Path, wait: float = 0.0, remedy: str = "", name: str = LOCK):
+        self.folder, self.file = Path(folder), Path(folder) / name
+        self.wait, self.remedy = wait, remedy
+        self._held: IO[str] | None = None
+        self._made: list[Path] = []
 
     def __enter__(self) -> Lock:
         """
         Raises:
             UserError: another process holds it, or the folder cannot be written.
         """
+        self._made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        deadline = time.monotonic() + self.wait
+        try:
+            while not self._take():
+                if time.monotonic() >= deadline:
+                    self._refuse()
+                time.sleep(0.1)
+        except BaseException:
+            self._remove_made()
+            raise
+        return self
+
+    def _take(self) -> bool:
+        """Whether the lock is held now."""
         try:
             import fcntl
         except ImportError:  # Windows: no lock
-            return self
-        file = self.folder / LOCK
+            return True
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "r+")
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            file = os.fdopen(os.open(self.file, flags, 0o666), "r+")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = " ".join(self._file.read(200).split()) or "another process"
-            self._file.close()
-            self._file = None
-            raise UserError(
-                f"{self.folder}: another process is writing here ({holder}); wait for it, stop it, or choose another "
-                "folder with output=FOLDER"
-            ) from None
+            file.close()
+            return False
         except OSError:  # a file system without locks
-            return self
+            file.close()
+            return True
+        if not _is_same(file, self.file):  # its holder removed it in between
+            file.close()
+            return False
+        self._held = file
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
-            self._file.flush()
-        return self
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
+            file.flush()
+        return True
+
+    def _refuse(self) -> NoReturn:
+        holder = ""
+        with contextlib.suppress(OSError, ValueError):
+            holder = " ".join(self.file.read_text(encoding="utf-8")[:200].split())
+        raise UserError(
+            f"{self.folder}: another process is writing here ({holder or 'unknown'}); wait for it, or stop it"
+            f"{self.remedy and ', ' + self.remedy}"
+        )
 
     def __exit__(self, *_) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
+        if self._held is None:
+            return
+        with contextlib.suppress(OSError):
+            if self._made and all(path == self.file for path in self.folder.iterdir()):
+                self.file.unlink()
+                self._remove_made()
+        with contextlib.suppress(OSError):
+            self._held.close()
+        self._held = None
+
+    def _remove_made(self) -> None:
+        """Remove the folders that were made for the lock, as far as they are empty."""
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
+
+
+def _is_same(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False

@@ -2,7 +2,7 @@
 
 config.yaml       the resolved config, defaults included
 environment.json  versions, git state, command, when
-metrics.jsonl     one row every train.log_every student updates
+metrics.jsonl     one row every train.log_every student updates; what damage was taken out is in metrics.jsonl.damaged
 samples/          grids over time on fixed noise
 cache/            latents of real images
 pairs/            the teacher's noise-sample pairs (stepdistill.pairs)
@@ -14,6 +14,8 @@ evaluation.json, grid.png, report.html
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import platform
@@ -30,13 +32,16 @@ from pydantic import BaseModel
 
 from stepdistill import files
 from stepdistill.config import dump_yaml
-from stepdistill.errors import UserError, writing
+from stepdistill.errors import UserError, reading, writing
+from stepdistill.pipeline_folders import holds_parts, is_whole
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 LONGEST_NAME = 200
 """Bytes of a file's name that leave room for what temporary names add, of the 255 that file systems take."""
 CACHE = "cache"
 PAIRS = "pairs"
+PARTS = ("checkpoints", "samples", "nodes", CACHE, PAIRS)
+"""Folders in a run's that files are written to."""
 FREE_KEYS = {"output", "evaluation"}
 """Top-level keys that may differ when a run is resumed; train's own are in FREE_TRAIN_KEYS."""
 FREE_TRAIN_KEYS = {
@@ -145,8 +150,7 @@ def holds_run(
     check_place(folder)
     saved = folder / "config.yaml"
     if not saved.exists():
-        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if held - before:
+        if folder.is_dir() and not all(_is_early(path, before) for path in folder.iterdir()):
             raise UserError(f"output = {folder}: the folder is not empty and holds no run; choose another")
         return False
     if not resume:
@@ -166,8 +170,15 @@ def holds_run(
     return True
 
 
+def _is_early(path: Path, before: set[str]) -> bool:
+    """Whether something in a folder may be there before ``config.yaml`` is."""
+    if path.name == "samples" and path.is_dir():  # earlier versions made it first
+        return not any(path.iterdir())
+    return path.name in before or files.is_internal(path)
+
+
 class RunFolder:
-    """A run's folder.  Only the main process writes."""
+    """A run's folder.  Only the main process writes, and only one at a time: it holds :meth:`lock`."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -186,6 +197,17 @@ class RunFolder:
         """
         return holds_run(self.path, config.model_dump(mode="json"), resume, {CACHE, PAIRS})
 
+    def lock(self) -> files.Lock:
+        """To be held by whoever writes here."""
+        return files.Lock(self.path, remedy="or choose another folder with output=FOLDER")
+
+    def tidy(self) -> None:
+        """Remove what killed processes left, and bring back what they had moved aside.  The lock must be held."""
+        for folder in (self.path, *(self.path / name for name in PARTS)):
+            files.tidy(folder)
+        if self.student.is_dir() and not is_whole(self.student) and holds_parts(self.student):
+            files.remove_folder(self.student)
+
     def create(self, config: BaseModel, seed: int) -> None:
         """Make the folder with its config, which makes it a run's, and environment.
 
@@ -201,18 +223,34 @@ class RunFolder:
         """Record the resolved config."""
         files.write_text(self.path / "config.yaml", dump_yaml(config))
 
-    def keep_metrics_until(self, iteration: int) -> None:
-        """Drop rows that a resumed run will write again, and a last line cut short by a kill."""
+    def keep_metrics_until(self, iteration: int) -> str | None:
+        """Drop rows that a resumed run will write again, and lines that are no rows.
+
+        Returns:
+            What to tell the user, where more than a last line cut short was dropped; the file as it was is kept beside.
+
+        Raises:
+            UserError: it cannot be read or written.
+        """
         if not self.metrics.exists():
-            return
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["iteration"] <= iteration:
-                    rows.append(line)
-            except (ValueError, KeyError):
-                break
-        files.write_text(self.metrics, "".join(f"{row}\n" for row in rows))
+            return None
+        with reading(self.metrics, "see to the disk, or move the file away"):
+            content = self.metrics.read_bytes()
+        lines = content.splitlines(keepends=True)
+        rows = [(line, _iteration(line)) for line in lines]
+        cut = bool(lines) and not lines[-1].endswith(b"\n")  # by a kill
+        bad = sum(at is None for _, at in (rows[:-1] if cut else rows))
+        note = None
+        if bad:
+            aside = _unused(self.metrics.with_name(f"{self.metrics.name}.damaged"))
+            with files.replacing(aside) as temporary:
+                temporary.write_bytes(content)
+            note = f"{self.metrics}: {bad} damaged lines are left out; the file as it was is {aside.name}"
+        whole = b"".join(line.rstrip(b"\r\n") + b"\n" for line, at in rows if at is not None and at <= iteration)
+        if whole != content:
+            with files.replacing(self.metrics) as temporary:
+                temporary.write_bytes(whole)
+        return note
 
     def append(self, row: dict[str, Any]) -> None:
         """One more row of metrics; what is no number becomes null.
@@ -220,6 +258,29 @@ class RunFolder:
         Raises:
             UserError: it cannot be written.
         """
-        line = json.dumps(files.finite(row), allow_nan=False)
-        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        line = (json.dumps(files.finite(row), allow_nan=False) + "\n").encode()
+        with writing(self.metrics), self.metrics.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                with contextlib.suppress(OSError):  # no half row: the rest may come once there is space
+                    file.truncate(end)
+                raise
+
+
+def _iteration(line: bytes) -> float | None:
+    """The iteration of a line of metrics; None: it is no row."""
+    try:
+        row = json.loads(line)
+        at = row["iteration"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return at if isinstance(at, int | float) and not isinstance(at, bool) else None
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or with the first number behind it that is free."""
+    names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from stepdistill.trainers.grids import save_grid
+from stepdistill.trainers.ranks import on_main
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ from stepdistill import attention, checkpoint
 from stepdistill.config import Section
 from stepdistill.data import ImageSet, Order, check_range
 from stepdistill.denoiser import Condition, take
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
 from stepdistill.noise import Noise
 from stepdistill.roles import EMA, Roles
@@ -211,6 +212,8 @@ class Trainer(abc.ABC):
         self.ema = EMA(roles.student, config.train.ema_decay) if config.train.ema_decay else None
         self.watchers: list[Callable[[Trainer], None]] = []  # called after each student update
         self._logged: dict[str, list[Tensor | float]] = {}
+        self.unwritten: list[dict[str, Any]] = []  # rows of metrics that the disk has not taken
+        self._failure: UserError | None = None  # what could not be written; the run is saved, then ends with it
         self._stop: tuple[str, int] | None = None
 
     # -- what a method says --------------------------------------------------------------------------------
@@ -434,12 +437,15 @@ class Trainer(abc.ABC):
         """
         self._seconds_before, self._started = self.seconds, time.monotonic() - self.seconds
         with self._signals():
-            if self.run and self.counters["iteration"] == 0:
+            self._failure = None
+            if self.counters["iteration"] == 0:
                 self.save_samples()
+            self._write_rows()
             self.prepare()
             planned = self.planned_updates(self.config, self.world)
             self.repeat(self.name, "student", self.config.train.updates, self.iteration, self._after_update, planned)
             self.save()
+            on_main(self.accelerator, self._raise_failure)
 
     @property
     def passes(self) -> int:
@@ -488,7 +494,7 @@ class Trainer(abc.ABC):
             watch(self)
         if student % train.log_every == 0:
             self.write_row(bar)
-        if self.run and (student % train.sample_every == 0 or student == train.updates or self.spent()):
+        if student % train.sample_every == 0 or student == train.updates or self.spent():
             self.save_samples()
         if student % train.checkpoint_every == 0 and student < train.updates:
             self.save()
@@ -502,7 +508,7 @@ class Trainer(abc.ABC):
             "passes": self.passes,
         }
         for name, values in self._logged.items():
-            row[name] = float(torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values]).mean())
+            row[name] = float(_stacked(values).mean())
         for role, count in self.skipped.items():
             if count:
                 row[f"skipped/{role}"] = count
@@ -510,13 +516,34 @@ class Trainer(abc.ABC):
         shown = {k.removeprefix("loss/"): f"{v:.3g}" for k, v in row.items() if k.startswith("loss/")}
         bar.set_postfix(shown, refresh=False)
         if self.run and self.accelerator.is_main_process:
-            self.run.append(row)
+            self.unwritten.append(row)
+            self._write_rows()
             if self.accelerator.trackers:
-                self.accelerator.log({k: v for k, v in row.items() if k != "iteration"}, step=row["iteration"])
+                self._track(row)
+
+    def _write_rows(self) -> None:
+        """Append the rows that are not written yet; an error of the disk ends the run once it and they are saved."""
+        try:
+            while self.unwritten:
+                self.run.append(self.unwritten[0])
+                del self.unwritten[0]
+        except UserError as error:
+            self._failure = self._failure or error
+
+    def _track(self, row: dict[str, Any]) -> None:
+        """A row for the trackers; the run goes on without them where they fail."""
+        try:
+            self.accelerator.log({k: v for k, v in row.items() if k != "iteration"}, step=row["iteration"])
+        except Exception as error:  # of any kind: trackers are other people's
+            print(f"note: train.trackers: no more rows for them ({first_line(error)})")
+            self.accelerator.trackers = []
 
     @torch.no_grad()
     def save_samples(self) -> None:
-        """A grid of the student's pictures on noise and conditions that stay the same over the run."""
+        """A grid of the student's pictures on noise and conditions that stay the same over the run.
+
+        An error of the disk ends the run once it is saved.
+        """
         if not self.accelerator.is_main_process or self.run is None:
             return
         count = self.config.train.sample_count
@@ -529,7 +556,10 @@ class Trainer(abc.ABC):
         with self.averaged():
             samples = self.sampler.sample(self.roles.student, noise, condition, fixed.randn_like)
         self.roles.meter.forward = passes
-        save_grid(self.family.decode(samples), self.run.samples / f"{self.counters['student']:06d}.png")
+        try:
+            save_grid(self.family.decode(samples), self.run.samples / f"{self.counters['student']:06d}.png")
+        except UserError as error:
+            self._failure = self._failure or error
 
     def averaged(self) -> contextlib.AbstractContextManager:
         """The student with its averaged weights, if there is an average."""
@@ -560,14 +590,26 @@ class Trainer(abc.ABC):
         limit = self.config.train.max_minutes
         if self._stop is None and limit is not None and self.seconds - self._seconds_before > 60 * limit:
             self._stop = (f"train.max_minutes = {limit} reached", 0)
-        asked = self._stop is not None
+        asked, over = self._stop is not None, self.counters["student"] >= self.config.train.updates or self.spent()
+        asked = (asked and not over) or self._failure is not None
         if self.world > 1:
             flag = torch.tensor(float(asked), device=self.family.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             asked = bool(flag)
-        if asked and self.counters["student"] < self.config.train.updates and not self.spent():
+        if asked:
             self.save()
+            on_main(self.accelerator, self._raise_failure)
             raise Interrupted(*(self._stop or ("another process was stopped", 1)))
+
+    def _raise_failure(self) -> None:
+        """
+        Raises:
+            UserError: what could not be written; all else is saved.
+        """
+        if self._failure is not None:
+            raise UserError(
+                f"{self._failure}; the run is saved at student update {self.counters['student']}, go on with --resume"
+            )
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
@@ -584,6 +626,8 @@ class Trainer(abc.ABC):
                 for key, value in own.items()
             }
         tensors["noise"] = {"generator": self.noise.get_state()}
+        if self._logged:  # towards the next row
+            tensors["logged"] = {name: _stacked(values) for name, values in self._logged.items()}
         meta = {
             "method": self.name,
             "counters": self.counters,
@@ -593,16 +637,28 @@ class Trainer(abc.ABC):
             "passes": [self.roles.meter.forward, self.roles.meter.backward],
             "ema_updates": self.ema.updates if self.ema else 0,
             "attention": self.attention,
+            "unwritten": self.unwritten,
         }
         return tensors, meta
 
     def save(self) -> None:
-        """Write a checkpoint (the main process) and wait for it (the others)."""
-        if self.run is not None and self.accelerator.is_main_process:
+        """Write a checkpoint (the main process) and wait for it (the others).
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self.run is None:
+            return
+
+        def write() -> None:
             tensors, meta = self.state()
             step = self.counters["iteration"]
-            checkpoint.save(self.run.checkpoints, step, tensors, meta, self.config.train.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+            try:
+                checkpoint.save(self.run.checkpoints, step, tensors, meta, self.config.train.keep_checkpoints)
+            except UserError as error:
+                raise UserError(str(error) if self._failure is None else f"{self._failure}; {error}") from None
+
+        on_main(self.accelerator, write)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], where: str) -> None:
@@ -630,10 +686,17 @@ class Trainer(abc.ABC):
             self.skipped_in_a_row.update(meta["skipped_in_a_row"])
             self.seconds = meta["seconds"]
             self.attention = self.attention or meta.get("attention")
+            self._logged = {name: list(values.unbind()) for name, values in tensors.get("logged", {}).items()}
+            self.unwritten = list(meta.get("unwritten") or [])
             self.roles.meter.forward, self.roles.meter.backward = meta["passes"]
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"checkpoint {where}: does not fit this run ({reason}); was the teacher changed?") from None
+
+
+def _stacked(values: list[Tensor | float]) -> Tensor:
+    """Logged scalars as one float32 tensor (N,) on the CPU."""
+    return torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values])
 
 
 def learning_rate(settings: OptimizerSettings, done: int) -> float:

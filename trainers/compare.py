@@ -7,9 +7,11 @@ and gone on with, and its runs can be made by several processes (``--only``).  T
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +25,8 @@ from stepdistill.eval.features import load_extractor
 from stepdistill.eval.of_run import label_names, protocol, shown_prompts, teacher_scale
 from stepdistill.eval.pictures import grid, table
 from stepdistill.eval.stock import hub_folder
-from stepdistill.pipelines import export_student
 from stepdistill.trainers.base import Trainer
-from stepdistill.trainers.entries import Contestant, RunEntry, read_cost, read_entries, write_cost
-from stepdistill.trainers.job import build_trainer, load_teacher, provenance, resume
+from stepdistill.trainers.entries import Contestant, RunEntry, peak_memory, read_cost, read_entries, write_cost
 from stepdistill.trainers.launch import run_students, train, train_recipe
 from stepdistill.trainers.msd import MultiStudent
 from stepdistill.trainers.recipe import Recipe
@@ -137,40 +137,37 @@ def train_one(made: Contestant, settings: CompareSettings) -> None:
     """
     if made.finished:
         print(f"{made.name}: finished before, in {made.run.path}")
+        if not read_cost(made):  # a kill came between
+            write_cost(made, None)
         return
     if made.measured:
-        _train_measured(made, settings)
+        train(made.work, made.run, made.run.path.exists(), around=partial(_measured, made, settings))
     elif isinstance(made.work, MultiStudent):
         run_students(made.work, made.run.path.exists(), None, closing=False)
     elif isinstance(made.work, Recipe):
-        train_recipe(made.work, made.work.check_folder(made.run.path.exists()))
+        train_recipe(made.work, made.run.path.exists())
     else:
         train(made.work, made.run, made.run.path.exists())
-    write_cost(made)
+    write_cost(made, peak_memory())
 
 
-def _train_measured(made: Contestant, settings: CompareSettings) -> None:
-    """A single run, its distance measured on the way."""
-    job, run = made.work, made.run
-    exists = run.check(job.config, resume=run.path.exists())
-    trainer = build_trainer(job, run, family=load_teacher(job.config))
-    trainer.use_attention()
-    if exists:
-        resume(trainer, run)
-    else:
-        run.create(job.config, job.config.seed)
-    curve = DistanceCurve(trainer, settings.passes / settings.points, settings.samples, run)
+@contextlib.contextmanager
+def _measured(made: Contestant, settings: CompareSettings, trainer: Trainer) -> Iterator[None]:
+    """The distance of a single run before, during and after its training.
+
+    Raises:
+        UserError: it ends before its passes are spent.
+    """
+    curve = DistanceCurve(trainer, settings.passes / settings.points, settings.samples, made.run)
     if not curve.points:
         curve(trainer)
-    trainer.fit()
+    yield
     curve(trainer)
     if not trainer.spent():
         raise UserError(
-            f"runs.{made.name}: its train.updates = {job.config.train.updates} end after {trainer.passes} network "
+            f"runs.{made.name}: train.updates = {made.work.config.train.updates} end after {trainer.passes} network "
             f"passes, short of {settings.passes}; raise train.updates or lower passes"
         )
-    with trainer.averaged():
-        export_student(trainer.family, trainer.roles.student, trainer.sampler, run.student, provenance(job, trainer))
 
 
 def compare(

@@ -185,8 +185,12 @@ def _shared(made: Contestant) -> dict[str, Any]:
 # -- what it cost --------------------------------------------------------------------------------------------
 
 
-def write_cost(made: Contestant) -> dict[str, Any]:
-    """``cost.json``: passes, seconds and trained parameters of all its runs, and this process's peak memory."""
+def write_cost(made: Contestant, peak: float | None) -> dict[str, Any]:
+    """``cost.json``: passes, seconds and trained parameters of all its runs, and the peak memory in GiB; None: unknown.
+
+    Raises:
+        UserError: a checkpoint is damaged, or the file cannot be written.
+    """
     passes, seconds, parameters = 0, 0.0, 0
     for job in made.jobs:
         tensors, meta = checkpoint.load(checkpoint.latest(RunFolder(job.config.output).checkpoints))
@@ -198,7 +202,7 @@ def write_cost(made: Contestant) -> dict[str, Any]:
         "minutes": seconds / 60,
         "parameters": parameters,
         "students": made.work.settings.students if isinstance(made.work, MultiStudent) else 1,
-        "peak_gib": peak_memory(),
+        "peak_gib": peak,
     }
     files.write_json(made.run.path / COST, cost)
     return cost

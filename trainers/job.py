@@ -14,6 +14,7 @@ from stepdistill.eval.distances import ReferenceStatistics
 from stepdistill.eval.features import load_extractor
 from stepdistill.trainers import METHODS
 from stepdistill.trainers.base import ConditionSource, RealSource, Trainer, check_labels
+from stepdistill.trainers.ranks import on_main
 
 from stepdistill import assets, checkpoint, data
 from stepdistill.attention import NATIVE
@@ -309,22 +310,51 @@ def build_trainer(
     return trainer
 
 
-def resume(trainer: Trainer, run: RunFolder) -> bool:
-    """Go on from the run's newest whole checkpoint; False where there is none yet.
+def build_stored(job: Job, run: RunFolder) -> Trainer:
+    """The trainer of a run with what its newest checkpoint holds, for its student; its data are not read.
+
+    Raises:
+        UserError: there is no whole checkpoint, or it is of another run.
+    """
+    family = load_teacher(job.config)
+    items = {"none": [], "label": [0], "prompt": [""]}[family.condition_kind]
+    part = job.config.data.part
+    router = None if part is None else Router.load(Path(part.router)).hash
+    trainer = build_trainer(job, None, family=family, fit=Fit(items, items, router=router))
+    if not restore_latest(trainer, run):
+        raise UserError(f"{run.path}: the run has no whole checkpoint yet")
+    return trainer
+
+
+def restore_latest(trainer: Trainer, run: RunFolder) -> bool:
+    """Take over the run's newest whole checkpoint; False where there is none yet.  Nothing is written.
 
     Raises:
         UserError: it is damaged, or of another run.
     """
-    last = checkpoint.latest(run.checkpoints)
+    last = checkpoint.load_latest(run.checkpoints)
     if last is None:
-        if trainer.accelerator.is_main_process:
-            run.keep_metrics_until(-1)
         return False
-    tensors, meta = checkpoint.load(last)
-    trainer.restore(tensors, meta, str(last))
-    if trainer.accelerator.is_main_process:
-        run.keep_metrics_until(trainer.counters["iteration"])
+    path, tensors, meta = last
+    trainer.restore(tensors, meta, str(path))
     return True
+
+
+def resume(trainer: Trainer, run: RunFolder) -> bool:
+    """Go on from the run's newest whole checkpoint, with the rows of metrics up to it; False where there is none yet.
+
+    Raises:
+        UserError: it is damaged, or of another run, or the metrics cannot be written.
+    """
+    resumed = restore_latest(trainer, run)
+
+    def keep_rows() -> None:
+        note = run.keep_metrics_until(trainer.counters["iteration"] if resumed else -1)
+        if note is not None:
+            print(f"note: {note}")
+
+    on_main(trainer.accelerator, keep_rows)
+    return resumed
 
 
 def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:

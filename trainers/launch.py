@@ -3,18 +3,21 @@ or several students."""
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import Accelerator
 from stepdistill.eval.processes import alone
 from stepdistill.eval.report import write_report
 from stepdistill.pipelines import export_student, export_students
@@ -24,6 +27,7 @@ from stepdistill.trainers.base import Interrupted, Trainer
 from stepdistill.trainers.job import (
     Fit,
     Job,
+    build_stored,
     build_trainer,
     check_fit,
     check_judge,
@@ -34,19 +38,22 @@ from stepdistill.trainers.job import (
     make_accelerator,
     make_job,
     provenance,
+    read_job,
     resume,
 )
 from stepdistill.trainers.msd import SHARED, MultiStudent, is_multi_student, jobs_of, make_multi_student
+from stepdistill.trainers.ranks import locked, on_main
 from stepdistill.trainers.recipe import Recipe, Stage, is_recipe, make_recipe, write_config
 from stepdistill.trainers.regression import Regression
-from stepdistill.trainers.rehearsal import check_student, on_main, parameters_of, rehearse
+from stepdistill.trainers.rehearsal import check_student, parameters_of, rehearse
 
+from stepdistill import files
 from stepdistill.attention import AUTO, require
 from stepdistill.config import dump_yaml, read_yaml
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, writing
 from stepdistill.families.base import Family
 from stepdistill.partition import Router
-from stepdistill.pipeline_folders import is_whole
+from stepdistill.pipeline_folders import check_replaceable, is_whole
 from stepdistill.run import RunFolder
 from stepdistill.sampler import FewStepSampler
 
@@ -96,8 +103,11 @@ def distill(
         raise UserError(f"--student {student}: the config has one student; add a section msd for several")
     if is_recipe(raw):
         recipe = make_recipe(raw, where)
-        exists = recipe.check_folder(go_on)
-        print_recipe(recipe) if dry_run else run_recipe(recipe, exists)
+        if dry_run:
+            recipe.check_folder(go_on)
+            print_recipe(recipe)
+        else:
+            run_recipe(recipe, go_on)
         return
     job = make_job(raw, where)
     run = RunFolder(job.config.output)
@@ -114,13 +124,43 @@ def distill(
 # -- one run -----------------------------------------------------------------------------------------------
 
 
-def train(job: Job, run: RunFolder, go_on: bool, before: Callable[[], None] | None = None) -> bool:
-    """One run up to its exported student; whether this is the main process.  ``before``: called before it writes."""
-    config = job.config
-    trackers = list(config.train.trackers) or None
+def train(
+    job: Job,
+    run: RunFolder,
+    go_on: bool,
+    before: Callable[[], None] | None = None,
+    around: Callable[[Trainer], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> bool:
+    """One run up to its exported student; whether this is the main process.
+
+    Args:
+        before: called before it writes.
+        around: entered with the trainer when it is ready, left when it has trained.
+
+    Raises:
+        UserError: anything that stops it, another process that writes in its folder among them.
+        Interrupted: stopped; what there is is saved.
+    """
+    trackers = list(job.config.train.trackers) or None
     accelerator = make_accelerator(log_with=trackers, project_dir=str(run.path / "logs"))
-    exists = run.check(config, go_on)
-    accelerator.wait_for_everyone()  # no process writes before all have looked
+    on_main(accelerator, lambda: run.check(job.config, go_on))
+    with locked(accelerator, run.lock()):
+        exists = on_main(accelerator, lambda: run.check(job.config, go_on))  # again: nobody else writes now
+        on_main(accelerator, run.tidy)
+        on_main(accelerator, lambda: check_replaceable(run.student))
+        _train(job, run, accelerator, exists, before, around)
+    return accelerator.is_main_process
+
+
+def _train(
+    job: Job,
+    run: RunFolder,
+    accelerator: Accelerator,
+    exists: bool,
+    before: Callable[[], None] | None,
+    around: Callable[[Trainer], contextlib.AbstractContextManager],
+) -> None:
+    config = job.config
     dtype = config.train.autocast_dtype or torch.float32
     require(config.train.attention, "train.attention", accelerator.device, dtype, gradients=True)
     family = load_teacher(config)
@@ -130,38 +170,40 @@ def train(job: Job, run: RunFolder, go_on: bool, before: Callable[[], None] | No
     if not exists:
         on_main(accelerator, lambda: check_student(job, trainer))
     main_process = accelerator.is_main_process
-    if main_process:
+
+    def begin() -> None:
         if before is not None:
             before()
         if not exists:
             run.create(config, config.seed)
+
+    on_main(accelerator, begin)
+    if main_process:
         for other in job.unused:
             print(f"note: the section '{other}' is not used by method {job.method.name}")
         alone = job.cache is None  # a recipe's sections and images are for some of its stages
         if alone and config.data.images is not None and not job.method.wants_images(job.settings):
             print(f"note: data.images is not used: these settings of {job.method.name} train without real images")
         print(f"attention {trainer.attention}{', the fastest here' * (config.train.attention == AUTO)}")
-        accelerator.init_trackers("stepdistill")
+        with writing(run.path / "logs"):
+            accelerator.init_trackers("stepdistill")
     accelerator.wait_for_everyone()
     if exists:
         resumed = resume(trainer, run)
-        if main_process:
-            run.write_config(config)  # what may change on the way (train.updates, evaluation) counts from here
-            if resumed:
-                print(f"resumed at student update {trainer.counters['student']}")
+        on_main(accelerator, lambda: run.write_config(config))  # what may change (train.updates) counts from here
+        if main_process and resumed:
+            print(f"resumed at student update {trainer.counters['student']}")
     try:
-        trainer.fit()
+        with around(trainer):
+            trainer.fit()
     except Interrupted as stop:
         if main_process:
             print(f"{stop}: saved at student update {trainer.counters['student']}; go on with --resume")
         accelerator.end_training()
         end_processes()
         raise
-    if main_process:
-        export(job, trainer, run)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: export(job, trainer, run))
     accelerator.end_training()
-    return main_process
 
 
 def end_processes() -> None:
@@ -180,9 +222,38 @@ def checked_sampler(job: Job, family: Family) -> FewStepSampler:
 
 
 def export(job: Job, trainer: Trainer, run: RunFolder) -> None:
+    """The student of a run, to its folder."""
     with trainer.averaged():
         facts, also = provenance(job, trainer), job.config.sampler.also_steps
         export_student(trainer.family, trainer.roles.student, trainer.sampler, run.student, facts, also_steps=also)
+
+
+def export_again(run: RunFolder, output: Path | None, dtype: torch.dtype, average: bool) -> Path:
+    """The student of a run's newest checkpoint, to ``output``, or to its folder by default.
+
+    The run is read only, and may be in training, unless the student goes to its folder.
+
+    Args:
+        average: the averaged weights, if the run has them.
+
+    Raises:
+        UserError: no whole checkpoint, a run that another process writes, or a folder that is not written over.
+    """
+    target = run.student if output is None else output
+    inside = target.absolute() == run.student.absolute()
+    with files.Lock(run.path, remedy="or name another folder by --output") if inside else contextlib.nullcontext():
+        if inside:
+            run.tidy()
+        job = read_job(run.path / "config.yaml")
+        roles = job.config.roles
+        inputs = (job.config.teacher.path, roles.student_from, roles.lora_from, roles.lora_under)
+        check_replaceable(target, inputs)
+        trainer = build_stored(job, run)
+        with trainer.averaged() if average else contextlib.nullcontext():
+            facts, also = provenance(job, trainer), job.config.sampler.also_steps
+            return export_student(
+                trainer.family, trainer.roles.student, trainer.sampler, target, facts, dtype, also, inputs
+            )
 
 
 def print_plan(job: Job) -> None:
@@ -218,36 +289,54 @@ def _student_line(job: Job, sampler: FewStepSampler, family: Family) -> str:
 # -- recipes -----------------------------------------------------------------------------------------------
 
 
-def run_recipe(recipe: Recipe, exists: bool) -> None:
+def run_recipe(recipe: Recipe, go_on: bool) -> None:
     """Every stage that is not finished, then the recipe's student, evaluation and report."""
-    main_process = train_recipe(recipe, exists)
+    main_process = train_recipe(recipe, go_on)
     end_processes()
     if main_process:
         evaluate_and_report(recipe.last.job.config.evaluation.enabled, recipe.run)
 
 
-def train_recipe(recipe: Recipe, exists: bool) -> bool:
+def train_recipe(recipe: Recipe, go_on: bool) -> bool:
     """The stages up to the recipe's student; whether this is the main process."""
     accelerator = make_accelerator()
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: recipe.check_folder(go_on))
+    with locked(accelerator, recipe.run.lock()):
+        exists = on_main(accelerator, lambda: recipe.check_folder(go_on))  # again: nobody else writes now
+        on_main(accelerator, recipe.run.tidy)
+        on_main(accelerator, lambda: check_replaceable(recipe.run.student))
+        _train_stages(recipe, accelerator, exists)
+    return accelerator.is_main_process
+
+
+def _train_stages(recipe: Recipe, accelerator: Accelerator, exists: bool) -> None:
     main_process = accelerator.is_main_process
     for stage in [stage for stage in recipe.stages if not stage.finished][1:]:
         rehearse_stage(stage)
     for number, stage in enumerate(recipe.stages, 1):
         title = f"stage {number} of {len(recipe.stages)}, {stage.name}"
-        if stage.finished:
+        if on_main(accelerator, lambda stage=stage: _is_finished(stage.run)):
             if main_process:
                 print(f"{title}: finished before, in {stage.run.path}")
             continue
         if main_process:
             print(f"{title}: {stage.job.method.title}")
-        accelerator.wait_for_everyone()  # no process writes before all have seen which stages are finished
         train(stage.job, stage.run, True, None if exists else lambda: write_config(recipe.output, recipe.config))
-        accelerator.wait_for_everyone()
-    if main_process:
+
+    def finish() -> None:
         write_config(recipe.output, recipe.config)
         recipe.finish()
-    return main_process
+
+    on_main(accelerator, finish)
+
+
+def _is_finished(run: RunFolder) -> bool:
+    """Whether a run has its student; what a kill at its end left is removed then."""
+    if not is_whole(run.student):
+        return False
+    with contextlib.suppress(UserError), run.lock():
+        run.tidy()
+    return True
 
 
 def rehearse_stage(stage: Stage, router: Router | None = None) -> Fit:
@@ -292,41 +381,35 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None, closing: 
     Args:
         closing: evaluate, report and say what to do next when all are there.
     """
-    exists = several.check_folder(go_on or only is not None)
+    several.check_folder(go_on or only is not None)
     if only not in (None, SHARED) and several.shared is not None and not several.shared.last.finished:
         raise UserError(f"--student {only}: the shared stages come first; run them with --student {SHARED}")
     accelerator = make_accelerator()
-    accelerator.wait_for_everyone()
     family = load_teacher(several.job.config)
     checked_sampler(several.job, family)
-    router = several.make_router(family)
-    main_process = accelerator.is_main_process
-    if not exists:
-        rehearse_students(several, family, router)
-    if main_process and not exists:
-        router.save(several.router_file)
-    accelerator.wait_for_everyone()
-    if main_process and not exists:
-        write_config(several.output, several.config)
+    with locked(accelerator, several.lock()):
+        router = _begin_students(several, family, accelerator, go_on or only is not None)
     if several.shared is not None and (only is None or only == SHARED):
-        _one(several.shared, RunFolder(several.shared.output), "what all share", True, main_process)
+        _one(several.shared, RunFolder(several.shared.output), "what all share", True, accelerator)
     if only == SHARED:
         end_processes()
         return
     count = several.settings.students
     for k in range(count) if only is None else [int(only)]:
         title = f"student {k} of 0..{count - 1}"
-        _one(several.students[k], several.folder(k), title, go_on or only is None, main_process)
+        _one(several.students[k], several.folder(k), title, go_on or only is None, accelerator)
     end_processes()
-    if not main_process:
+    if not accelerator.is_main_process:
         return
     done = sum(several.finished(k) for k in range(count))
     if only is not None:
         rest = "; gather them without --student, with --resume" if done == count else ""
         print(f"{done} of {count} students are finished{rest}")
         return
-    write_config(several.output, several.config)
-    export_students([several.folder(k).student for k in range(count)], router, several.run.student)
+    with several.lock():
+        several.run.tidy()
+        write_config(several.output, several.config)
+        export_students([several.folder(k).student for k in range(count)], router, several.run.student)
     if closing:
         evaluate_and_report(several.job.config.evaluation.enabled, several.run)
 
@@ -345,16 +428,32 @@ def rehearse_students(several: MultiStudent, family: Family, router: Router) -> 
             rehearse(work, teacher, checked_sampler(work, teacher), router)
 
 
-def _one(work: Job | Recipe, run: RunFolder, title: str, go_on: bool, main_process: bool) -> None:
+def _begin_students(several: MultiStudent, family: Family, accelerator: Accelerator, go_on: bool) -> Router:
+    """The router and the config of the whole, written unless they are there."""
+    exists = on_main(accelerator, lambda: several.check_folder(go_on))
+    on_main(accelerator, lambda: check_replaceable(several.run.student))
+    router = several.make_router(family)
+    if not exists:
+        rehearse_students(several, family, router)
+
+        def write() -> None:
+            router.save(several.router_file)
+            write_config(several.output, several.config)
+
+        on_main(accelerator, write)
+    return router
+
+
+def _one(work: Job | Recipe, run: RunFolder, title: str, go_on: bool, accelerator: Accelerator) -> None:
     """A run or recipe of one student, unless it is finished."""
-    if is_whole(run.student):
-        if main_process:
+    if on_main(accelerator, lambda: _is_finished(run)):
+        if accelerator.is_main_process:
             print(f"{title}: finished before, in {run.path}")
         return
-    if main_process:
+    if accelerator.is_main_process:
         print(f"{title}, in {run.path}")
     if isinstance(work, Recipe):
-        train_recipe(work, work.check_folder(go_on))
+        train_recipe(work, go_on)
     else:
         train(work, run, go_on)
 

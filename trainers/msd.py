@@ -27,12 +27,15 @@ from stepdistill.trainers.recipe import STAGES, Recipe, make_recipe, with_stages
 from stepdistill.config import check, merge, output_folder
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.files import Lock
 from stepdistill.partition import FILE, PartitionSettings, Router, make_router
 from stepdistill.pipeline_folders import is_whole
 from stepdistill.run import CACHE, PAIRS, RunFolder, holds_run
 
 MSD = "msd"
 SHARED = "shared"
+PATIENCE = 600.0
+"""Seconds that a student's start waits for another's, which makes the router for all."""
 SEED_STEP = 100
 """Between students' seeds: more than a run's own offsets."""
 
@@ -67,6 +70,10 @@ class MultiStudent:
     def run(self) -> RunFolder:
         """The whole's folder: config, router, the students together, evaluation, report."""
         return RunFolder(self.output)
+
+    def lock(self) -> Lock:
+        """Held while the whole's own files are written, not while students are trained, each in its folder."""
+        return Lock(self.output, PATIENCE, "or choose another folder with output=FOLDER")
 
     def folder(self, k: int) -> RunFolder:
         return RunFolder(self.output / f"student-{k}")

@@ -236,7 +236,7 @@ class PSO(DirectTrainer):
                 for images in self.pairs.sets
             ]
             self.order = Order(len(self.pairs), config.seed + 4)
-        if own.best is not None:
+        if own.best is not None and self.real is not None:  # an export needs no images
             self.real.restrict(self._best_targets(own.best))
 
     @torch.no_grad()

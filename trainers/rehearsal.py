@@ -14,14 +14,11 @@ import copy
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from stepdistill.eval.of_run import run_targets
 from stepdistill.eval.stock import StockPipeline
 from stepdistill.pipelines import export_student
@@ -48,8 +45,6 @@ TOLERANCE = 2e-3
 """How far a picture of the exported student may be from the sampler's, of a range of 1, in float32."""
 STARTS = ("student_from", "fake_score_from", "lora_from", "lora_under")
 """Keys of ``roles`` that name weights."""
-
-Result = TypeVar("Result")
 
 
 def rehearse(
@@ -292,25 +287,3 @@ def _sampled(family: Family, role, sampler: FewStepSampler, items: list, noise: 
 
     samples = sampler.sample(role, noise.to(family.device), condition, draw)
     return (family.decode(samples) + 1) / 2
-
-
-# -- several processes -------------------------------------------------------------------------------------
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:
-    """``work()`` in the main process alone; a UserError of it is raised by all.
-
-    Raises:
-        UserError: what ``work`` raised.
-    """
-    result, message = None, None
-    if accelerator.is_main_process:
-        try:
-            result = work()
-        except UserError as error:
-            message = str(error)
-    if accelerator.num_processes > 1:
-        (message,) = broadcast_object_list([message])
-    if message is not None:
-        raise UserError(message)
-    return result

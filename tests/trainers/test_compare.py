@@ -447,5 +447,5 @@ def test_a_run_that_fails_ends_the_comparison_with_its_own_line(tmp_path, capfd)
     config = write(tmp_path, overrides=["train.updates=2"], passes=100000, points=1)
     result = stepdistill("compare", config)
     assert result.code == 2
-    assert "runs.DMD2: its train.updates = 2 end after" in capfd.readouterr().err
+    assert "runs.DMD2: train.updates = 2 end after" in capfd.readouterr().err
     assert not (tmp_path / "out/compare.json").exists()
