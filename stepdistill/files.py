@@ -290,8 +290,8 @@ def digest(path: str | Path) -> str:
 class Lock:
     """One writer of a folder: held by a process until it ends, however it ends.
 
-    ``with Lock(folder): ...``; the file ``.lock`` means nothing without its holder.  A folder that was made for it and
-    got nothing else is removed at the end.
+    ``with Lock(folder): ...``; the file ``.lock`` is removed at the end, and means nothing where a killed process left
+    it.  A folder that was made for it and got nothing else is removed too.
 
     Args:
         wait: seconds to wait for another holder.
@@ -362,12 +362,11 @@ class Lock:
         if self._held is None:
             return
         with contextlib.suppress(OSError):
-            if self._made and all(path == self.file for path in self.folder.iterdir()):
-                self.file.unlink()
-                self._remove_made()
+            self.file.unlink()  # whoever has opened it meanwhile sees that it is no longer the folder's
         with contextlib.suppress(OSError):
             self._held.close()
         self._held = None
+        self._remove_made()
 
     def _remove_made(self) -> None:
         """Remove the folders that were made for the lock, as far as they are empty."""
