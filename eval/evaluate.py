@@ -50,13 +50,14 @@ PACKAGES = ("stepdistill", "torch", "diffusers", "torchmetrics")
 class Target:
     """A pipeline to measure: its name in tables, its folder, and how it is called.
 
-    ``steps`` and ``guidance_scale`` None mean what the folder's provenance says.
+    ``steps`` and ``guidance_scale`` None mean what the folder's provenance says, ``null_label`` None its network's.
     """
 
     name: str
     path: str | Path
     steps: int | None = None
     guidance_scale: float | None = None
+    null_label: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Target:
@@ -345,6 +346,8 @@ def _load_tools(
 def _fingerprint(target: Target, protocol: dict[str, Any]) -> str:
     """SHA-256 of the folder's files (model card aside), the steps, the guidance and the protocol."""
     call = {"steps": target.steps, "guidance_scale": target.guidance_scale, "protocol": protocol}
+    if target.null_label is not None:
+        call["null_label"] = target.null_label
     digest = hashlib.sha256(json.dumps(call, sort_keys=True).encode())
     folder = pipeline_folder(target.path)
     for path in sorted(folder.rglob("*")):
@@ -374,7 +377,7 @@ def _measure(target: Target, tools: _Tools) -> dict[str, Any]:
     settings, seeds = tools.settings, protocols.seeds_of(tools.settings)
     error = stock = None
     try:
-        stock = StockPipeline.load(target.path, tools.device, getattr(torch, settings.dtype))
+        stock = StockPipeline.load(target.path, tools.device, getattr(torch, settings.dtype), target.null_label)
         steps, guidance = resolve(target, stock)
         if tools.scorer is not None and stock.condition_kind != "prompt":
             raise UserError(

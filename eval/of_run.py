@@ -32,17 +32,17 @@ def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
     scale = teacher_scale(config)
     also = sorted(config["sampler"].get("also_steps") or [], reverse=True)
     students = [Target("student", run / "student", n) for n in [None, *also]]
+    null = teacher.get("null_label")
     if config["method"] == "pso":  # its teacher is a few-step model already, the one that was tuned
-        return [*(Target("untuned", path, n) for n in (config["sampler"]["steps"], *also)), *students]
-    full = Target("teacher", path, teacher["steps"], scale)
-    fewer = [
-        Target("teacher", path, n, scale) for n in sorted(set(own["teacher_steps"]) - {teacher["steps"]}, reverse=True)
-    ]
+        counts = [config["sampler"]["steps"], *also]
+        return [*(Target("untuned", path, n, null_label=null) for n in counts), *students]
+    fewer = sorted(set(own["teacher_steps"]) - {teacher["steps"]}, reverse=True)
+    teachers = [Target("teacher", path, n, scale, null) for n in [teacher["steps"], *fewer]]
     stages = config.get("stages") if own.get("stages") and "msd" not in config else None  # those are each student's
     for number, stage in enumerate(stages or [], 1):
         name = stage["name"]
         students.append(Target(f"stage {name}", run / f"{number:02d}-{name}" / "student"))
-    return [full, *fewer, *students]
+    return [*teachers, *students]
 
 
 def teacher_scale(config: dict[str, Any]) -> float:

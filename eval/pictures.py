@@ -123,7 +123,7 @@ def grid(
     """
     blocks, names = [], None
     for target in targets:
-        stock = StockPipeline.load(target.path, device)
+        stock = StockPipeline.load(target.path, device, null_label=target.null_label)
         steps, guidance = resolve(target, stock)
         conditions = conditions_for(stock, range(columns), prompts, labels)
         noise = unit_noise(seed, 0, rows * columns, stock.noise_shape)
@@ -139,7 +139,7 @@ def grid(
 def _column_name(condition: int | str, label_names: list[str] | None) -> str:
     if isinstance(condition, str):
         return condition
-    return label_names[condition] if label_names is not None else str(condition)
+    return label_names[condition] if label_names is not None and condition < len(label_names) else str(condition)
 
 
 def _compose(blocks: list[tuple[str, Tensor]], columns: int, names: list[str] | None) -> Image.Image:

@@ -21,7 +21,9 @@ from stepdistill.pipelines.msd import MSDPipeline, is_msd_folder
 from torch import Tensor, nn
 
 from stepdistill import assets
+from stepdistill.data import label_ranges
 from stepdistill.errors import UserError, reading
+from stepdistill.families.unet2d import class_labels, stamp_of
 from stepdistill.loading import load_pipeline
 
 ConditionKind = Literal["none", "label", "prompt"]
@@ -35,9 +37,10 @@ class StockPipeline:
         first: the pipeline itself, or the first student's.
         path: where it came from.
         provenance: the ``_stepdistill`` mapping of its scheduler's config, {} for a folder that is not ours.
+        null_label: the label that stands for no class, as ``null_label`` or else its network's config says; None: none.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline | MSDPipeline, path: str):
+    def __init__(self, pipeline: DiffusionPipeline | MSDPipeline, path: str, null_label: int | None = None):
         self.path = path
         several = isinstance(pipeline, MSDPipeline)
         self.pipeline = pipeline if several else callable_with_noise(pipeline)
@@ -50,10 +53,15 @@ class StockPipeline:
                 "cannot be compared; use a pipeline that takes latents= and num_inference_steps="
             )
         self.provenance: dict = dict(self.first.scheduler.config.get("_stepdistill") or {})
+        self.null_label = stamp_of(self.denoiser).get("null_label") if null_label is None else null_label
 
     @classmethod
     def load(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        null_label: int | None = None,
     ) -> StockPipeline:
         """``DiffusionPipeline.from_pretrained`` on a folder of this machine (or ``asset:NAME``); no downloads.
 
@@ -68,7 +76,7 @@ class StockPipeline:
                 return cls(MSDPipeline.from_pretrained(folder, dtype, device), str(path))
         with _quiet():
             pipeline = load_pipeline(folder, f"pipeline {path}", "export it again", dtype)
-        return cls(pipeline.to(device), str(path))
+        return cls(pipeline.to(device), str(path), null_label)
 
     # -- what it is ----------------------------------------------------------------------------------------
 
@@ -96,19 +104,17 @@ class StockPipeline:
 
     @property
     def num_labels(self) -> int:
-        """How many real labels there are: a null label that is the last one is not counted; 0 without labels."""
-        if self.condition_kind != "label":
-            return 0
-        count = self.denoiser.config.num_class_embeds
-        null = (self.denoiser.config.get("_stepdistill") or {}).get("null_label")
-        return count - 1 if null == count - 1 else count
+        """How many classes can be drawn; 0 without labels."""
+        return len(self.labels)
 
     @property
     def labels(self) -> list[int]:
-        """The labels that can be drawn, ascending; of several students those that they divide."""
-        if isinstance(self.pipeline, MSDPipeline) and self.condition_kind == "label":
+        """The labels that can be drawn, ascending: all but the null one; of several students those that they divide."""
+        if self.condition_kind != "label":
+            return []
+        if isinstance(self.pipeline, MSDPipeline):
             return self.pipeline.router.labels
-        return list(range(self.num_labels))
+        return list(class_labels(self.denoiser.config.num_class_embeds, self.null_label))
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -197,18 +203,12 @@ class StockPipeline:
             raise UserError(f"pipeline {self.path}: needs one {kind} for each of {len(noise)} samples, got {count}")
         if kind == "label" and not set(conditions) <= set(self.labels):
             wrong = next(label for label in conditions if label not in self.labels)
-            raise UserError(f"pipeline {self.path}: label {wrong} is outside {spoken(self.labels)}")
+            raise UserError(f"pipeline {self.path}: label {wrong} is outside {label_ranges(self.labels)}")
         if guidance_scale not in (None, 0, 1) and "guidance_scale" not in self._arguments:
             raise UserError(
                 f"pipeline {self.path}: {type(self.pipeline).__name__} has no guidance, so guidance_scale = "
                 f"{guidance_scale} cannot be; leave it out"
             )
-
-
-def spoken(labels: list[int]) -> str:
-    """``0..9``, or the labels one by one where there are gaps."""
-    whole = labels == list(range(labels[0], labels[-1] + 1))
-    return f"{labels[0]}..{labels[-1]}" if whole else ", ".join(map(str, labels))
 
 
 def is_pipeline(folder: Path) -> bool:

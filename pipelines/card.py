@@ -49,7 +49,7 @@ image = pipe({arguments(example(pipeline) | facts["call"])}).images[0]
 {trained} part of what was trained.
 {defaults(pipeline, facts["call"])}
 The teacher's licence applies.
-{_dtype_line(dtype)}{_attention_line(facts)}
+{_null_line(pipeline.unet.config)}{_dtype_line(dtype)}{_attention_line(facts)}
 <details><summary>How it was made</summary>
 
 ```json
@@ -100,6 +100,13 @@ def _dtype_line(dtype: torch.dtype) -> str:
         f"\nThe weights are stored in {name}. Loaded as above they compute in float32; with "
         f'`import torch` and `from_pretrained(".", dtype=torch.{name})` in {name}.\n'
     )
+
+
+def _null_line(config: Any) -> str:
+    null = (config.get("_stepdistill") or {}).get("null_label")
+    if null is None or not config.get("num_class_embeds"):
+        return ""
+    return f"\nLabel {null} stands for no class; a call without `class_labels` may draw it.\n"
 
 
 def _attention_line(facts: dict[str, Any]) -> str:

@@ -266,7 +266,7 @@ def sample(
 
 
 def _given_conditions(stock, prompts: list[str] | None, labels: list[int] | None, count: int) -> list | None:
-    from stepdistill.eval.stock import spoken
+    from stepdistill.data import label_ranges
 
     if stock.condition_kind == "prompt":
         if not prompts:
@@ -280,7 +280,7 @@ def _given_conditions(stock, prompts: list[str] | None, labels: list[int] | None
         return None
     for value in labels or []:
         if value not in stock.labels:
-            raise UserError(f"--label {value}: outside {spoken(stock.labels)}")
+            raise UserError(f"--label {value}: outside {label_ranges(stock.labels)}")
     chosen = labels or stock.labels
     return [chosen[i % len(chosen)] for i in range(count)]
 

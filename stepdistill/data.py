@@ -11,7 +11,7 @@ import hashlib
 import io
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,17 +52,28 @@ def mirrored(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
 
 
-def check_range(labels: list[int], num_labels: int, source: str) -> None:
-    """Refuse labels that are not all in 0..num_labels - 1.
+def check_range(labels: list[int], known: Sequence[int], source: str) -> None:
+    """Refuse labels that are not all among ``known``, which ascend.
 
     Raises:
         UserError: one is outside.
     """
-    if not 0 <= min(labels) <= max(labels) < num_labels:
+    if not set(labels) <= set(known):
         raise UserError(
-            f"{source}: labels {min(labels)}..{max(labels)} are outside 0..{num_labels - 1}; correct them, or the "
+            f"{source}: labels {min(labels)}..{max(labels)} are outside {label_ranges(known)}; correct them, or the "
             "number of labels"
         )
+
+
+def label_ranges(labels: Sequence[int]) -> str:
+    """Ascending labels in words: ``0..9``, ``1..4, 6..9``, ``0, 2, 3``."""
+    runs: list[list[int]] = []
+    for label in labels:
+        if runs and label == runs[-1][-1] + 1:
+            runs[-1].append(label)
+        else:
+            runs.append([label])
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 class ImageSet:
@@ -90,7 +101,7 @@ class ImageSet:
         """
         if not self.labels or isinstance(self.labels[0], str):
             raise UserError(f"{self.source}: its images have no class labels, which are needed here")
-        check_range(self.labels, num_labels, self.source)
+        check_range(self.labels, range(num_labels), self.source)
         return self.labels
 
     def part(self, indices: list[int]) -> ImageSet:

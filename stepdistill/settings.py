@@ -20,6 +20,11 @@ class TeacherSettings(Section):
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen weights")
+    null_label: int | None = Field(
+        None,
+        ge=0,
+        description="which label stands for no class (1000 of ImageNet's 1001); by default as its folder says",
+    )
     steps: int = Field(25, ge=1, le=10_000, description="the teacher's full number of steps, for grids and evaluation")
 
 
@@ -82,6 +87,11 @@ class DataSettings(Section):
 class SamplerSettings(Section):
     """How the student is called."""
 
+    null_label: int | None = Field(
+        None,
+        ge=0,
+        description="which label stands for no class (1000 of ImageNet's 1001); by default as its folder says",
+    )
     steps: int = Field(1, ge=1, le=64, description="the student's steps")
     start: float | None = Field(None, description="the first step's time; the schedule's last by default (SDXL: 399)")
     init_sigma: float | None = Field(

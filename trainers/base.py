@@ -157,7 +157,7 @@ def check_labels(labels: list | None, source: str, key: str, family: Family) -> 
     if labels is None or not all(isinstance(label, wanted) for label in labels):
         raise UserError(f"{key}: {source} has no {kind}, which this teacher's images need")
     if wanted is int:
-        check_range(labels, family.num_labels, f"{key}: {source}")
+        check_range(labels, family.labels, f"{key}: {source}")
 
 
 class Trainer(abc.ABC):

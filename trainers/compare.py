@@ -244,7 +244,7 @@ def measure(settings: CompareSettings, entries: dict[str, Contestant], device: s
     raw = config.model_dump(mode="json")
     own = config.teacher
     path = hub_folder(assets.resolve(own.path), own.revision)
-    teacher = Target("teacher", path, own.steps, teacher_scale(raw))
+    teacher = Target("teacher", path, own.steps, teacher_scale(raw), own.null_label)
     targets = [teacher, *(Target(made.name, made.run.student, steps) for made, steps in asked)]
     more = {key: getattr(settings, key) for key in ("precision_recall", "diversity", "clip")}
     final = protocol(raw, settings.final_samples).model_copy(update=more)

@@ -27,6 +27,8 @@ from stepdistill.partition import Router
 from stepdistill.rewards import check_models
 from stepdistill.roles import Roles
 from stepdistill.run import CACHE, RunFolder
+from stepdistill.sampler import FewStepSampler, SignalSampler
+from stepdistill.schedule import VPSchedule
 from stepdistill.settings import ImagesSettings, RunSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -143,10 +145,11 @@ def condition_items(config: RunSettings, family: Family) -> list:
         if own.labels != "all":
             raise UserError(f"data.labels: the teacher {config.teacher.path} takes no labels; remove the key")
         return []
-    labels = list(range(family.num_labels)) if own.labels == "all" else own.labels
+    labels = list(family.labels) if own.labels == "all" else own.labels
     for label in labels:
-        if not 0 <= label < family.num_labels:
-            raise UserError(f"data.labels: {label} is outside 0..{family.num_labels - 1}, the teacher's labels")
+        if label not in family.labels:
+            known = data.label_ranges(family.labels)
+            raise UserError(f"data.labels: {label} is outside {known}, the labels of the teacher's classes")
     return labels
 
 
@@ -191,6 +194,34 @@ def check_teacher_steps(job: Job, family: Family) -> None:
         except Exception as error:  # each scheduler has its own words
             name, reason = type(scheduler).__name__, first_line(error)
             raise UserError(f"{key} = {steps}: the teacher's {name} does not take so many ({reason})") from None
+
+
+FAINT = 1e-3
+"""An alpha below which x0, read off eps, is mostly the network's error; Stable Diffusion's last one is 0.068."""
+CLEAR = 0.05
+"""An alpha to start at in place of a faint one."""
+
+
+def teacher_notes(family: Family, sampler: FewStepSampler) -> list[str]:
+    """What a user should know of the teacher before a run, a line each."""
+    notes = []
+    if not family.knows_null:
+        count = len(family.labels)
+        notes.append(
+            f"the teacher's folder does not say which label is the null one, so all {count} are taken for classes; if "
+            f"one stands for no class (often the last, {count - 1}, as of ImageNet's 1001), set teacher.null_label"
+        )
+    if family.kind == "eps" and isinstance(family.schedule, VPSchedule):
+        alphas, signal = family.schedule.alphas_cumprod.sqrt(), isinstance(sampler, SignalSampler)
+        alpha = alphas[-1 if signal else int(sampler.times[0])].item()
+        clear = int((alphas >= CLEAR).sum()) - 1
+        remedy = f"; with sampler.start={clear} it is {1 / CLEAR:.0f} times" if clear > 0 and not signal else ""
+        if alpha < FAINT:
+            notes.append(
+                f"the teacher predicts eps, and alpha is {alpha:.2g} where the student starts: an error of its eps is "
+                f"{1 / alpha:,.0f} times as large in x0{remedy}"
+            )
+    return notes
 
 
 @dataclass(frozen=True)
@@ -266,7 +297,12 @@ def load_teacher(config: RunSettings) -> Family:
     """The config's teacher, frozen."""
     teacher = config.teacher
     return load_family(
-        assets.resolve(teacher.path), teacher.family, teacher.revision, teacher.variant, DTYPES[teacher.dtype]
+        assets.resolve(teacher.path),
+        teacher.family,
+        teacher.revision,
+        teacher.variant,
+        DTYPES[teacher.dtype],
+        teacher.null_label,
     )
 
 

@@ -40,6 +40,7 @@ from stepdistill.trainers.job import (
     provenance,
     read_job,
     resume,
+    teacher_notes,
 )
 from stepdistill.trainers.msd import SHARED, MultiStudent, is_multi_student, jobs_of, make_multi_student
 from stepdistill.trainers.ranks import locked, on_main
@@ -164,7 +165,7 @@ def _train(
     dtype = config.train.autocast_dtype or torch.float32
     require(config.train.attention, "train.attention", accelerator.device, dtype, gradients=True)
     family = load_teacher(config)
-    checked_sampler(job, family)
+    sampler = checked_sampler(job, family)
     trainer = build_trainer(job, run, accelerator, family)
     trainer.use_attention()
     if not exists:
@@ -181,6 +182,8 @@ def _train(
     if main_process:
         for other in job.unused:
             print(f"note: the section '{other}' is not used by method {job.method.name}")
+        for note in teacher_notes(family, sampler):
+            print(f"note: {note}")
         alone = job.cache is None  # a recipe's sections and images are for some of its stages
         if alone and config.data.images is not None and not job.method.wants_images(job.settings):
             print(f"note: data.images is not used: these settings of {job.method.name} train without real images")
@@ -275,6 +278,8 @@ method    {job.method.name}: {job.method.title}
 training  {train.updates} student updates of {train.batch_size * train.gradient_accumulation} samples a process,
           {job.method.planned_passes(config):,} network passes on one (one picture each; backward is two)
 {"".join(f"          {line}{chr(10)}" for line in job.method.plan(config))}writes    {config.output}""")
+    for note in teacher_notes(family, sampler):
+        print(f"note: {note}")
 
 
 def _student_line(job: Job, sampler: FewStepSampler, family: Family) -> str:

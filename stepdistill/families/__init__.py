@@ -93,7 +93,7 @@ def _try(family: Family, source: str) -> None:
     with torch.no_grad(), reading(f"teacher {source}", remedy, "cannot be called"):
         samples = torch.zeros(1, *family.sample_shape)
         time = family.schedule.level(torch.tensor([family.schedule.num_levels // 2]))
-        items = {"none": [], "label": [0], "prompt": ["a"]}[family.condition_kind]
+        items = {"none": [], "label": list(family.labels[:1]), "prompt": ["a"]}[family.condition_kind]
         condition = family.encode_conditions(items) if items else {}
         shapes = [
             (family.denoiser()(samples, time, condition).x0.shape, samples.shape),
@@ -110,15 +110,17 @@ def load_family(
     revision: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    null_label: int | None = None,
 ) -> Family:
     """Load a teacher from a diffusers folder or a hub id.
 
     Args:
         family: a family's name, or ``auto`` to read it off the folder.
         dtype: of the teacher's frozen weights.
+        null_label: of a class-conditional teacher whose folder does not say it.
 
     Raises:
-        UserError: not there, not a diffusers folder, of an unsupported class, or broken.
+        UserError: not there, not a diffusers folder, of an unsupported class, or broken; a null label that it has not.
     """
     folder = _folder(path, revision, variant)
     what = f"teacher {path}"
@@ -130,9 +132,11 @@ def load_family(
     pipeline = load_pipeline(folder, what, "save it again with save_pretrained", dtype, variant, **optional)
     norms_in_float32(pipeline.unet)
     with reading(what, "look at the configs of its parts", "is not understood"):
-        loaded = FAMILIES[found].from_components(pipeline.components, path)
-    _try(loaded, path)
-    return loaded
+        teacher = FAMILIES[found].from_components(pipeline.components, path)
+    if null_label is not None:
+        teacher.state_null_label(null_label, path)
+    _try(teacher, path)
+    return teacher
 
 
 __all__ = ["FAMILIES", "Family", "StableDiffusionFamily", "UNet2DFamily", "load_family"]

@@ -43,7 +43,7 @@ class AnalyticFamily(Family):
         self.teacher, self.network, self.kind, self.sample_shape = teacher, network, kind, sample_shape
         self.schedule = teacher.schedule
         self.scheduler = None
-        self.num_labels, self.feature_module = num_labels, feature_module
+        self.labels, self.feature_module = tuple(range(num_labels)), feature_module
         self.condition_kind = "label" if num_labels else "none"
         self.has_null = num_labels > 0
 

@@ -27,7 +27,8 @@ class Family(abc.ABC):
         schedule, kind: the noise schedule, and what the network's output means.
         sample_shape: (C, H, W) of what is denoised (latents where there is a VAE).
         condition_kind: ``none``, ``label`` or ``prompt``.
-        num_labels: how many labels a class-conditional teacher knows, the null label not counted.
+        labels: of a class-conditional teacher: the numbers of its embedding that stand for a class, ascending; a null
+            label is not among them, wherever it is.
         has_null: whether there is a null condition, which guidance needs.
         lora_targets: names of the modules that LoRA adapts by default (as in peft's ``target_modules``).
     """
@@ -53,8 +54,10 @@ class Family(abc.ABC):
     kind: PredictionType
     sample_shape: tuple[int, int, int]
     condition_kind: ConditionKind = "none"
-    num_labels: int = 0
+    labels: tuple[int, ...] = ()
     has_null: bool = False
+    knows_null: bool = True
+    """Whether the folder says which label is the null one, or can have none."""
 
     @classmethod
     def check_network(cls, network: nn.Module, source: str) -> None:
@@ -76,6 +79,19 @@ class Family(abc.ABC):
             )
         if config.sample_size is None:
             raise UserError(f"teacher {source}: its UNet's config has no sample_size; add it")
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes there are."""
+        return len(self.labels)
+
+    def state_null_label(self, label: int, source: str) -> None:
+        """Take it from the user which label is the null one.
+
+        Raises:
+            UserError: the teacher takes no labels, has no such one, or says another.
+        """
+        raise UserError(f"teacher.null_label = {label}: the teacher {source} takes no labels; remove the key")
 
     # -- calling the network -------------------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 The teacher's folder holds ``unet`` and ``scheduler`` and nothing else (as DDPMPipeline, DDIMPipeline, PNDMPipeline and
 ConsistencyModelPipeline write it).  The null label for guidance is ``null_label`` under ``_stepdistill`` in the UNet's
-config; a teacher without one is guided by nothing.
+config, or ``teacher.null_label`` of the run's; a teacher without one is guided by nothing.  Labels are the embedding's
+own numbers everywhere; the null one is no class, wherever it is.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from diffusers import ConsistencyModelPipeline, DDPMPipeline, UNet2DModel
@@ -52,11 +54,28 @@ class UNet2DFamily(Family):
         if height == width:
             network.register_to_config(sample_size=height)  # the consistency pipeline takes no pair
         self.sample_shape = (config.in_channels, height, width)
-        self.null_label = (config.get("_stepdistill") or {}).get("null_label")
-        self.has_null = self.null_label is not None
         if config.num_class_embeds:
             self.condition_kind = "label"
-            self.num_labels = config.num_class_embeds - int(self.has_null)
+        self._set_null(stamp_of(network).get("null_label"))
+        # what we exported says all it knows
+        self.knows_null = self.condition_kind == "none" or self.has_null or "version" in stamp_of(network)
+
+    def _set_null(self, label: int | None) -> None:
+        self.null_label, self.has_null = label, label is not None
+        self.labels = class_labels(self.network.config.num_class_embeds, label)
+
+    def state_null_label(self, label: int, source: str) -> None:
+        if self.condition_kind == "none":
+            super().state_null_label(label, source)
+        if self.null_label not in (None, label):
+            raise UserError(
+                f"teacher.null_label = {label}: the teacher {source} itself says {self.null_label}, under _stepdistill "
+                "in its unet/config.json; remove the key, or correct that"
+            )
+        _check_null(label, self.network, f"teacher.null_label = {label}: the teacher {source}")
+        self.network.register_to_config(_stepdistill={**stamp_of(self.network), "null_label": label})
+        self._set_null(label)
+        self.knows_null = True
 
     @classmethod
     def from_components(cls, components: dict, source: str) -> UNet2DFamily:
@@ -66,8 +85,13 @@ class UNet2DFamily(Family):
             UserError: a network that is called in another way, without a sample size, or that learns its variance;
                 pictures that are not square, where no stock pipeline draws them.
         """
-        cls.check_network(components["unet"], source)
-        family = cls(components["unet"], components["scheduler"])
+        network = components["unet"]
+        cls.check_network(network, source)
+        null = stamp_of(network).get("null_label")
+        if null is not None:
+            where = f"teacher {source}: null_label = {null!r} under _stepdistill in its unet/config.json, which"
+            _check_null(null, network, where)
+        family = cls(network, components["scheduler"])
         labels = family.condition_kind == "label"
         if not family.is_square and (labels or isinstance(family.schedule, EDMSchedule)):
             _, height, width = family.sample_shape
@@ -103,8 +127,8 @@ class UNet2DFamily(Family):
     def null_condition(self, count: int) -> Condition:
         if not self.has_null:
             raise UserError(
-                "this teacher has no null label, so it cannot be guided: set guidance_scale to 1, or name the label "
-                "under _stepdistill.null_label in its unet/config.json"
+                "this teacher has no null label, so it cannot be guided: set guidance_scale to 1, or say with "
+                "teacher.null_label which of its labels is that"
             )
         return {"label": torch.full((count,), self.null_label, dtype=torch.long, device=self.device)}
 
@@ -120,7 +144,8 @@ class UNet2DFamily(Family):
         """ConsistencyModelPipeline: the one stock class for (class-conditional) pixel students; DDPMPipeline for
         pictures that are not square, which that one cannot draw.
 
-        Where the null label is the last one it is cut off, so that a call without labels never draws it.
+        Where the null label is the last one it is cut off, so that a call without labels never draws it; elsewhere it
+        stays, since cutting it would give the classes after it other numbers.
 
         Raises:
             UserError: pictures that are not square with a scheduler that scales its first noise, as DDPMPipeline
@@ -142,12 +167,35 @@ class UNet2DFamily(Family):
         return {}
 
 
+def stamp_of(network: nn.Module) -> dict[str, Any]:
+    """What stepdistill wrote into a network's config, {} for others' networks."""
+    stamp = network.config.get("_stepdistill")
+    return dict(stamp) if isinstance(stamp, dict) else {}
+
+
+def class_labels(embeddings: int | None, null_label: int | None) -> tuple[int, ...]:
+    """The labels that stand for a class, of so many embeddings (None: of no labels)."""
+    return tuple(label for label in range(embeddings or 0) if label != null_label)
+
+
+def _check_null(label: Any, network: UNet2DModel, what: str) -> None:
+    """Refuse a null label that the network has no embedding of; ``what`` begins the error.
+
+    Raises:
+        UserError: there is none.
+    """
+    count = network.config.num_class_embeds or 0
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < count:
+        has = f"labels 0..{count - 1}" if count else "no labels"
+        raise UserError(f"{what} has {has}; correct it")
+
+
 def _without_last_label(network: UNet2DModel) -> UNet2DModel:
     """A copy of ``network`` whose class embedding has one row fewer."""
     shorter = copy.deepcopy(network)
     weight = shorter.class_embedding.weight
     shorter.class_embedding = nn.Embedding.from_pretrained(weight[:-1].detach().clone(), freeze=False)
-    provenance = {k: v for k, v in (network.config.get("_stepdistill") or {}).items() if k != "null_label"}
+    provenance = {k: v for k, v in stamp_of(network).items() if k != "null_label"}
     shorter.register_to_config(num_class_embeds=len(weight) - 1, _stepdistill=provenance)
     return shorter
 
