@@ -7,7 +7,6 @@ a little, so a reference belongs to the extractor that made it (the fingerprint 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading, shown
+from stepdistill.loading import load_network
+from stepdistill.readers import read_json, read_weights
 
 from .features import Extractor, module_fingerprint
 
@@ -63,10 +63,9 @@ def load_dinov2(path: str | Path) -> Extractor:
     config = path / "config.json"
     if not path.exists():
         raise UserError(f"extractor dinov2: {path} is missing; {REMEDY}")
-    if config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8")):
-        network = _of_transformers(path)
-    else:
-        network = _of_timm_or_hub(path)
+    with reading("extractor dinov2", REMEDY, f"{path} is no DINOv2"):
+        kind = read_json(config).get("model_type") if config.is_file() else None
+        network = _of_timm_or_hub(path) if kind is None else _of_transformers(path, kind)
     own = network.config
     name = f"dinov2_{SIZES.get(own.hidden_size, f'width{own.hidden_size}')}"
     known = (own.hidden_size, own.num_hidden_layers, own.patch_size) == (1024, 24, 14)
@@ -80,22 +79,13 @@ def load_dinov2(path: str | Path) -> Extractor:
     )
 
 
-def _of_transformers(folder: Path) -> nn.Module:
+def _of_transformers(folder: Path, kind: Any) -> nn.Module:
     from transformers import Dinov2Model
 
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind != "dinov2":
-        raise UserError(f"extractor dinov2: {folder} is a model of type {kind}, not dinov2; {REMEDY}")
-    try:
-        network, found = Dinov2Model.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:  # transformers raises many kinds; the user needs the folder and the reason
-        raise UserError(f"extractor dinov2: transformers cannot load {folder} ({_reason(error)}); {REMEDY}") from None
-    missing = sorted(found["missing_keys"])
-    if missing:  # transformers gives these random values, and goes on
-        raise UserError(f"extractor dinov2: {folder} has no {missing[0]} ({len(missing)} such tensors); {REMEDY}")
-    return network
+        name = kind if isinstance(kind, str) else shown(kind)
+        raise UserError(f"extractor dinov2: {folder} is a model of type {name}, not dinov2; {REMEDY}")
+    return load_network(Dinov2Model, folder, f"extractor dinov2: {folder}", with_others=True)
 
 
 def _of_timm_or_hub(path: Path) -> nn.Module:
@@ -113,7 +103,7 @@ def _of_timm_or_hub(path: Path) -> nn.Module:
     side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
     config = Dinov2Config(
         hidden_size=width,
-        num_hidden_layers=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        num_hidden_layers=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         num_attention_heads=max(1, width // 64),  # of every DINOv2
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] // width,
         image_size=side,
@@ -121,10 +111,7 @@ def _of_timm_or_hub(path: Path) -> nn.Module:
         use_mask_token="mask_token" in state,
     )
     network = Dinov2Model(config)
-    try:
-        network.load_state_dict(renamed(state))
-    except RuntimeError as error:
-        raise UserError(f"extractor dinov2: {path} does not fit Dinov2Model ({_reason(error)}); {REMEDY}") from None
+    network.load_state_dict(renamed(state))
     return network
 
 
@@ -157,13 +144,7 @@ def _read(path: Path) -> dict[str, Any]:
     )
     if len(files) != 1:
         raise UserError(f"extractor dinov2: {path} holds {len(files)} files of weights, one is needed; {REMEDY}")
-    try:
-        if files[0].suffix == ".safetensors":
-            return load_file(files[0])
-        return torch.load(files[0], map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises many kinds; the user needs the file and the reason
-        raise UserError(f"extractor dinov2: {files[0]} cannot be read ({_reason(error)}); {REMEDY}") from None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    state = read_weights(files[0])
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"extractor dinov2: {files[0]} holds no state dict; {REMEDY}")
+    return state

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
 from stepdistill.data import ImageSet
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
+from stepdistill.readers import parse_json, read_arrays
 
 from .features import Extractor, read_tensors, write_tensors
 
@@ -155,24 +155,44 @@ class ReferenceStatistics:
             return cls._of_moments(Path(path))
         kind, what = "stepdistill.ReferenceStatistics", "file of reference statistics"
         tensors, metadata = read_tensors(path, kind, what, "make them with make_reference")
-        facts = json.loads(metadata["facts"])
-        facts["shape"] = tuple(facts["shape"])
-        return cls(**tensors, **facts)
+        with reading(path, "make it again with make_reference", "not whole statistics"):
+            facts = parse_json(metadata["facts"])
+            facts["shape"] = tuple(facts["shape"])
+            reference = cls(**tensors, **facts)
+            reference.check_whole()
+        return reference
 
     @classmethod
     def _of_moments(cls, path: Path) -> ReferenceStatistics:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                mean, cov = torch.from_numpy(file["mu"]).double(), torch.from_numpy(file["sigma"]).double()
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file of reference statistics; name another") from None
-        except (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{path}: not an .npz with arrays mu and sigma ({reason}); name another file") from None
+        if not path.exists():
+            raise UserError(f"{path}: no such file of reference statistics; name another")
+        with reading(path, "name another file", "not an .npz with arrays mu and sigma"):
+            arrays = read_arrays(path, "mu", "sigma")
+            mean, cov = (
+                torch.from_numpy(arrays[name].astype(np.float64, casting="same_kind")) for name in ("mu", "sigma")
+            )
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
             raise UserError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} are not moments; replace it")
         none = torch.zeros(0, len(mean), dtype=torch.float16)
         return cls(0, mean, cov, none, "", "", (0, 0, 0), "the file does not say", path.name)
+
+    def check_whole(self) -> None:
+        """
+        Raises:
+            ValueError: a fact or a tensor of another type or shape.
+        """
+        width = len(self.mean) if self.mean.ndim == 1 else 0
+        if width < 1 or self.cov.shape != (width, width) or self.features.shape[1:] != (width,):
+            shapes = [tuple(tensor.shape) for tensor in (self.mean, self.cov, self.features)]
+            raise ValueError(f"mean, covariance and features of shapes {', '.join(map(str, shapes))}")
+        if not all(tensor.is_floating_point() for tensor in (self.mean, self.cov, self.features)):
+            raise ValueError("its tensors are no floating-point numbers")
+        words = (self.extractor, self.extractor_fingerprint, self.resize, self.source)
+        numbers = (self.n, *self.shape)
+        if not all(isinstance(word, str) for word in words) or len(self.shape) != 3:
+            raise ValueError("its facts are of another type")
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError("its numbers of pictures and pixels are no counts")
 
     def check(self, extractor: Extractor, shape: tuple[int, int, int] | None = None) -> None:
         """Refuse another extractor, or pictures (C, H, W) of another shape where the extractor does not resize.

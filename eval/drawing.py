@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill import files
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 
 from .features import read_tensors
 from .latency import counted_passes
@@ -64,8 +64,9 @@ class Looked:
         remedy = "every process must see the folder of the output"
         tensors, metadata = read_tensors(path, KIND, "file of a drawn batch", remedy)
         rewards = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith("reward/")}
-        seconds, passes = float(metadata["seconds"]), int(metadata["passes"])
-        return cls(tensors["features"], tensors.get("scores"), rewards, seconds, passes)
+        with reading(path, "delete it, and its pictures are drawn again", "not a whole file of a drawn batch"):
+            seconds, passes = float(metadata["seconds"]), int(metadata["passes"])
+            return cls(tensors["features"], tensors.get("scores"), rewards, seconds, passes)
 
     @classmethod
     def joined(cls, parts: Sequence[Looked]) -> Looked:

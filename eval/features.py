@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stepdistill import assets
-from stepdistill.errors import UserError
+from stepdistill import assets, readers
+from stepdistill.errors import UserError, reading
 from stepdistill.files import write_tensors
 from stepdistill.matching import CalibratedFeatures, MatchingNetwork, is_matching
 from stepdistill.plugins import import_attribute
@@ -51,14 +50,10 @@ def read_tensors(path: str | Path, kind: str, what: str, remedy: str) -> tuple[d
     Raises:
         UserError: no such file, not safetensors, or of another kind.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {what}; {remedy}") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); replace it") from None
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such {what}; {remedy}")
+    with reading(path, "replace it", "not a readable safetensors file"):
+        tensors, metadata = readers.read_tensors(path)
     if metadata.get("kind") != kind:
         raise UserError(f"{path}: a safetensors file, but not a {what} of ours; name another file")
     return tensors, metadata
@@ -153,10 +148,8 @@ class FeatureNetwork(CalibratedFeatures):
         """
         remedy = "make one with a config like configs/teachers/fashion_mnist_features.yaml"
         tensors, metadata = read_tensors(path, "stepdistill.FeatureNetwork", "feature network", remedy)
-        network = cls(**json.loads(metadata["architecture"]), name=metadata["name"])
-        network.load_state_dict(tensors)
-        network.notes = json.loads(metadata["notes"])
-        return network.requires_grad_(False).eval()
+        with reading(path, remedy, "not a whole feature network"):
+            return cls.rebuilt(tensors, metadata)
 
 
 @dataclass(frozen=True)
@@ -200,7 +193,8 @@ class Extractor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, F) in float32 on the CPU of uint8 pictures (B, C, H, W)."""
-        features = self.module(images)
+        with reading(f"extractor {self.name}", "name another", "cannot be called on these pictures"):
+            features = self.module(images)
         if not isinstance(features, Tensor) or features.shape != (len(images), self.num_features):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise UserError(
@@ -221,10 +215,10 @@ def as_extractor(module: nn.Module, name: str | None = None) -> Extractor:
     Raises:
         UserError: it has no ``num_features``.
     """
-    if getattr(module, "num_features", None) is None:
+    if not isinstance(getattr(module, "num_features", None), int):
         raise UserError(
             f"extractor {name or type(module).__name__}: has no attribute num_features; set it to the width of "
-            "its features"
+            "its features, an integer"
         )
     module.eval()
     for parameter in module.parameters():  # TorchScript modules have no requires_grad_ of their own
@@ -302,13 +296,8 @@ def _load_ours(path: Path) -> FeatureNetwork | MatchingNetwork:
 
 
 def _load_torchscript(path: Path) -> nn.Module:
-    if not path.is_file():
-        raise UserError(f"extractor {path}: no such file; name an existing TorchScript file")
-    try:
-        return torch.jit.load(path, map_location="cpu")
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"extractor {path}: not a TorchScript file ({reason}); save it with torch.jit") from None
+    with reading(f"extractor {path}", "save it with torch.jit", "not a TorchScript file"):
+        return readers.read_torchscript(path)
 
 
 def _import_module(spec: str) -> nn.Module:

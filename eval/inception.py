@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stepdistill.errors import UserError
+from stepdistill import files
+from stepdistill.errors import UserError, reading
 
 from .features import Extractor, module_fingerprint
 
@@ -93,15 +93,10 @@ def load_inception(path: str | Path | None = None, resize_inside: bool = False) 
             f"extractor inception: weights {file} are missing; download {URL} and put the file there "
             f"(or set the extractor to inception:FILE)"
         )
-    try:
+    with reading("extractor inception", f"download {URL} again", f"{file} is not clean-fid's Inception"):
         network = torch.jit.load(file, map_location="cpu").eval()
         layers = network.layers
-    except (RuntimeError, ValueError, OSError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"extractor inception: {file} is not clean-fid's Inception ({reason}); download {URL} again"
-        ) from None
-    official = hashlib.sha256(file.read_bytes()).hexdigest() == SHA256
+    official = files.digest(file) == SHA256
     name = "inception" if official else "inception_unknown_weights"
     if resize_inside:
         module, way = TensorFlowInception(network), "inside: TensorFlow's bilinear to 299x299"

@@ -167,15 +167,20 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """A safetensors file, whole or not at all.
+    """A safetensors file, whole or not at all, with the digest of its content that
+    :func:`stepdistill.readers.read_tensors` compares.
 
     Raises:
         UserError: it cannot be written.
     """
     from safetensors.torch import save_file
 
+    from stepdistill.readers import DIGEST, digest_of
+
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = metadata or {}
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(whole, temporary, {**metadata, DIGEST: digest_of(whole, metadata)})
     return Path(path)
 
 

@@ -172,6 +172,7 @@ def load_network(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     subfolder: str | None = None,
+    with_others: bool = False,
 ) -> Network:
     """A model of diffusers or transformers, every weight found and of its shape.
 
@@ -179,6 +180,7 @@ def load_network(
         place: its folder, or that of ``subfolder``; or a hub id.
         what: its name in errors.
         variant: of the weights, where the folder has it.
+        with_others: the weights of another network around this one may stand beside its own.
 
     Raises:
         UserError: weights are missing, of another shape, or of another network.
@@ -205,6 +207,8 @@ def load_network(
         ("mismatched_keys", "has weights of another shape,"),
         ("unexpected_keys", "has weights that its config does not know,"),
     ):
+        if kind == "unexpected_keys" and with_others:
+            continue
         names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in found.get(kind) or [])
         if names:
             count = f" ({len(names)} such tensors)" if len(names) > 1 else ""

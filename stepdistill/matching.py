@@ -11,15 +11,17 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from stepdistill.clip import ClipScorer
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
+from stepdistill.readers import parse_json, read_metadata, read_tensors
 
 KIND = "stepdistill.MatchingNetwork"
 WORDS = re.compile(r"[a-z0-9]+")
@@ -28,9 +30,8 @@ WORDS = re.compile(r"[a-z0-9]+")
 def is_matching(path: str | Path) -> bool:
     """Whether a safetensors file holds a :class:`MatchingNetwork`."""
     try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("kind") == KIND
-    except (SafetensorError, OSError):
+        return read_metadata(path).get("kind") == KIND
+    except (SafetensorError, OSError, ValueError):
         return False
 
 
@@ -45,6 +46,22 @@ class CalibratedFeatures(nn.Module):
             UserError: pictures of other channels or sides.
         """
         return (self.raw_feature(images) - self.center) * self.scale
+
+    @classmethod
+    def rebuilt(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Self:
+        """The network that a file's tensors and metadata say, frozen, float32, in eval mode.
+
+        Nothing is allocated before all tensors are known to fit.
+
+        Raises:
+            Exception: metadata or tensors of another network; call it inside :func:`errors.reading`.
+        """
+        architecture = parse_json(metadata["architecture"])
+        with torch.device("meta"):
+            network = cls(**architecture, name=metadata["name"])
+        network.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
+        network.notes = parse_json(metadata["notes"])
+        return network.requires_grad_(False).eval()
 
     @torch.inference_mode()
     def calibrate(self, images: Tensor, batch_size: int = 500) -> None:
@@ -155,20 +172,13 @@ class MatchingNetwork(CalibratedFeatures):
         Raises:
             UserError: no such file, or not one of these.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (no iterator)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; make one with configs/teachers/emoji_features.yaml") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error}); replace it") from None
+        remedy = "make one with configs/teachers/emoji_features.yaml"
+        with reading(path, remedy, "not a readable safetensors file"):
+            tensors, metadata = read_tensors(path)
         if metadata.get("kind") != KIND:
-            raise UserError(f"{path}: no matching network of ours; make one with configs/teachers/emoji_features.yaml")
-        network = cls(**json.loads(metadata["architecture"]), name=metadata["name"])
-        network.load_state_dict(tensors)
-        network.notes = json.loads(metadata["notes"])
-        return network.requires_grad_(False).eval()
+            raise UserError(f"{path}: no matching network of ours; {remedy}")
+        with reading(path, remedy, "not a whole matching network"):
+            return cls.rebuilt(tensors, metadata)
 
     def metadata(self) -> dict[str, str]:
         """What a file of this network says of it."""

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from stepdistill import files
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
+from stepdistill.readers import read_bytes
 
 PATH = "path.json"
 
@@ -29,15 +29,6 @@ class Node:
     update: int
     loss: float
     sha256: str
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of named tensors, bit for bit."""
-    sha = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 class NodeStore:
@@ -75,9 +66,9 @@ class NodeStore:
         file = self.file(node.update)
         remedy = "the path cannot be walked without it: start the run again in another output folder"
         try:
-            data = file.read_bytes()
-        except OSError:
-            raise UserError(f"{file}: this node is missing; {remedy}") from None
+            data = read_bytes(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: this node is missing ({first_line(error)}); {remedy}") from None
         if hashlib.sha256(data).hexdigest() != node.sha256:
             raise UserError(f"{file}: this node is damaged (its checksum differs); {remedy}")
         try:

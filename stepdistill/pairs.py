@@ -21,7 +21,7 @@ from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.files import write_tensors
-from stepdistill.nodes import digest
+from stepdistill.readers import digest_of
 from stepdistill.sampler import ddim_times, ode_sample
 
 
@@ -39,7 +39,7 @@ class PairRecipe:
         """SHA-256 over these settings (but ``count``: a folder may grow), the teacher's weights and the conditions."""
         said = [self.shard, self.steps, self.guidance_scale, self.seed, family.sample_shape, items]
         state = family.network.state_dict()  # a LoRA on it is not the teacher's
-        weights = digest({k.replace(".base_layer.", "."): v for k, v in state.items() if "lora_" not in k})
+        weights = digest_of({k.replace(".base_layer.", "."): v for k, v in state.items() if "lora_" not in k})
         return hashlib.sha256(f"{json.dumps(said)} {weights}".encode()).hexdigest()
 
     @property

@@ -48,14 +48,27 @@ def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
         OSError: as :func:`regular`, or it cannot be read.
         ValueError: as :func:`regular`, larger, or not UTF-8.
     """
-    with regular(path).open("rb") as file:
-        raw = file.read(most + 1)
-    if len(raw) > most:
-        raise ValueError(f"it is larger than {most:,} bytes")
+    raw = read_bytes(path, most)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text, from byte {error.start} on") from None
+
+
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """A file of at most ``most`` bytes, by default as many as there is memory for.
+
+    Raises:
+        OSError, ValueError: as :func:`regular`, or larger.
+        MemoryError: larger than the memory.
+    """
+    path = regular(path)
+    require_memory(path.stat().st_size if most is None else 0)
+    with path.open("rb") as file:
+        raw = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(raw) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return raw
 
 
 def read_json(path: str | Path, kind: type = dict) -> Any:
@@ -200,5 +213,32 @@ def read_weights(path: str | Path) -> Any:
     path = regular(path)
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
-    # only a zip, torch.save's format since 1.6, can be mapped instead of read
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    zipped = zipfile.is_zipfile(path)  # torch.save's format since 1.6, which can be mapped instead of read
+    if zipped:
+        _check_sums(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def read_torchscript(path: str | Path) -> torch.jit.ScriptModule:
+    """A TorchScript module, on the CPU.
+
+    Raises:
+        OSError, ValueError: as :func:`regular`, or a part of it is not what was written.
+        RuntimeError: not such a file.
+    """
+    path = regular(path)
+    if zipfile.is_zipfile(path):
+        _check_sums(path)
+    return torch.jit.load(path, map_location="cpu")
+
+
+def _check_sums(path: Path) -> None:
+    """Compare a zip's checksums, which torch itself passes over.
+
+    Raises:
+        ValueError: one differs.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} is damaged: the checksum differs")

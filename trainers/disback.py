@@ -34,8 +34,9 @@ from tqdm import tqdm
 from stepdistill.config import Section
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
-from stepdistill.nodes import Node, NodeStore, digest
+from stepdistill.nodes import Node, NodeStore
 from stepdistill.noise import Noise
+from stepdistill.readers import digest_of
 from stepdistill.settings import RunSettings
 
 PROBE_CHUNK = 8
@@ -228,8 +229,8 @@ class DisBack(ScoreTrainer):
             "kind": self.roles.fake_score.kind,
             "averaged": False,
             "teacher_loss": self.start_loss,
-            "teacher_sha256": digest(self.family.network.state_dict()),
-            "student_sha256": digest(self.roles.student.portable_state_dict()),
+            "teacher_sha256": digest_of(self.family.network.state_dict()),
+            "student_sha256": digest_of(self.roles.student.portable_state_dict()),
         }
 
     # -- backtracking --------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError, reading
 from stepdistill.families.base import Family
 from stepdistill.loading import load_network
-from stepdistill.nodes import digest
+from stepdistill.readers import digest_of
 from stepdistill.schedule import from_scheduler
 
 EMBEDDED_SCALE = 8.5
@@ -80,7 +80,7 @@ class PromptEncoder:
     def fingerprint(self) -> str:
         """SHA-256 of the encoder's weights and the tokenizer's vocabulary."""
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.sha256(f"{digest(self.network.state_dict())} {vocabulary}".encode()).hexdigest()
+        return hashlib.sha256(f"{digest_of(self.network.state_dict())} {vocabulary}".encode()).hexdigest()
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Hidden states (B, tokens, width), and their means over the tokens that are no padding, (B, width)."""

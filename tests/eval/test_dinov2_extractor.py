@@ -64,7 +64,7 @@ def test_features_are_the_class_token_of_the_picture_as_dgm_eval_prepares_it(net
 def test_only_dgm_evals_architecture_is_called_fd_dinov2(tmp_path, monkeypatch, layers, metric):
     small = Dinov2Model(Dinov2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
     small.config.hidden_size, small.config.num_hidden_layers = 1024, layers  # what it says of itself
-    monkeypatch.setattr(dinov2, "_of_transformers", lambda _folder: small)
+    monkeypatch.setattr(dinov2, "_of_transformers", lambda _folder, _kind: small)
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     extractor = load_dinov2(tmp_path)
     assert extractor.metric == metric
@@ -135,7 +135,7 @@ def test_a_reference_made_with_it_measures(folder):
     [
         (None, "is missing; download facebook/dinov2-large"),
         ({"config.json": {"model_type": "vit"}}, "is a model of type vit, not dinov2"),
-        ({"config.json": {"model_type": "dinov2"}}, "transformers cannot load"),
+        ({"config.json": {"model_type": "dinov2"}}, "is no DINOv2"),
         ({"config.json": {}}, "holds 0 files of weights, one is needed"),
         ({"weights.pth": {"x": torch.zeros(1)}}, "is not torch.hub's or timm's DINOv2"),
         ({"weights.pth": "registers"}, "has registers or a gated MLP"),

@@ -303,7 +303,7 @@ def test_the_command_names_targets_times_them_and_draws_them(tmp_path, label_fol
 
 def test_steps_that_the_scheduler_refuses_are_one_line(tmp_path):
     teacher = "asset:fashion_mnist/teacher"
-    says = "cannot be sampled in 2000 steps: `num_inference_steps`: 2000 cannot be larger than"
+    says = "cannot be sampled in 2000 steps (`num_inference_steps`: 2000 cannot be larger than"
     measured = stepdistill("evaluate", f"{teacher}@2000", "--samples", "4", "--output", tmp_path / "e.json")
     assert (measured.code, says in measured.error) == (2, True), measured.error
     drawn = stepdistill("sample", teacher, "--steps", "2000", "--output", tmp_path / "s.png")

@@ -194,7 +194,7 @@ def test_only_the_official_weights_make_a_fid(tmp_path, monkeypatch):
     torch.jit.save(torch.jit.script(InceptionLike()), file)
     stranger = load_extractor(f"inception:{file}")
     assert stranger.metric == "frechet[inception_unknown_weights]"
-    monkeypatch.setattr(inception, "SHA256", inception.hashlib.sha256(file.read_bytes()).hexdigest())
+    monkeypatch.setattr(inception, "SHA256", inception.files.digest(file))
     known = load_extractor(f"inception:{tmp_path}")
     assert (known.metric, known.kernel_metric) == ("FID", "KID")
     grey = torch.full((2, 1, 40, 30), 192, dtype=torch.uint8)

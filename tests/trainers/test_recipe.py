@@ -23,7 +23,7 @@ from stepdistill.trainers.recipe import make_recipe
 from stepdistill.config import merge
 from stepdistill.errors import UserError
 from stepdistill.lora import read_lora
-from stepdistill.nodes import digest
+from stepdistill.readers import digest_of
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def write(folder: Path, raw: dict) -> Path:
 
 def digests(folder: Path) -> dict[str, str]:
     """Every weight file of a student, by its tensors."""
-    return {str(p.relative_to(folder)): digest(load_file(p)) for p in sorted(folder.rglob("*.safetensors"))}
+    return {str(p.relative_to(folder)): digest_of(load_file(p)) for p in sorted(folder.rglob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module")
