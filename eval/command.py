@@ -6,19 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.data import given_prompts
+from stepdistill.files import Lock
 
 from .evaluate import Target, evaluate, output_file
 from .of_run import evaluate_run, label_names, measured_text
-from .pictures import grid
+from .pictures import check_picture, grid
 from .presets import make_settings
 from .processes import Processes
 
 
 def evaluate_runs(runs: list[Path], samples: int | None) -> None:
-    """Each run's teacher and student, as its config says."""
+    """Each run's teacher and student, as its config says.
+
+    Raises:
+        UserError: a run that another process writes, that has no student, or settings that do not fit.
+    """
     processes = Processes.launched()
     for run in runs:
-        text = evaluate_run(run, processes.device, samples, processes)
+        with processes.locked(Lock(run)):
+            text = evaluate_run(run, processes.device, samples, processes)
         if processes.main:
             print(text)
     processes.leave()
@@ -38,6 +44,7 @@ def evaluate_pipelines(
     Raises:
         UserError: a target or setting that is wrong, files that are missing, another protocol's output.
     """
+    check_picture(picture)
     settings = make_settings(preset, given, overrides)
     parsed = [Target.parse(target) for target in targets]
     processes = Processes.launched()

@@ -7,6 +7,7 @@ a work folder beside the output until its row is written (:mod:`.drawing`), so a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from stepdistill import assets, files
 from stepdistill.clip import ClipScorer, ClipSettings, load_clip
 from stepdistill.config import Section, UserPath
 from stepdistill.data import given_prompts
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, writing
 from stepdistill.rewards import Reward, RewardSettings, load_rewards
 from stepdistill.settings import PromptColumnSettings
 
@@ -258,10 +259,30 @@ def evaluate(
         means of them, with std (by metric) and per_seed.
 
     Raises:
-        UserError: a target, extractor, reference or setting that does not fit, or another protocol's file.
+        UserError: a target, extractor, reference or setting that does not fit, another protocol's file or one that is
+            no evaluation's, or another process that writes it.
     """
     file = output_file(out)
+    protocols.check_ours(file)
     processes = processes or Processes(device=torch.device(device))
+    work = _work_folder(file)
+    with processes.locked(files.Lock(work, remedy="or name another --output")):
+        rows = _evaluate(targets, settings, file, device, processes, keep_samples, same_protocol)
+    if processes.main:
+        with contextlib.suppress(OSError):
+            work.rmdir()
+    return rows
+
+
+def _evaluate(
+    targets: list[Target],
+    settings: EvaluationSettings,
+    file: Path,
+    device: str | torch.device,
+    processes: Processes,
+    keep_samples: Path | None,
+    same_protocol: bool,
+) -> list[dict[str, Any]]:
     tools = _load_tools(settings, torch.device(device), processes, file, keep_samples)
     protocol = protocols.describe(tools)
     earlier = _earlier(file)
@@ -289,8 +310,20 @@ def evaluate(
             _write(file, protocol, [row for row in rows if row is not None])
             shutil.rmtree(tools.work / key[:16], ignore_errors=True)
     if processes.main:
-        shutil.rmtree(tools.work, ignore_errors=True)
+        _clean(tools.work)
     return rows
+
+
+def _work_folder(file: Path) -> Path:
+    """Where what is drawn is kept until its row is written."""
+    return file.with_name(f"{file.stem}.work")
+
+
+def _clean(work: Path) -> None:
+    """Delete what evaluations have drawn, and nothing else that lies there."""
+    for part in work.iterdir():
+        if re.fullmatch(r"[0-9a-f]{16}", part.name):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def output_file(out: str | Path) -> Path:
@@ -337,7 +370,7 @@ def _load_tools(
         prompts=prompts,
         device=device,
         processes=processes,
-        work=file.with_name(f"{file.stem}.work"),
+        work=_work_folder(file),
         keep_samples=keep_samples,
         versions={name: version(name) for name in PACKAGES},
     )
@@ -363,7 +396,10 @@ def _earlier(file: Path) -> tuple[dict[str, Any], list[dict]]:
     found = protocols.read(file)
     if found is None:
         if file.exists():
-            print(f"{file}: not readable, so everything is measured again")
+            aside = files.free_name(file.with_name(f"{file.name}.damaged"))
+            with writing(file):
+                file.rename(aside)
+            print(f"{file}: not readable, so everything is measured again; as it was it is {aside.name}")
         return {}, []
     return found[0], [row for row in found[1] if "fingerprint" in row]
 

@@ -8,6 +8,7 @@ student's own time a pass and each pipeline's own text encoder and decoder.
 from __future__ import annotations
 
 import contextlib
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from stepdistill.attention import (
     negative_away,
     why_not_heads,
 )
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 from stepdistill.families.random_sizes import PIPELINE_SIZES, random_pipeline
 
 from .latency import PARTS, Clock, Latency, device_name, measure_latency
@@ -250,5 +251,24 @@ def of_random(size: str, device: str, dtype: torch.dtype, **settings: Any) -> In
     return Inference(stock, stock, steps, student_guidance=0.0, **settings)
 
 
+def check_ours(path: Path | None) -> None:
+    """Refuse to write measurements over a file of something else.
+
+    Raises:
+        UserError: it holds no measurements, or cannot be read.
+    """
+    if path is None or not path.exists():
+        return
+    with reading(path, "name another --output", "is no benchmark of stepdistill's, so it is not written over"):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not all({"name", "steps", "setup"} <= row.keys() for row in rows):
+            raise ValueError("other keys")
+
+
 def write(path: Path, rows: list[Row]) -> None:
+    """One JSON list.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     files.write_json(path, [row.as_dict() for row in rows])

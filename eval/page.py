@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill import files
+from stepdistill.errors import UserError, reading
 
 MOST_POINTS = 1000
 """Points of a curve; longer ones are averaged in equal spans."""
 
+GENERATOR = '<meta name="generator" content="stepdistill">'
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:62rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem;margin:.4rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:1px solid #dde1e6}
@@ -31,17 +33,32 @@ def write_page(path: Path, name: str, sections: list[tuple[str, str]]) -> Path:
     """A page called ``name`` with a heading for each (title, HTML).
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or a file that is no page of ours stands there.
     """
+    check_page(path)
     body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections)
     name = escape(name)
     page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}</title><style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n{body}\n</body></html>\n"
     )
     files.write_text(path, page)
     return path
+
+
+def check_page(path: Path) -> None:
+    """Refuse to write a page over a file of something else.
+
+    Raises:
+        UserError: it is one, or cannot be read.
+    """
+    if not path.is_file():
+        return
+    with reading(path, "name another place for the page"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    if GENERATOR not in text and STYLE not in text:  # pages of earlier versions
+        raise UserError(f"{path}: is no page of stepdistill's, so it is not written over; name another place for it")
 
 
 def escape(value: Any) -> str:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from stepdistill import files
+from stepdistill.errors import UserError
 
 from .distances import unit_uint8
 from .evaluate import Target, conditions_for, plural, resolve, step_generator, unit_noise
@@ -182,6 +183,16 @@ def _fit(text: str, width: int, font) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
+
+
+def check_picture(path: Path | None) -> None:
+    """Refuse to write a picture to a name that is no PNG's.
+
+    Raises:
+        UserError: its name does not end in .png.
+    """
+    if path is not None and path.suffix.lower() != ".png":
+        raise UserError(f"{path}: the picture is a PNG; end its name in .png")
 
 
 def _save(image: Image.Image, path: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from stepdistill.errors import UserError
+from stepdistill.files import Lock
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets in a process's environment."""
@@ -61,6 +64,26 @@ class Processes:
         shared = [value]
         dist.broadcast_object_list(shared, src=0)
         return shared[0]
+
+    @contextlib.contextmanager
+    def locked(self, lock: Lock) -> Iterator[None]:
+        """A folder's lock, which the first process holds for all.
+
+        Raises:
+            UserError: another holds it, or the folder cannot be written.
+        """
+        error = None
+        if self.main:
+            try:
+                lock.__enter__()
+            except UserError as wrong:
+                error = wrong
+        self.agree(error)
+        try:
+            yield
+        finally:
+            if self.main:
+                lock.__exit__()
 
     def leave(self) -> None:
         """Leave the group, so that the interpreter ends without a warning."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 from stepdistill.run import differences
 
 if TYPE_CHECKING:
@@ -112,6 +113,21 @@ def require_same(there: dict[str, Any], here: dict[str, Any], whose: str, remedy
     odd = differences({k: v for k, v in a.items() if k in b}, {k: v for k, v in b.items() if k in a})
     if odd:
         raise UserError(f"{whose}: measured under another protocol: {'; '.join(odd[:3])}; {remedy}")
+
+
+def check_ours(file: Path) -> None:
+    """Refuse to write an evaluation over a JSON file of something else.
+
+    Raises:
+        UserError: it holds JSON without an evaluation's keys, or cannot be read.
+    """
+    if not file.exists() or read(file) is not None:
+        return
+    with reading(file, "name another --output"):
+        text = file.read_bytes()
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text)
+        raise UserError(f"{file}: is no evaluation of stepdistill's, so it is not written over; name another --output")
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:

@@ -171,10 +171,12 @@ def pairs(
 ) -> None:
     """Make the teacher's noise-sample pairs that a regression trains on; goes on where it stopped."""
     from stepdistill.config import apply_overrides, read_yaml
+    from stepdistill.files import LOCK, Lock
     from stepdistill.pairs import make_pairs
     from stepdistill.trainers import launch
     from stepdistill.trainers.job import check_fit, load_teacher, make_accelerator, make_job
     from stepdistill.trainers.msd import is_multi_student, make_multi_student
+    from stepdistill.trainers.ranks import locked
     from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe
     from stepdistill.trainers.regression import Regression
 
@@ -190,13 +192,16 @@ def pairs(
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f"--part {part}: give i/n with i below n, such as 0/4")
     launch.quiet_libraries()
+    accelerator = make_accelerator()
     for job in jobs:
         family = load_teacher(job.config)
-        family.to(make_accelerator().device)
+        family.to(accelerator.device)
         items = check_fit(job, family).all_items
         folder, own = Regression.folder(job.config), job.config.regression
         recipe, dtype = Regression.recipe(job.config), job.config.train.autocast_dtype
-        make_pairs(family, items, recipe, folder, own.pair_batch, (int(index), int(count)), dtype)
+        share = (int(index), int(count))
+        with locked(accelerator, Lock(folder, file=folder / f"{LOCK}-{index}-of-{count}")):
+            make_pairs(family, items, recipe, folder, own.pair_batch, share, dtype)
         print(f"pairs {folder}")
 
 
@@ -349,6 +354,7 @@ def teacher_train(config: Annotated[Path, typer.Argument(help="a YAML config")],
     import torch
 
     from stepdistill.config import apply_overrides, check, read_yaml
+    from stepdistill.files import Lock
     from stepdistill.trainers import launch
     from stepdistill.trainers.teacher import TeacherConfig, train_teacher
     from stepdistill.trainers.text_teacher import TextTeacherConfig, train_text_teacher
@@ -363,7 +369,9 @@ def teacher_train(config: Annotated[Path, typer.Argument(help="a YAML config")],
     if kind not in kinds:
         raise UserError(f"{config}: kind = {kind!r}: use one of {', '.join(kinds)}")
     model, train = kinds[kind]
-    path = train(check(model, raw, str(config)), "cuda" if torch.cuda.is_available() else "cpu")
+    settings = check(model, raw, str(config))
+    with Lock(settings.output, file=Path(f"{settings.output}.lock")):
+        path = train(settings, "cuda" if torch.cuda.is_available() else "cpu")
     print(f"teacher {path}")
 
 
@@ -471,6 +479,7 @@ def benchmark_inference(
         raise UserError("name a student's folder, or a --random-size")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
+    inference.check_ours(output)
     launch.quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"steps": steps, "teacher_steps": teacher_steps, "guidance_scale": guidance_scale, "compile": compiled}

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -83,7 +84,7 @@ def _alive(pid: int) -> bool:
 def is_internal(path: Path) -> bool:
     """Whether a name is one of this module's: a lock, a temporary name, or what was moved aside."""
     aside = path.name.startswith(".") and path.name.endswith(PREVIOUS)
-    return path.name == LOCK or aside or TEMPORARY_NAME.fullmatch(path.name) is not None
+    return path.name.startswith(LOCK) or aside or TEMPORARY_NAME.fullmatch(path.name) is not None
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -292,6 +293,12 @@ def digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def free_name(path: Path) -> Path:
+    """``path``, or with the first number behind it that is free."""
+    names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 class Lock:
     """One writer of a folder: held by a process until it ends, however it ends.
 
@@ -300,11 +307,12 @@ class Lock:
 
     Args:
         wait: seconds to wait for another holder.
-        remedy: what else a user can do, after "wait for it, stop it".
+        remedy: what else a user can do, after "wait for it, or stop it".
+        file: in place of ``.lock`` in the folder.
     """
 
-    def __init__(self, folder: str | Path, wait: float = 0.0, remedy: str = "", name: str = LOCK):
-        self.folder, self.file = Path(folder), Path(folder) / name
+    def __init__(self, folder: str | Path, wait: float = 0.0, remedy: str = "", file: Path | None = None):
+        self.folder, self.file = Path(folder), file or Path(folder) / LOCK
         self.wait, self.remedy = wait, remedy
         self._held: IO[str] | None = None
         self._made: list[Path] = []
@@ -314,7 +322,7 @@ class Lock:
         Raises:
             UserError: another process holds it, or the folder cannot be written.
         """
-        self._made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        self._made = [p for p in self.file.parents if not p.exists()]
         deadline = time.monotonic() + self.wait
         try:
             while not self._take():
@@ -333,7 +341,7 @@ class Lock:
         except ImportError:  # Windows: no lock
             return True
         with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             file = os.fdopen(os.open(self.file, flags, 0o666), "r+")
         try:

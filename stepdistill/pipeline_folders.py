@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,11 @@ def is_trained_teacher(folder: Path) -> bool:
     return isinstance(stamp, dict) and "trained_by" in stamp
 
 
-def is_free(folder: Path) -> bool:
-    """Whether there is no such folder, or nothing of anyone's in it."""
-    return not folder.exists() or (folder.is_dir() and not any(not files.is_internal(p) for p in folder.iterdir()))
+def is_free(folder: Path, names: Collection[str] = ()) -> bool:
+    """Whether there is no such folder, or nothing in it but what is called one of ``names``."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(path.name in names or files.is_internal(path) for path in folder.iterdir())
 
 
 def check_replaceable(folder: str | Path, inputs: Iterable[str | Path | None] = (), teacher: bool = False) -> None:

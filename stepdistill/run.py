@@ -15,7 +15,6 @@ evaluation.json, grid.png, report.html
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import platform
@@ -242,7 +241,7 @@ class RunFolder:
         bad = sum(at is None for _, at in (rows[:-1] if cut else rows))
         note = None
         if bad:
-            aside = _unused(self.metrics.with_name(f"{self.metrics.name}.damaged"))
+            aside = files.free_name(self.metrics.with_name(f"{self.metrics.name}.damaged"))
             with files.replacing(aside) as temporary:
                 temporary.write_bytes(content)
             note = f"{self.metrics}: {bad} damaged lines are left out; the file as it was is {aside.name}"
@@ -278,9 +277,3 @@ def _iteration(line: bytes) -> float | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return at if isinstance(at, int | float) and not isinstance(at, bool) else None
-
-
-def _unused(path: Path) -> Path:
-    """``path``, or with the first number behind it that is free."""
-    names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
-    return next(name for name in names if not name.exists())

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
+from stepdistill.eval import protocols
 from stepdistill.eval.comparison import Together, write_comparison
 from stepdistill.eval.curves import CURVE, Curve, curves_table, draw_curves, read_curve, write_curve
 from stepdistill.eval.distances import ReferenceStatistics, unit_uint8
@@ -36,7 +37,8 @@ from stepdistill import assets, files
 from stepdistill.clip import ClipSettings
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
-from stepdistill.run import RunFolder
+from stepdistill.pipeline_folders import is_free
+from stepdistill.run import RunFolder, check_place
 from stepdistill.settings import EvaluationSettings, RunSettings
 
 Seed = Annotated[int, Field(ge=0)]
@@ -188,9 +190,39 @@ def compare(
 
     Raises:
         UserError: a config that is wrong, a name that is not one of ``runs``, what is finished was made by another
-            config, or nothing to show.
+            config, nothing to show, or a folder that holds something else or that another process writes.
     """
     entries = settings.entries(folder)
+    _check_output(Path(settings.output), entries)
+    lock = files.Lock(settings.output, remedy="or choose another folder with output=FOLDER")
+    with contextlib.nullcontext() if only is not None else lock:  # one run alone has its own folder's
+        return _compare(settings, entries, only, device, apart, finished)
+
+
+def _check_output(output: Path, entries: dict[str, Contestant]) -> None:
+    """Refuse a folder of something else.
+
+    Raises:
+        UserError: neither an evaluation nor a run of the comparison is in it.
+    """
+    check_place(output)
+    begun = any((made.run.path / "config.yaml").exists() for made in entries.values())
+    names = {"evaluation.work", "teacher.work", *(made.run.path.name for made in entries.values())}
+    early = is_free(output, names | {path.name for path in output.glob("reference-*.safetensors")})
+    if not begun and not early and protocols.read(output / "evaluation.json") is None:
+        raise UserError(
+            f"output = {output}: the folder is not empty and holds no comparison; choose another with output=FOLDER"
+        )
+
+
+def _compare(
+    settings: CompareSettings,
+    entries: dict[str, Contestant],
+    only: str | None,
+    device: str,
+    apart: Callable[[str], None] | None,
+    finished: bool,
+) -> str:
     for made in entries.values():
         if made.finished:
             made.check_finished()

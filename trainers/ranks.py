@@ -50,4 +50,4 @@ def locked(accelerator: Accelerator, lock: Lock) -> Iterator[None]:
         yield
     finally:
         if accelerator.is_main_process:
-            lock.__exit__(None, None, None)
+            lock.__exit__()
