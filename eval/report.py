@@ -216,7 +216,7 @@ def _config(config: str | None) -> str:
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Every scalar of a ``metrics.jsonl`` as (iterations, values); lines that are cut short are passed over."""
+    """Every scalar of a ``metrics.jsonl`` as (iterations, values), null as NaN; lines cut short are passed over."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for row in metric_rows(path):
         try:
@@ -224,6 +224,7 @@ def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
         except (ValueError, KeyError, TypeError):
             continue
         for name, value in row.items():
+            value = math.nan if value is None else value
             if (
                 name not in NOT_CURVES
                 and not name.startswith("updates/")

@@ -11,8 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.data import ImageSet
+from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.files import write_tensors
+from stepdistill.finiteness import is_finite
 
 
 def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
@@ -45,5 +47,10 @@ def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 
         for i in bar
     ]
     latents = torch.cat(parts).contiguous()
+    if not is_finite(latents):
+        raise UserError(
+            f"{images.source}: the teacher's VAE gives latents that are not finite; load it in float32 "
+            "(teacher.dtype=float32)"
+        )
     write_tensors(file, {"latents": latents}, {"fingerprint": key})  # every process of a run may be here
     return latents

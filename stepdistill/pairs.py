@@ -21,6 +21,7 @@ from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.files import write_tensors
+from stepdistill.finiteness import is_finite
 from stepdistill.readers import digest_of
 from stepdistill.sampler import ddim_times, ode_sample
 
@@ -113,6 +114,11 @@ def _write(family, items, recipe, folder, index, batch, fingerprint, bar, autoca
             return guided(denoiser, x_t, t, condition, null, recipe.guidance_scale).x0
 
         parts.append(ode_sample(denoise, family.schedule, times, part).float().cpu())
+        if not is_finite(parts[-1]):
+            raise UserError(
+                f"pairs: the teacher's samples in {recipe.steps} steps are not finite; load it in float32 "
+                "(teacher.dtype=float32), or look at its own pictures"
+            )
         bar.update(len(part))
     metadata = {"fingerprint": fingerprint, "items": json.dumps(own)}
     write_tensors(_file(folder, index), {"noise": noise, "x0": torch.cat(parts)}, metadata)

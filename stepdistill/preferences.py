@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def read_preferences(settings: PreferenceSettings, shape: tuple[int, int, int]) 
     wins = [1.0] * len(first)
     if settings.preference_column is not None:
         wins = read_column(settings.dataset, settings.preference_column, settings.split, settings.revision)
-        if not all(isinstance(value, int | float) for value in wins):
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in wins):
             raise UserError(f"pso.pairs.preference_column = {settings.preference_column}: its values are no numbers")
     kept = [i for i, value in enumerate(wins) if value != 0.5]
     if not kept:

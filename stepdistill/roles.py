@@ -31,6 +31,7 @@ from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser, Predictio
 from stepdistill.discriminator import features_at
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.finiteness import Watch
 from stepdistill.lora import LoRA, read_lora, stacked
 
 Weights = Literal["full", "shared", "mixed"]
@@ -259,8 +260,10 @@ class Role:
         meter: PassMeter,
         autocast_dtype: torch.dtype | None = None,
         lora: LoRASettings | None = None,
+        watch: Watch | None = None,
     ):
         self.name, self.family, self.network, self.lora = name, family, network, lora
+        self.watch = Watch() if watch is None else watch
         self.switch, self.adapter, self.trains, self.meter = switch, adapter, trains, meter
         self.autocast_dtype = precision.autocast_dtype(network, autocast_dtype)
         self.schedule, self.kind = family.schedule, family.kind
@@ -272,7 +275,9 @@ class Role:
     def _forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         self.meter.count(x, self.trains)
         with self.active(), precision.computing(x.device, self.autocast_dtype):
-            return self.family.forward(self.network, x, time, condition)
+            output = self.family.forward(self.network, x, time, condition)
+        self.watch.note(self.name, output, time)
+        return output
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Predict at x_t (B, ...), t (B,).  Float32 or better comes back, whatever the network computes in."""
@@ -293,12 +298,18 @@ class Role:
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The mid-block's output at x_t, (B, F, h, w); the decoder is not run."""
-        (output,) = features_at([self.family.mid_block(self.network)], lambda: self(x_t, t, condition))
+        (output,) = self._maps([self.family.mid_block(self.network)], x_t, t, condition)
         return output
 
     def feature_maps(self, x_t: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """The outputs of all blocks at x_t, (B, F, h, w) each, in the order in which they run."""
-        return features_at(self.family.feature_blocks(self.network), lambda: self(x_t, t, condition))
+        return self._maps(self.family.feature_blocks(self.network), x_t, t, condition)
+
+    def _maps(self, blocks: list[nn.Module], x_t: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
+        maps = features_at(blocks, lambda: self(x_t, t, condition))
+        for one in maps:
+            self.watch.note(self.name, one, self.schedule.network_time(t))
+        return maps
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What this role trains, by name."""
@@ -352,6 +363,7 @@ class Roles:
         teacher, student, fake_score: denoisers.  ``teacher`` is any denoiser for an analytic family; ``fake_score`` is
             None for methods without one.
         meter: network passes so far.
+        watch: whether the roles' last predictions were finite.
     """
 
     def __init__(
@@ -362,7 +374,7 @@ class Roles:
         gradient_checkpointing: bool = False,
         fake_score: bool = True,
     ):
-        self.family, self.settings, self.meter = family, settings, PassMeter()
+        self.family, self.settings, self.meter, self.watch = family, settings, PassMeter(), Watch()
         self.autocast_dtype, self.gradient_checkpointing = autocast_dtype, gradient_checkpointing
         weights = settings.weights
         base = family.network
@@ -451,7 +463,8 @@ class Roles:
         return self
 
     def _role(self, name: str, network: nn.Module, switch, adapter: str | None, trains: bool, lora=None) -> Role:
-        return Role(name, self.family, network, switch, adapter, trains, self.meter, self.autocast_dtype, lora)
+        shared = (self.meter, self.autocast_dtype, lora, self.watch)
+        return Role(name, self.family, network, switch, adapter, trains, *shared)
 
     def frozen_like(self, role: Role, name: str) -> Role:
         """One more frozen role that says what ``role`` says now: a copy of its network, or of its adapter on the same

@@ -159,7 +159,11 @@ class TrainSettings(Section):
         None, ge=1, description="end the training, short of updates, after so many network passes (one picture each)"
     )
     non_finite_limit: int = Field(
-        10, ge=1, le=10**9, description="stop after this many skipped updates of a role in a row"
+        10,
+        ge=1,
+        le=10**9,
+        description="stop after this many skipped updates of a role in a row; or in all, where what is not finite is "
+        "frozen (the teacher) and more than 1 % are skipped",
     )
     log_every: int = Field(10, ge=1, le=10**9, description="student updates between rows of metrics")
     sample_every: int = Field(100, ge=1, le=10**9, description="student updates between sample grids")

@@ -5,7 +5,7 @@ from torch import nn
 
 from stepdistill.rewards import Brightness
 
-__all__ = ["Brightness", "Constant", "Difference", "FirstValue", "ShiftedFirstValue", "scalar"]
+__all__ = ["Brightness", "Broken", "Constant", "Difference", "FirstValue", "ShiftedFirstValue", "scalar"]
 
 
 class Difference(nn.Module):
@@ -28,6 +28,14 @@ class ShiftedFirstValue(FirstValue):
 
     def forward(self, pixels, items):
         return super().forward(pixels, items) + 8
+
+
+class Broken(nn.Module):
+    """A reward that is no number for the first picture, (B,)."""
+
+    def forward(self, pixels, items):
+        means = pixels.flatten(1).mean(1)
+        return torch.cat([means[:1] * torch.nan, means[1:]])
 
 
 class Constant(nn.Module):

@@ -13,12 +13,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+from stepdistill.trainers.causes import CONDITIONS, GRADIENT, REAL, RunStopped, advice, lines, too_many
 from stepdistill.trainers.grids import save_grid
 from stepdistill.trainers.ranks import on_main
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from stepdistill.data import ImageSet, Order, check_range
 from stepdistill.denoiser import Condition, take
 from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
+from stepdistill.finiteness import NotFinite, first_not_finite
 from stepdistill.noise import Noise
 from stepdistill.roles import EMA, Roles
 from stepdistill.run import RunFolder
@@ -38,10 +40,7 @@ from stepdistill.settings import OptimizerSettings, RunSettings
 
 Losses = dict[str, tuple[float, Tensor]]
 """Weight and scalar loss by name."""
-
-
-class RunStopped(UserError):
-    """Training cannot go on: too many non-finite updates in a row."""
+Noted = TypeVar("Noted", Tensor, list[Tensor])
 
 
 class Interrupted(Exception):
@@ -84,12 +83,21 @@ class ConditionSource:
     KEEP = 20_000
 
     def __init__(self, family: Family, items: list, seed: int, all_items: list | None = None):
+        """
+        Raises:
+            UserError: encodings that are not finite.
+        """
         self.family, self.items, self.order = family, items, Order(max(1, len(items)), seed)
         self.all_items = items if all_items is None else all_items
         self._encoded: Condition | None = None
         if family.condition_kind == "prompt" and len(items) <= self.KEEP:
             parts = [family.encode_conditions(items[i : i + 64]) for i in range(0, len(items), 64)]
             self._encoded = {k: torch.cat([p[k].cpu() for p in parts]) for k in parts[0]}
+            if first_not_finite(self._encoded.items()) is not None:
+                raise UserError(
+                    "data: the teacher's text encoder gives encodings of the prompts that are not finite; load it in "
+                    "float32 (teacher.dtype=float32)"
+                )
 
     def batch(self, position: int, count: int) -> tuple[Condition, list]:
         """Conditions ``position .. position + count - 1`` of the order, and the items that they are of."""
@@ -202,12 +210,14 @@ class Trainer(abc.ABC):
         self.extra: dict[str, nn.Module] = {}  # networks of the method's own, besides the roles
         self.counters = {"iteration": 0, "conditions": 0, "real": 0}
         self.seconds = 0.0
+        self.passes_before_resume = 0  # of all processes, however many they were then
         self._seconds_before, self._started = 0.0, time.monotonic()
         self.build()
         self.trained = self.trainable()
         self.counters |= dict.fromkeys(self.trained, 0)
         self.skipped = dict.fromkeys(self.trained, 0)
         self.skipped_in_a_row = dict.fromkeys(self.trained, 0)
+        self.not_finite: dict[str, int] = {}  # skipped updates by what was not finite, "gradient" where all else was
         self.optimizers = {name: self._optimizer(name, list(p.values())) for name, p in self.trained.items()}
         self.ema = EMA(roles.student, config.train.ema_decay) if config.train.ema_decay else None
         self.watchers: list[Callable[[Trainer], None]] = []  # called after each student update
@@ -350,13 +360,25 @@ class Trainer(abc.ABC):
         start = self.counters["conditions"] + self.rank * count
         self.counters["conditions"] += count * self.world
         condition, items = self.conditions.batch(start, count)
+        self.note_conditions(condition)
         return Batch(condition, self.noise.randn(count, *self.family.sample_shape), items)
 
     def next_real(self, count: int) -> tuple[Tensor, Condition]:
         """This process's next real samples."""
         start = self.counters["real"] + self.rank * count
         self.counters["real"] += count * self.world
-        return self.real.batch(start, count)
+        real, condition = self.real.batch(start, count)
+        return self.noted(REAL, real), condition
+
+    def noted(self, name: str, values: Noted) -> Noted:
+        """``values`` (B, ...), or several, once it is remembered whether they are finite: of what is no role's."""
+        for one in [values] if isinstance(values, Tensor) else values:
+            self.roles.watch.note(name, one)
+        return values
+
+    def note_conditions(self, condition: Condition) -> None:
+        for values in condition.values():
+            self.noted(CONDITIONS, values)
 
     def draw_time(self, low: int, high: int, count: int) -> Tensor:
         """Times (count,) of noise levels uniform in ``low .. high``, in thousandths of the schedule, both included."""
@@ -390,7 +412,7 @@ class Trainer(abc.ABC):
         Gradients are averaged over processes, the norm is clipped, a non-finite norm is counted and the step skipped.
 
         Raises:
-            RunStopped: too many skipped in a row.
+            RunStopped: too many skipped.
         """
         parameters = [p for p in self.trained[role].values() if p.grad is not None]
         if self.world > 1:
@@ -415,16 +437,58 @@ class Trainer(abc.ABC):
         return finite
 
     def _count_skipped(self, role: str) -> None:
+        """Count a skipped update of ``role`` and what was not finite in it.
+
+        Raises:
+            RunStopped: too many.
+        """
+        cause = self._cause()
+        name = GRADIENT if cause is None else cause.name
+        frozen = name != GRADIENT and name not in self._learning
         self.skipped[role] += 1
         self.skipped_in_a_row[role] += 1
-        limit = self.config.train.non_finite_limit
-        if self.skipped_in_a_row[role] >= limit:
-            kept = checkpoint.latest(self.run.checkpoints) if self.run else None
+        self.not_finite[name] = self.not_finite.get(name, 0) + 1
+        limit, in_a_row = self.config.train.non_finite_limit, self.skipped_in_a_row[role]
+        count = too_many(role, self.skipped[role], self.counters[role], in_a_row, limit, frozen)
+        if count is None:
+            return
+        last = checkpoint.latest(self.run.checkpoints) if self.run else None
+        raise RunStopped(
+            f"stopped at iteration {self.counters['iteration']}: {count}; "
+            + advice(cause, role, self.counters, self._learning, self.config)
+            + (f"; the last whole checkpoint is {last}" if last else "; there is no checkpoint yet")
+        )
+
+    def _cause(self) -> NotFinite | None:
+        """What was not finite first, on the first process where anything was; every process must ask."""
+        causes = gather_object([self.roles.watch.first()])
+        return next((cause for cause in causes if cause is not None), None)
+
+    @property
+    def _learning(self) -> set[str]:
+        """The networks that train, as they are noted."""
+        return {role.name for role in self.roles.trained()} | set(self.extra)
+
+    def advice(self, role: str) -> str:
+        """What was not finite first of late and what to do about it, for ``role``; every process must ask."""
+        return advice(self._cause(), role, self.counters, self._learning, self.config)
+
+    def check_trained(self) -> None:
+        """Refuse a student that no update has touched.
+
+        Raises:
+            RunStopped: no student update was taken.
+        """
+        if self.counters["student"] == 0:
+            why = "; ".join(line.removeprefix("note: ") for line in self.skipped_lines())
             raise RunStopped(
-                f"stopped at iteration {self.counters['iteration']}: {limit} non-finite gradients of the {role} in a "
-                f"row; lower optimizer.{role}.lr"
-                + (f"; the last whole checkpoint is {kept}" if kept else "; there is no checkpoint yet")
+                f"no student update was taken, so there is nothing to export ({why or 'none was reached'}); raise "
+                "train.updates or train.max_passes"
             )
+
+    def skipped_lines(self) -> list[str]:
+        """What was skipped in the whole run, for its end; [] where nothing was."""
+        return lines(self.skipped, self.counters, self.not_finite)
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -450,7 +514,7 @@ class Trainer(abc.ABC):
     @property
     def passes(self) -> int:
         """Network passes so far, of all processes: one picture each, backward counted in forwards."""
-        return self.roles.meter.total * self.world
+        return self.passes_before_resume + self.roles.meter.total * self.world
 
     def spent(self) -> bool:
         """Whether ``train.max_passes`` is reached."""
@@ -479,6 +543,7 @@ class Trainer(abc.ABC):
         done, moved = self.counters[counter], True  # a spent budget ends the loop where the counter has just moved
         with tqdm(total=planned or total, initial=done, desc=title, unit="update", disable=not main) as bar:
             while self.counters[counter] < total and not (self.spent() and moved):
+                self.roles.watch.clear()
                 step()
                 self.counters["iteration"] += 1
                 self.seconds = time.monotonic() - self._started
@@ -500,7 +565,7 @@ class Trainer(abc.ABC):
             self.save()
 
     def write_row(self, bar: tqdm) -> None:
-        """What was logged since the last row, as one row of means."""
+        """What was logged since the last row, as one row of means over what is finite."""
         row: dict[str, Any] = {
             "iteration": self.counters["iteration"],
             **{f"updates/{role}": self.counters[role] for role in self.trained},
@@ -508,12 +573,12 @@ class Trainer(abc.ABC):
             "passes": self.passes,
         }
         for name, values in self._logged.items():
-            row[name] = float(_stacked(values).mean())
-        for role, count in self.skipped.items():
-            if count:
-                row[f"skipped/{role}"] = count
+            row[name] = _finite_mean(values)
+        row |= {f"skipped/{role}": count for role, count in self.skipped.items() if count}
+        row |= {f"not_finite/{name}": count for name, count in self.not_finite.items()}
         self._logged.clear()
-        shown = {k.removeprefix("loss/"): f"{v:.3g}" for k, v in row.items() if k.startswith("loss/")}
+        losses = {k.removeprefix("loss/"): v for k, v in row.items() if k.startswith("loss/")}
+        shown = {k: "nan" if v is None else f"{v:.3g}" for k, v in losses.items()}
         bar.set_postfix(shown, refresh=False)
         if self.run and self.accelerator.is_main_process:
             self.unwritten.append(row)
@@ -532,8 +597,9 @@ class Trainer(abc.ABC):
 
     def _track(self, row: dict[str, Any]) -> None:
         """A row for the trackers; the run goes on without them where they fail."""
+        shown = {k: v for k, v in row.items() if k != "iteration" and v is not None}
         try:
-            self.accelerator.log({k: v for k, v in row.items() if k != "iteration"}, step=row["iteration"])
+            self.accelerator.log(shown, step=row["iteration"])
         except Exception as error:  # of any kind: trackers are other people's
             print(f"note: train.trackers: no more rows for them ({first_line(error)})")
             self.accelerator.trackers = []
@@ -633,8 +699,9 @@ class Trainer(abc.ABC):
             "counters": self.counters,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "not_finite": self.not_finite,
             "seconds": self.seconds,
-            "passes": [self.roles.meter.forward, self.roles.meter.backward],
+            "passes": self.passes,
             "ema_updates": self.ema.updates if self.ema else 0,
             "attention": self.attention,
             "unwritten": self.unwritten,
@@ -684,11 +751,13 @@ class Trainer(abc.ABC):
             self.counters.update(meta["counters"])
             self.skipped.update(meta["skipped"])
             self.skipped_in_a_row.update(meta["skipped_in_a_row"])
+            self.not_finite.update(meta.get("not_finite", {}))
             self.seconds = meta["seconds"]
             self.attention = self.attention or meta.get("attention")
             self._logged = {name: list(values.unbind()) for name, values in tensors.get("logged", {}).items()}
             self.unwritten = list(meta.get("unwritten") or [])
-            self.roles.meter.forward, self.roles.meter.backward = meta["passes"]
+            self.passes_before_resume = passes_of(meta, self.world)
+            self.roles.meter.forward = self.roles.meter.backward = 0
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"checkpoint {where}: does not fit this run ({reason}); was the teacher changed?") from None
@@ -697,6 +766,13 @@ class Trainer(abc.ABC):
 def _stacked(values: list[Tensor | float]) -> Tensor:
     """Logged scalars as one float32 tensor (N,) on the CPU."""
     return torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values])
+
+
+def passes_of(meta: dict[str, Any], world: int = 1) -> int:
+    """Network passes of all processes by a checkpoint's meta data; older ones say forward and backward of the first
+    alone, of ``world``."""
+    passes = meta["passes"]
+    return sum(passes) * world if isinstance(passes, list) else passes
 
 
 def learning_rate(settings: OptimizerSettings, done: int) -> float:
@@ -712,6 +788,13 @@ def learning_rate(settings: OptimizerSettings, done: int) -> float:
     if settings.decay:
         rate *= max(0.01, 1 - done / settings.decay)
     return rate
+
+
+def _finite_mean(values: list[Tensor | float]) -> float | None:
+    """The mean of the values that are finite, None where none is; how many were skipped is counted elsewhere."""
+    whole = _stacked(values)
+    mean = whole[whole.isfinite()].mean().item()
+    return mean if math.isfinite(mean) else None
 
 
 def _average(gradients: list[Tensor], world: int) -> None:

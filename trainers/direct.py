@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 
 from stepdistill.trainers.base import Batch, Losses, Trainer
+from stepdistill.trainers.causes import REAL
 
 
 class DirectTrainer(Trainer):
@@ -32,4 +33,6 @@ class DirectTrainer(Trainer):
         self.counters["real"] += count * self.world
         index = self.real.indices(start, count)
         real, condition = self.real.at(index)
+        self.noted(REAL, real)
+        self.note_conditions(condition)
         return Batch(condition, self.noise.randn_like(real), self.real.items(index), real, tuple(index))

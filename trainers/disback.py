@@ -18,12 +18,14 @@ degradation starts from a finished student with the GAN loss on.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from stepdistill.trainers.base import Batch, Trainer
+from stepdistill.trainers.causes import RunStopped
 from stepdistill.trainers.dmd2 import DMD2
 from stepdistill.trainers.score import Scale, ScoreSettings, ScoreTrainer
 from stepdistill.trainers.sim import SIM
@@ -220,8 +222,15 @@ class DisBack(ScoreTrainer):
 
     @torch.no_grad()
     def probe_loss(self) -> float:
-        """The denoising loss on the probe."""
-        return float(torch.stack([self.denoising_at(*part) for part in self.probe]).mean())
+        """The denoising loss on the probe.
+
+        Raises:
+            RunStopped: it is not finite, so nodes could not be chosen by it.
+        """
+        loss = float(torch.stack([self.denoising_at(*part) for part in self.probe]).mean())
+        if not math.isfinite(loss):
+            raise RunStopped(f"disback: the loss on its probe is not finite; {self.advice('fake_score')}")
+        return loss
 
     def _facts(self) -> dict[str, Any]:
         return {

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from stepdistill.trainers.base import Batch, Losses
+from stepdistill.trainers.causes import DISCRIMINATOR
 from stepdistill.trainers.score import ScoreSettings, ScoreTrainer
 from torch import Tensor
 
@@ -144,4 +145,5 @@ class DMD2(ScoreTrainer):
             x_t = self.roles.student.schedule.add_noise(x0, self.noise.randn_like(x0), t)
         else:
             t, x_t = self.draw_level(0, x0), x0
-        return self.extra["discriminator"](self.roles.fake_score.features(x_t, t, condition))
+        logits = self.extra["discriminator"](self.roles.fake_score.features(x_t, t, condition))
+        return self.noted(DISCRIMINATOR, logits)

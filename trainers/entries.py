@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from stepdistill.trainers.base import passes_of
 from stepdistill.trainers.job import Job, make_job
 from stepdistill.trainers.msd import MSD, MultiStudent, is_multi_student, jobs_of, make_multi_student
 from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe
@@ -194,7 +195,7 @@ def write_cost(made: Contestant, peak: float | None) -> dict[str, Any]:
     passes, seconds, parameters = 0, 0.0, 0
     for job in made.jobs:
         tensors, meta = checkpoint.load(checkpoint.latest(RunFolder(job.config.output).checkpoints))
-        passes += sum(meta["passes"])
+        passes += passes_of(meta)
         seconds += meta["seconds"]
         parameters = sum(tensor.numel() for tensor in tensors["student"].values())
     cost = {

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import torch
 from pydantic import Field
 from stepdistill.trainers.base import Batch, Losses, Trainer
+from stepdistill.trainers.causes import REWARD
 from stepdistill.trainers.direct import DirectTrainer
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def reward_losses(trainer: Trainer, rewards: list[Reward], pixels: Tensor, items
     """Each reward's hinge loss on pictures (B, C, H, W) and what they are of; the mean rewards are logged."""
     losses: Losses = {}
     for reward in rewards:
-        score = reward(pixels, items)
+        score = trainer.noted(f"{REWARD}{reward.name}", reward(pixels, items))
         trainer.log(f"reward/{reward.name}", score.mean())
         losses[f"reward_{reward.name}"] = (reward.weight, hinge_loss(score, reward.hinge))
     return losses
@@ -126,8 +127,9 @@ class Feedback(DirectTrainer):
         if self.perceptual is not None:
             real = self.next_real_batch()
             pixels = self.decode(self.regraded(real))
-            value = self.perceptual.loss(pixels, self.decode(real.real), list(real.indices)).mean()
-            losses["perceptual"] = (self.settings.perceptual.weight, value)
+            value = self.perceptual.loss(pixels, self.decode(real.real), list(real.indices))
+            self.noted(f"{REWARD}perceptual", value.reshape(-1))
+            losses["perceptual"] = (self.settings.perceptual.weight, value.mean())
         return losses
 
     def graded(self, batch: Batch) -> Tensor:

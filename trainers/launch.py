@@ -205,6 +205,9 @@ def _train(
         accelerator.end_training()
         end_processes()
         raise
+    if main_process:
+        print("".join(f"{line}\n" for line in trainer.skipped_lines()), end="")
+    trainer.check_trained()
     on_main(accelerator, lambda: export(job, trainer, run))
     accelerator.end_training()
 
@@ -252,6 +255,7 @@ def export_again(run: RunFolder, output: Path | None, dtype: torch.dtype, averag
         inputs = (job.config.teacher.path, roles.student_from, roles.lora_from, roles.lora_under)
         check_replaceable(target, inputs)
         trainer = build_stored(job, run)
+        trainer.check_trained()
         with trainer.averaged() if average else contextlib.nullcontext():
             facts, also = provenance(job, trainer), job.config.sampler.also_steps
             return export_student(

@@ -31,6 +31,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from stepdistill.trainers.base import Batch, Losses, RealSource, check_labels
+from stepdistill.trainers.causes import REAL, REWARD
 from stepdistill.trainers.direct import DirectTrainer
 from torch import Tensor
 from tqdm import tqdm
@@ -40,6 +41,7 @@ from stepdistill.data import Order
 from stepdistill.denoiser import Condition, cat_conditions
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.finiteness import is_finite
 from stepdistill.latents import cached_latents
 from stepdistill.noise import Noise
 from stepdistill.objectives.preference import (
@@ -249,6 +251,12 @@ class PSO(DirectTrainer):
             pixels = real.images.batch(index).to(self.family.device)
             scores.append(self.judge(pixels, real.items(index), log=False).cpu())
         scores = torch.cat(scores)
+        if not is_finite(scores):
+            index = int((~scores.isfinite()).nonzero()[0])
+            raise UserError(
+                f"pso.best: the rewards of image {index} of {real.images.source} are not finite; mend the reward, or "
+                "remove it from pso.rewards"
+            )
         labels = torch.tensor(real.images.labels if self.family.condition_kind == "label" else [0] * len(scores))
         kept = []
         for label in labels.unique():
@@ -275,6 +283,8 @@ class PSO(DirectTrainer):
         winner, loser = (self._pictures([self.pairs.order[i][side] for i in index]) for side in (0, 1))
         items = [] if self.family.condition_kind == "none" else [self.pairs.labels[i] for i in index]
         condition = self.family.encode_conditions(items) if items else {}
+        self.noted(REAL, torch.cat([winner, loser]))
+        self.note_conditions(condition)
         return PairBatch(condition, self.noise.randn_like(winner), items, winner, tuple(index), loser=loser)
 
     def _pictures(self, which: list[tuple[int, int]]) -> Tensor:
@@ -305,7 +315,10 @@ class PSO(DirectTrainer):
         return {"preference": (1.0, preference_loss(winner, loser, own.beta, own.over_steps, counts))}
 
     def online(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log ratios (B, M) of the better and the worse of two rollouts, and which pairs are no tie (B,)."""
+        """Log ratios (B, M) of the better and the worse of two rollouts, and which pairs are no tie (B,).
+
+        A score that is not finite is no opinion: it makes its pair's ratios NaN.
+        """
         count = len(batch)
         second = batch.noise if self.settings.shared_start else self.noise.randn_like(batch.noise)
         condition = cat_conditions(batch.condition, batch.condition)
@@ -316,7 +329,8 @@ class PSO(DirectTrainer):
         better = (scores[:count] > scores[count:])[:, None]
         counts = scores[:count] != scores[count:]
         self.log("ties", (~counts).float().mean())
-        return torch.where(better, first, other), torch.where(better, other, first), counts
+        broken = (0 * scores).view(2, count).sum(0)[:, None]  # 0, or NaN
+        return torch.where(better, first, other) + broken, torch.where(better, other, first) + broken, counts
 
     def draw_both(self, like: Tensor) -> Tensor:
         """Noise for both rollouts of each pair (2B, ...), half by half: the same on any number of processes."""
@@ -351,7 +365,7 @@ class PSO(DirectTrainer):
         """The weighted sum of the rewards of pictures (B, C, H, W), (B,)."""
         total = torch.zeros(len(pixels), device=pixels.device)
         for reward in self.rewards:
-            score = reward(pixels, items).float()
+            score = self.noted(f"{REWARD}{reward.name}", reward(pixels, items).float())
             if log:
                 self.log(f"reward/{reward.name}", score.mean())
             total = total + reward.weight * score

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from stepdistill.trainers.base import Batch, Losses
+from stepdistill.trainers.causes import REAL
 from stepdistill.trainers.direct import DirectTrainer
 from torch import Tensor, nn
 
@@ -117,7 +118,8 @@ class Regression(DirectTrainer):
         items = [self.pairs.items[i] for i in index] if self.pairs.items else []
         condition = self.family.encode_conditions(items) if items else {}
         noise, real = (part[index].to(self.family.device) for part in (self.pairs.noise, self.pairs.x0))
-        return Batch(condition, noise, items, real, tuple(index))
+        self.note_conditions(condition)
+        return Batch(condition, noise, items, self.noted(REAL, real), tuple(index))
 
     def student_losses(self, batch: Batch) -> Losses:
         sampler = self.sampler

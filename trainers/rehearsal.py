@@ -107,9 +107,9 @@ def _few(fit: Fit) -> Fit:
 def _check_finite(trainer: Trainer) -> None:
     skipped = [role for role, count in trainer.skipped.items() if count]
     if skipped:
+        advice = trainer.advice(skipped[0])
         raise UserError(
-            f"a first update of the {skipped[0]} on two samples has gradients that are not finite; look at the teacher "
-            "(float16 overflows: set teacher.dtype=float32), the rewards and the real images"
+            f"a first update of the {skipped[0]} on two samples has gradients that are not finite; {advice}"
         )
 
 

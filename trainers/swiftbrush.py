@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from stepdistill.trainers.base import Batch, ConditionSource, Losses
+from stepdistill.trainers.causes import REWARD
 from stepdistill.trainers.score import Scale, ScoreSettings, ScoreTrainer
 from torch import Tensor
 
@@ -163,7 +164,7 @@ class SwiftBrush(ScoreTrainer):
         losses = {"variational_score": (1.0, surrogate_loss(x0, gradient))}
         weight = self.clip_weight()
         if weight > 0:
-            cosine = self.clip.cosine(self.decode(x0), batch.items)
+            cosine = self.noted(f"{REWARD}clip", self.clip.cosine(self.decode(x0), batch.items))
             losses["clip"] = (weight, clamped_cosine_loss(cosine, self.settings.clip.tau))
         return losses
 

@@ -42,6 +42,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from stepdistill.trainers.base import Batch, Losses
+from stepdistill.trainers.causes import DISCRIMINATOR
 from stepdistill.trainers.direct import DirectTrainer
 from torch import Tensor, nn
 
@@ -267,13 +268,13 @@ class TSCD(DirectTrainer):
         self.looked_at.append((_detached(features), real_features, beside))
         frozen = {k: p.detach() for k, p in self.extra["discriminator"].named_parameters()}
         logits = torch.func.functional_call(self.extra["discriminator"], frozen, (_joined(features, beside),))
-        return generator_loss(logits, settings.loss)
+        return generator_loss(self.noted(DISCRIMINATOR, logits), settings.loss)
 
     def after_student(self) -> None:
         """The discriminator on the features that the student's turn made, and the target's average."""
         head = self.extra.get("discriminator")
         for fake, real, beside in self.looked_at:
-            logits = head(_joined(real, beside)), head(_joined(fake, beside))
+            logits = [self.noted(DISCRIMINATOR, head(_joined(features, beside))) for features in (real, fake)]
             loss = discriminator_loss(*logits, self.settings.adversarial.loss)
             self.log("loss/discriminator", loss)
             (loss / len(self.looked_at)).backward()

@@ -10,6 +10,7 @@ from stepdistill.errors import UserError, reading
 from stepdistill.families.base import Family
 from stepdistill.families.stable_diffusion import StableDiffusionFamily
 from stepdistill.families.unet2d import UNet2DFamily
+from stepdistill.finiteness import check_components
 from stepdistill.loading import check_index, load_pipeline, parts_of, read_index
 from stepdistill.precision import norms_in_float32
 
@@ -120,7 +121,8 @@ def load_family(
         null_label: of a class-conditional teacher whose folder does not say it.
 
     Raises:
-        UserError: not there, not a diffusers folder, of an unsupported class, or broken; a null label that it has not.
+        UserError: not there, not a diffusers folder, of an unsupported class, or broken (weights that are not finite);
+            a null label that it has not.
     """
     folder = _folder(path, revision, variant)
     what = f"teacher {path}"
@@ -130,6 +132,7 @@ def load_family(
         raise UserError(f"teacher.family = {family}: the teacher {path} is of family {found}")
     optional = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
     pipeline = load_pipeline(folder, what, "save it again with save_pretrained", dtype, variant, **optional)
+    check_components(pipeline.components, what, "download or export it again")
     norms_in_float32(pipeline.unet)
     with reading(what, "look at the configs of its parts", "is not understood"):
         teacher = FAMILIES[found].from_components(pipeline.components, path)

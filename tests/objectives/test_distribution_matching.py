@@ -222,3 +222,18 @@ def test_several_heads_count_alike_whatever_the_size_of_their_maps(kind):
     alone = [discriminator_loss(*pair, kind) for pair in zip(real, fake, strict=True)]
     torch.testing.assert_close(discriminator_loss(real, fake, kind), sum(alone) / 3)
     torch.testing.assert_close(generator_loss(fake, kind), sum(generator_loss(one, kind) for one in fake) / 3)
+
+
+def test_a_teacher_that_is_no_number_gives_no_gradient_of_zero():
+    x0, teacher, fake = (torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    teacher[0] = math.nan
+    teacher[1, 0, 0, 0] = math.inf
+    gradient = distribution_matching_gradient(x0, teacher, fake)
+    assert not gradient[0].isfinite().any()
+    assert not gradient[1].isfinite().all()
+    torch.testing.assert_close(gradient[2:], distribution_matching_gradient(x0[2:], teacher[2:], fake[2:]))
+
+
+def test_a_sample_that_is_the_teachers_word_already_has_a_gradient_of_zero():
+    x0, fake = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
+    assert torch.equal(distribution_matching_gradient(x0, x0.clone(), fake), torch.zeros_like(x0))

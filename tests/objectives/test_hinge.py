@@ -40,3 +40,9 @@ def test_without_a_hinge_the_reward_is_maximised():
 
 def test_a_hinge_of_zero_is_a_hinge():
     assert gradient([-1.0, 1.0], 0.0) == (0.5, [-0.5, 0.0])
+
+
+@pytest.mark.parametrize("reward", [math.inf, -math.inf, math.nan])
+def test_a_reward_that_is_not_finite_is_never_good_enough(reward):
+    loss, _ = gradient([0.5, reward], 2.0)
+    assert math.isnan(loss) or math.isinf(loss)

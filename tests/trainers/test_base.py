@@ -173,3 +173,81 @@ def test_the_average_follows_its_formula():
     with trainer.averaged():
         torch.testing.assert_close(trainer.trained["student"][name].detach(), shadow)
     assert torch.equal(trainer.trained["student"][name].detach(), raw)
+
+
+def spoil(trainer, role, name="weight"):
+    """Make a parameter of ``role`` infinite."""
+    with torch.no_grad():
+        next(iter(trainer.trained[role].values())).view(-1)[0] = math.inf
+
+
+@pytest.mark.parametrize("role", ["student", "fake_score"])
+def test_a_network_that_breaks_while_it_trains_is_named_with_its_rate(role):
+    trainer = toy_trainer(train={"updates": 9, "non_finite_limit": 1}, dmd2={"fake_score_updates": 1})
+    trainer.iteration()
+    spoil(trainer, role)
+    trainer.roles.watch.clear()
+    with pytest.raises(
+        RunStopped, match=rf"the {role}'s prediction is not finite at timesteps? .*lower optimizer.{role}.lr"
+    ):
+        trainer.iteration()
+
+
+def test_a_network_that_was_broken_before_its_first_update_is_not_told_to_lower_its_rate():
+    trainer = toy_trainer(train={"updates": 9, "non_finite_limit": 1}, dmd2={"fake_score_updates": 1})
+    spoil(trainer, "student")
+    with pytest.raises(RunStopped, match="before its first update; the weights or the scheduler of unused are broken"):
+        trainer.iteration()
+
+
+def test_skipped_updates_that_are_most_of_all_end_the_run_without_ten_in_a_row():
+    trainer = toy_trainer(train={"updates": 9999, "non_finite_limit": 3}, dmd2={"fake_score_updates": 1})
+    update, turn = trainer.update, iter(range(9999))
+
+    def two_of_three(role):
+        if role == "student" and next(turn) % 3 < 2:
+            next(iter(trainer.trained[role].values())).grad.view(-1)[0] = math.nan
+        return update(role)
+
+    trainer.update = two_of_three
+    with pytest.raises(RunStopped, match="30 of 44 gradients of the student were non-finite; every prediction is fini"):
+        trainer.fit()
+
+
+def test_a_student_that_no_update_has_touched_is_not_exported():
+    trainer = toy_trainer(train={"updates": 9, "max_passes": 1}, dmd2={"fake_score_updates": 1})
+    poison(trainer, "student", 1)
+    trainer.iteration()
+    trainer.fit()  # the passes are spent
+    with pytest.raises(RunStopped, match=r"no student update was taken.*1 of 1 updates of the student were skipped"):
+        trainer.check_trained()
+    trainer.iteration()
+    trainer.check_trained()
+
+
+def test_a_row_is_the_mean_of_what_is_finite_and_holds_no_nan(tmp_path):
+    trainer, run = in_folder(tmp_path, train={"updates": 2, "log_every": 2})
+    for value in (1.0, math.nan, torch.tensor(4.0), torch.tensor(math.inf)):
+        trainer.log("loss/some", value)
+    trainer.log("loss/none", math.nan)
+    trainer.fit()
+    (line,) = run.metrics.read_text().splitlines()
+    assert "NaN" not in line
+    assert "Infinity" not in line
+    assert json.loads(line)["loss/some"] == 2.5
+    assert json.loads(line)["loss/none"] is None
+
+
+def test_passes_of_all_processes_are_counted_whatever_their_number_was_before():
+    trainer = toy_trainer()
+    for world, forward in ((2, 48), (1, 32), (2, 64)):
+        again = toy_trainer()
+        if trainer.passes:
+            again.restore(*trainer.state(), "here")
+        again.world = world
+        again.roles.meter.forward += forward
+        trainer = again
+    assert trainer.passes == 2 * 48 + 32 + 2 * 64
+    older = {**trainer.state()[1], "passes": [3, 4]}
+    trainer.restore(trainer.state()[0], older, "here")
+    assert trainer.passes == 2 * (3 + 4)
