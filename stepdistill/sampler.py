@@ -164,7 +164,8 @@ class FewStepSampler:
     def start(self, noise: Tensor) -> Tensor:
         """Unit noise (B, ...) to the first input."""
         if self.transition == "ancestral":
-            return noise * self.schedule.alpha_sigma(self.time(0, noise)[:1])[1].to(noise)
+            _, sigma = self.schedule.alpha_sigma(self.time(0, noise))
+            return (expand(sigma, noise) * noise).to(noise.dtype)
         return noise * self.schedule.start_scale(self.times[0])
 
     def move(self, x0: Tensor, x_t: Tensor, index: int, draw: Draw) -> Tensor:

@@ -11,6 +11,7 @@ DRAWS = {
     "randn": lambda noise, count: noise.randn(count, 2, 3),
     "randn_float64": lambda noise, count: noise.randn(count, 2, dtype=torch.float64),
     "randn_like": lambda noise, count: noise.randn_like(torch.zeros(count, 5)),
+    "randn_like_float64": lambda noise, count: noise.randn_like(torch.zeros(count, 5, dtype=torch.float64)),
     "randint": lambda noise, count: noise.randint(3, 17, count),
     "uniform": lambda noise, count: noise.uniform(count),
 }
@@ -42,6 +43,14 @@ def test_shared_draws_are_equal_on_all_ranks_and_keep_them_in_step(world):
     for _ in range(20):
         single.shared_uniform()
     assert torch.equal(torch.cat([noise.randn(1, 4) for noise in ranks]), single.randn(world, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_noise_like_a_sample_has_its_shape_and_dtype(dtype):
+    drawn = Noise(5).randn_like(torch.zeros(400, 5, dtype=dtype))
+    assert drawn.dtype == dtype
+    assert drawn.shape == (400, 5)
+    assert drawn.float().std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_ranges_include_both_ends():

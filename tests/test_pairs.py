@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 
+from stepdistill.data import Order
 from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
@@ -83,11 +85,25 @@ def test_machines_share_the_work_and_a_folder_may_grow(family, tmp_path):
     assert grown.items[:10] == before.items
 
 
-def test_pairs_of_other_settings_or_another_teacher_are_refused(family, tmp_path):
-    make_pairs(family, ITEMS, RECIPE, tmp_path / "a", batch=4)
-    other = PairRecipe(count=10, shard=4, steps=4, guidance_scale=2.0, seed=5)
+def test_every_shard_has_noise_of_its_own_and_goes_on_in_the_conditions_order(family, tmp_path):
+    make_pairs(family, ITEMS, RECIPE, tmp_path, batch=4)
+    pairs = PairSet(tmp_path, family, ITEMS, RECIPE)
+    assert torch.pdist(pairs.noise.flatten(1)).min() > 5  # of two unit normals in 64 dimensions: 11.3
+    assert pairs.items == [ITEMS[i] for i in Order(3, 5).indices(0, 10)]
+    assert [pairs.items.count(item) for item in ITEMS] in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
+
+
+@pytest.mark.parametrize("change", [{"shard": 5}, {"steps": 4}, {"guidance_scale": 1.0}, {"seed": 6}])
+def test_pairs_of_other_settings_are_refused(family, tmp_path, change):
+    make_pairs(family, ITEMS, RECIPE, tmp_path, batch=4)
     with pytest.raises(UserError, match="another teacher or other settings"):
-        make_pairs(family, ITEMS, other, tmp_path / "a", batch=4)
+        make_pairs(family, ITEMS, replace(RECIPE, **change), tmp_path, batch=4)
+
+
+def test_pairs_of_other_conditions_or_another_teacher_are_refused(family, tmp_path):
+    make_pairs(family, ITEMS, RECIPE, tmp_path / "a", batch=4)
+    with pytest.raises(UserError, match="another teacher or other settings"):
+        PairSet(tmp_path / "a", family, [0, 2, 1], RECIPE)
     stranger = load_family(str(tiny.save_pixels(tmp_path / "t", "v", labels=3, null=True, seed=9)))
     with pytest.raises(UserError, match="another teacher or other settings"):
         PairSet(tmp_path / "a", stranger, ITEMS, RECIPE)

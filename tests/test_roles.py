@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from stepdistill import checkpoint
 from stepdistill.errors import UserError
 from stepdistill.families.stable_diffusion import StableDiffusionFamily
 from stepdistill.families.unet2d import UNet2DFamily
@@ -264,6 +265,34 @@ def test_loading_is_strict(made):
         ):
             with pytest.raises(UserError, match=role.name):
                 role.load_state_dict(wrong)
+
+
+@pytest.mark.parametrize("weights", MODES)
+def test_a_fake_score_goes_on_with_that_of_another_runs_newest_checkpoint(weights, tmp_path):
+    first = Roles(unet2d(), settings(weights))
+    for step in (1, 2):
+        shake(first.fake_score, step)
+        checkpoint.save(tmp_path / "checkpoints", step, {"fake_score": first.fake_score.state_dict()}, {}, 2)
+    family = unet2d()
+    own = RolesSettings(weights=weights, lora=LoRASettings(rank=2, alpha=3.0), fake_score_from=str(tmp_path))
+    again = Roles(family, own)
+    call = inputs(family)
+    torch.testing.assert_close(again.fake_score(*call).output, first.fake_score(*call).output)
+    assert (again.fake_score(*call).output - again.teacher(*call).output).abs().max() > 1e-3
+    torch.testing.assert_close(again.student(*call).output, again.teacher(*call).output, rtol=0, atol=2e-6)
+
+
+def test_the_students_lora_may_be_another_than_the_fake_scores():
+    own = RolesSettings(
+        weights="shared", lora=LoRASettings(rank=2), student_lora=LoRASettings(rank=3, alpha=6.0, targets=["to_q"])
+    )
+    roles = Roles(unet2d(), own)
+    ranks = [{len(p) for k, p in role.parameters().items() if "lora_A" in k} for role in roles.trained()]
+    assert ranks == [{3}, {2}]
+    assert all(".to_q." in key for key in roles.student.parameters())
+    assert not all(".to_q." in key for key in roles.fake_score.parameters())
+    scales = {layer.scaling["student"] for layer in roles.student.switch.layers if "student" in layer.scaling}
+    assert scales == {2.0}
 
 
 # -- settings ----------------------------------------------------------------------------------------------

@@ -248,6 +248,48 @@ def test_schedules_read_off_stock_schedulers(scheduler, schedule_type, kind):
         assert schedule.shift == scheduler.config.get("shift", scheduler.config.get("flow_shift"))
 
 
+def test_a_shifted_flows_levels_are_the_stock_schedulers_sigmas():
+    for shift in (1.0, 3.0):
+        stock = FlowMatchEulerDiscreteScheduler(shift=shift)
+        schedule, _ = from_scheduler(stock)
+        levels = schedule.level(torch.arange(1000))
+        torch.testing.assert_close(levels.flip(0), stock.sigmas[:1000].double(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(schedule.network_time(levels).flip(0), stock.timesteps, rtol=1e-6, atol=1e-4)
+    other = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    assert from_scheduler(other)[0].shift == 5.0
+
+
+def test_a_consistency_schedulers_labels_range_and_scale_are_its_own():
+    """Its label is 250 ln sigma; its sigma_min = 0 is a way to end at the clean sample and no level of training."""
+    stock = CMStochasticIterativeScheduler(sigma_min=0.0, sigma_max=60.0, sigma_data=0.7, rho=5.0)
+    schedule, _ = from_scheduler(stock)
+    sigma = torch.tensor([0.002, 0.5, 60.0], dtype=torch.float64)
+    label = torch.as_tensor(stock.sigma_to_t(sigma.numpy()))
+    torch.testing.assert_close(schedule.network_time(sigma).double(), label, rtol=1e-5, atol=1e-4)
+    assert (schedule.sigma_min, schedule.sigma_max, schedule.sigma_data, schedule.rho) == (0.002, 60.0, 0.7, 5.0)
+    x_t = torch.ones(3, 1, dtype=torch.float64)
+    torch.testing.assert_close(schedule.network_input(x_t, sigma)[:, 0], (sigma**2 + 0.49).rsqrt())
+    assert schedule.start_scale(2.5) == 2.5
+
+
+@pytest.mark.parametrize("offset", [-0.49, -0.2, 0.0, 0.2, 0.49])
+def test_a_noise_ratios_timestep_is_the_nearest_in_its_logarithm(offset):
+    schedule = linear_betas()
+    logs = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt().log()
+    t = torch.tensor([1, 20, 500, 625, 998])
+    towards = t + (1 if offset > 0 else -1)
+    ratio = (logs[t] + abs(offset) * (logs[towards] - logs[t])).exp()
+    assert torch.equal(schedule.at_noise_ratio(ratio), t)
+    assert schedule.at_noise_ratio(torch.tensor([1e-6, 1e6])).tolist() == [0, 999]
+
+
+def test_a_noise_ratio_is_sigma_on_edm_and_sigma_over_alpha_on_flow():
+    ratio = torch.tensor([0.1, 2.5], dtype=torch.float64)
+    assert torch.equal(EDMSchedule().at_noise_ratio(ratio), ratio)
+    t = FlowSchedule(shift=3.0).at_noise_ratio(ratio)
+    torch.testing.assert_close(t / (1 - t), ratio)
+
+
 def test_unknown_prediction_type_is_the_users_error():
     scheduler = DDIMScheduler()
     scheduler.register_to_config(prediction_type="wavelet")

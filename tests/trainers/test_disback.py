@@ -364,6 +364,19 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         role.load_portable_state_dict(dict(list(good.items())[1:]))
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_node_is_what_the_tensors_were_when_it_was_written(on_disk, tmp_path):
+    """Tensors that go on changing, and two names of one tensor."""
+    store, weight = NodeStore(tmp_path if on_disk else None), torch.tensor([1.0, 2.0])
+    nodes = []
+    for update in (3, 5):
+        nodes.append(store.write(update, 0.5, {"weight": weight, "tied": weight}))
+        weight.add_(10)
+    for node, first in zip(nodes, (1.0, 11.0), strict=True):
+        read = store.read(node)
+        assert read["weight"].tolist() == read["tied"].tolist() == [first, first + 1]
+
+
 def test_a_full_disk_is_one_line(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
