@@ -1,14 +1,16 @@
 """Noise and the sample that the teacher's deterministic sampler makes of it: what a regression needs (DMD, 2311.18828).
 
 A folder of shards, each a safetensors file with ``noise`` and ``x0`` (n, C, H, W), and in its metadata the labels or
-prompts and the fingerprint of how they were made.  A shard is whole or absent; what is there is not made again.
+prompts and the fingerprint of how they were made.  x0 is bounded on the way as the teacher's own scheduler bounds it
+(``clip_sample``, ``thresholding``), so that a teacher of stock DDIM is sampled as stock DDIM does.  A shard is whole or
+absent; what is there is not made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -39,6 +41,8 @@ class PairRecipe:
     def fingerprint(self, family: Family, items: list) -> str:
         """SHA-256 over these settings (but ``count``: a folder may grow), the teacher's weights and the conditions."""
         said = [self.shard, self.steps, self.guidance_scale, self.seed, family.sample_shape, items]
+        if family.clipping is not None:
+            said.append(asdict(family.clipping))
         state = family.network.state_dict()  # a LoRA on it is not the teacher's
         weights = digest_of({k.replace(".base_layer.", "."): v for k, v in state.items() if "lora_" not in k})
         return hashlib.sha256(f"{json.dumps(said)} {weights}".encode()).hexdigest()
@@ -113,7 +117,7 @@ def _write(family, items, recipe, folder, index, batch, fingerprint, bar, autoca
         def denoise(x_t: Tensor, t: Tensor, condition=condition, null=null) -> Tensor:
             return guided(denoiser, x_t, t, condition, null, recipe.guidance_scale).x0
 
-        parts.append(ode_sample(denoise, family.schedule, times, part).float().cpu())
+        parts.append(ode_sample(denoise, family.schedule, times, part, family.clipping).float().cpu())
         if not is_finite(parts[-1]):
             raise UserError(
                 f"pairs: the teacher's samples in {recipe.steps} steps are not finite; load it in float32 "

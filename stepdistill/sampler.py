@@ -22,7 +22,7 @@ since the exported student must sample with nothing else (:func:`few_step_times`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from stepdistill.denoiser import Condition, Denoiser
 from stepdistill.errors import UserError
 from stepdistill.schedule import (
+    Clipping,
     EDMSchedule,
     FlowSchedule,
     Schedule,
@@ -272,12 +273,23 @@ def ddim_times(schedule: Schedule, steps: int) -> tuple[float, ...]:
     return tuple(float(t) for t in schedule.level(torch.tensor(levels)))
 
 
-def ode_sample(denoise: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, times, noise: Tensor) -> Tensor:
-    """Deterministic DDIM/Euler sampling with ``denoise(x_t, t) -> x0`` along ``times``, ending at x0 (2010.02502)."""
+def ode_sample(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    times: Sequence[float],
+    noise: Tensor,
+    clipping: Clipping | None = None,
+) -> Tensor:
+    """Deterministic DDIM/Euler sampling with ``denoise(x_t, t) -> x0`` along ``times``, ending at x0 (2010.02502).
+
+    ``clipping`` bounds the x0 of every move but not the eps that goes with it, as stock schedulers do.
+    """
     sampler = FewStepSampler(schedule, tuple(times), "ode")
     x_t = sampler.start(noise)
     for index in range(len(times)):
-        x0 = denoise(x_t, sampler.time(index, x_t))
+        t = sampler.time(index, x_t)
+        x0 = denoise(x_t, t)
+        bounded = x0 if clipping is None else clipping(x0)
         if index + 1 < len(times):
-            x_t = schedule.step(x0, x_t, sampler.time(index, x_t), sampler.time(index + 1, x_t))
-    return x0
+            x_t = schedule.add_noise(bounded, schedule.from_x0(x0, "eps", x_t, t), sampler.time(index + 1, x_t))
+    return bounded

@@ -16,6 +16,7 @@ Coefficients are made in float64 and applied in float32 or better; results come 
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -334,6 +335,44 @@ class EDMSchedule(Schedule):
         c_skip = sd**2 / (sigma**2 + sd**2)
         c_out = self.out_sign * sigma * sd / (sigma**2 + sd**2).sqrt()
         return c_skip, c_out
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What a stock scheduler does to the x0 that it reads off a prediction, before it moves on.
+
+    Attributes:
+        limit: without ``ratio`` x0 is clamped to [-limit, limit].
+        ratio: with it x0 is clamped to its own quantile ``ratio`` of absolute values, between 1 and ``limit``, and
+            divided by that: dynamic thresholding (Saharia et al., 2205.11487, section 2.3).
+    """
+
+    limit: float = 1.0
+    ratio: float | None = None
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        """x0 (B, ...) as the scheduler takes it, same shape and dtype."""
+        if self.ratio is None:
+            return x0.clamp(-self.limit, self.limit)
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        bound = torch.quantile(x0.to(dtype).abs().flatten(1), self.ratio, dim=1).clamp(min=1, max=self.limit)
+        bound = expand(bound, x0)
+        return (x0.clamp(-bound, bound) / bound).to(x0.dtype)
+
+
+def clipping_of(scheduler) -> Clipping | None:
+    """How a diffusers scheduler bounds x0: ``thresholding``, else ``clip_sample``, else (of consistency models)
+    ``clip_denoised``; None where it does not.
+
+    It is part of sampling alone: the x0 of teacher, fake score and student in training losses is never bounded, as in
+    the papers, and exported students' schedulers do not bound theirs.
+    """
+    config = scheduler.config
+    if config.get("thresholding"):
+        return Clipping(config.sample_max_value, config.dynamic_thresholding_ratio)
+    if config.get("clip_sample"):
+        return Clipping(config.get("clip_sample_range", 1.0))
+    return Clipping() if config.get("clip_denoised") else None
 
 
 def from_scheduler(scheduler) -> tuple[Schedule, PredictionType]:

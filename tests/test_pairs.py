@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from diffusers import ConsistencyModelPipeline, DDIMScheduler
 from safetensors.torch import load_file
+from stepdistill.pipelines.calls import callable_with_noise
 
 from stepdistill.data import Order
 from stepdistill.denoiser import guided
@@ -54,6 +57,47 @@ def test_a_pair_is_noise_and_the_teachers_deterministic_sample_of_it(family, tmp
             if index < 2:
                 x = schedule.step(x0, x, t, torch.full((10,), int(times[index + 1])))
     torch.testing.assert_close(pairs.x0, x0, rtol=0, atol=1e-5)
+
+
+BOUNDED = {
+    "clipped": {"clip_sample": True},
+    "clipped to a range": {"clip_sample": True, "clip_sample_range": 0.7},
+    "thresholded": {"clip_sample": False, "thresholding": True, "sample_max_value": 1.5},
+    "thresholded before clipped": {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 3.0},
+    "neither": {"clip_sample": False},
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+def test_pairs_are_the_stock_ddim_samples_of_a_teacher_that_bounds_x0(name, kind, tmp_path):
+    """Unbounded, they were up to 0.06 of a shipped teacher's range away."""
+    scheduler = DDIMScheduler(**tiny.SD_BETAS, prediction_type=kind, timestep_spacing="trailing", **BOUNDED[name])
+    ConsistencyModelPipeline(tiny.unet(), scheduler).save_pretrained(tmp_path / "teacher")
+    recipe = PairRecipe(count=4, shard=4, steps=8, guidance_scale=1.0, seed=5)
+    family = load_family(str(tmp_path / "teacher"))
+    make_pairs(family, [], recipe, tmp_path / "pairs", batch=4)
+    pairs = PairSet(tmp_path / "pairs", family, [], recipe)
+    pipe = callable_with_noise(ConsistencyModelPipeline.from_pretrained(tmp_path / "teacher"))
+    latest = []
+    pipe(4, num_inference_steps=8, latents=pairs.noise, callback=lambda i, t, x: latest.append(x))
+    torch.testing.assert_close(pairs.x0, latest[-1], rtol=1e-6, atol=1e-5)
+    largest = pairs.x0.abs().max().item()
+    assert largest > 1 if name == "neither" else largest <= BOUNDED[name].get("clip_sample_range", 1) + 1e-6
+    family.clipping = None
+    if name == "neither":
+        assert len(PairSet(tmp_path / "pairs", family, [], recipe)) == 4
+        return
+    with pytest.raises(UserError, match="another teacher or other settings"):
+        PairSet(tmp_path / "pairs", family, [], recipe)
+
+
+def test_a_latent_pipeline_does_not_clip_whatever_its_scheduler_says(tmp_path):
+    """Stock Stable Diffusion turns clip_sample off, and so do pairs of such a teacher."""
+    folder = tiny.save_stable_diffusion(tmp_path / "teacher")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "clip_sample": True}))
+    assert load_family(str(folder)).clipping is None
 
 
 def test_what_is_there_is_kept_and_what_is_cut_short_is_made_again(family, tmp_path):

@@ -13,7 +13,7 @@ from stepdistill import precision
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
 from stepdistill.errors import UserError, reading
 from stepdistill.loading import load_network
-from stepdistill.schedule import PredictionType, Schedule
+from stepdistill.schedule import Clipping, PredictionType, Schedule
 
 ConditionKind = Literal["none", "label", "prompt"]
 
@@ -52,6 +52,8 @@ class Family(abc.ABC):
     network: nn.Module
     schedule: Schedule
     kind: PredictionType
+    clipping: Clipping | None = None
+    """How the teacher's own scheduler bounds x0 when it samples."""
     sample_shape: tuple[int, int, int]
     condition_kind: ConditionKind = "none"
     labels: tuple[int, ...] = ()

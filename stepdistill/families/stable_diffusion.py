@@ -26,7 +26,7 @@ from stepdistill.errors import UserError, reading
 from stepdistill.families.base import Family
 from stepdistill.loading import load_network
 from stepdistill.readers import digest_of
-from stepdistill.schedule import from_scheduler
+from stepdistill.schedule import clipping_of, from_scheduler
 
 EMBEDDED_SCALE = 8.5
 """What LatentConsistencyModelPipeline embeds by default."""
@@ -153,6 +153,7 @@ class StableDiffusionFamily(Family):
         self.text_encoder = text_encoder.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.schedule, self.kind = from_scheduler(scheduler)
+        self.clipping = clipping_of(scheduler)
         size = network.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (network.config.in_channels, height, width)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.schedule import EDMSchedule, FlowSchedule, from_scheduler
+from stepdistill.schedule import EDMSchedule, FlowSchedule, clipping_of, from_scheduler
 
 
 class UNet2DFamily(Family):
@@ -46,6 +46,7 @@ class UNet2DFamily(Family):
         self.network = network.requires_grad_(False).eval()
         self.scheduler = scheduler
         self.schedule, self.kind = from_scheduler(scheduler)
+        self.clipping = clipping_of(scheduler)
         if isinstance(self.schedule, FlowSchedule):
             self.schedule.integer_labels = True  # the stock schedulers of pixel pipelines truncate their labels
         config = network.config
