@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stepdistill.data import given_prompts
 from stepdistill.files import Lock
 
-from .evaluate import Target, evaluate, output_file
+from .evaluate import Target, evaluate, output_file, prompts_to_draw
 from .of_run import evaluate_run, label_names, measured_text
 from .pictures import check_picture, grid
 from .presets import make_settings
@@ -52,7 +51,7 @@ def evaluate_pipelines(
     if processes.main:
         print(measured_text(output_file(output), rows))
         if picture is not None:
-            texts = given_prompts(settings.prompts, settings.prompt_dataset)
+            texts = prompts_to_draw(settings)
             names = label_names(Path(parsed[0].path))
             path = grid(
                 parsed,

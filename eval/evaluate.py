@@ -28,10 +28,10 @@ from torch import Tensor
 from stepdistill import assets, files
 from stepdistill.clip import ClipScorer, ClipSettings, load_clip
 from stepdistill.config import Section, UserPath
-from stepdistill.data import given_prompts
 from stepdistill.errors import UserError, writing
 from stepdistill.rewards import Reward, RewardSettings, load_rewards
-from stepdistill.settings import PromptColumnSettings
+from stepdistill.settings import ImagesSettings, PromptColumnSettings
+from stepdistill.sources import given_prompts
 
 from . import protocols
 from .distances import ReferenceStatistics
@@ -122,8 +122,12 @@ class EvaluationSettings(Section):
     labels: Literal["uniform"] | list[int] = Field(
         "uniform", description="which labels, taken in turn: all of them, or the ones named"
     )
-    prompts: UserPath | None = Field(None, description="a file with one prompt a line, taken in turn")
+    prompts: UserPath | None = Field(
+        None, description="a file or folder as a run's data.prompts, taken in turn; of several captions the first"
+    )
+    prompt_column: str | None = Field(None, description="its column; by default the first of text, prompt, caption")
     prompt_dataset: PromptColumnSettings | None = Field(None, description="a dataset's column in place of a file")
+    prompt_images: ImagesSettings | None = Field(None, description="the captions of pictures in place of a file")
     distinct_prompts: bool = Field(False, description="refuse fewer prompts than samples")
     preset: str | None = Field(None, description="the preset that these settings are, and what differs from it")
     latency: bool = Field(False, description="time single calls, with the share of each part")
@@ -158,6 +162,14 @@ class _Tools:
     work: Path
     keep_samples: Path | None
     versions: dict[str, str]
+
+
+def prompts_to_draw(settings: EvaluationSettings) -> list[str] | None:
+    """The prompts that the settings name; None: none."""
+    prompts = given_prompts(
+        settings.prompts, settings.prompt_dataset, settings.prompt_column, settings.prompt_images, section=""
+    )
+    return prompts and [str(prompt) for prompt in prompts]
 
 
 def unit_noise(seed: int, batch: int, count: int, shape: tuple[int, ...]) -> Tensor:
@@ -347,10 +359,10 @@ def _load_tools(
 ) -> _Tools:
     extractor = load_extractor(settings.extractor, device)
     treatment = Treatment(settings.resize, settings.quantise, settings.reference_files)
-    prompts = given_prompts(settings.prompts, settings.prompt_dataset)
+    prompts = prompts_to_draw(settings)
     if settings.distinct_prompts and prompts is not None and len(prompts) < settings.samples:
         raise UserError(
-            f"prompts {settings.prompts or settings.prompt_dataset.name}: has {len(prompts)} prompts, this protocol "
+            f"prompts{f' {settings.prompts}' if settings.prompts else ''}: has {len(prompts)} prompts, this protocol "
             f"draws {settings.samples} pictures of as many; name a file with so many lines, or draw fewer samples"
         )
     reference = load_reference(settings.reference, settings.extractor, extractor, treatment, file.parent, processes)

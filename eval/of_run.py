@@ -11,10 +11,11 @@ import yaml
 from stepdistill.pipelines.msd import is_msd_folder
 
 from stepdistill import assets
-from stepdistill.data import given_prompts
+from stepdistill.config import check
 from stepdistill.errors import UserError
 from stepdistill.pipeline_folders import is_whole
-from stepdistill.settings import PromptColumnSettings
+from stepdistill.settings import DataSettings
+from stepdistill.sources import prompts_of
 
 from .evaluate import EvaluationSettings, Target, evaluate
 from .pictures import grid, table
@@ -77,7 +78,9 @@ def protocol(config: dict[str, Any], samples: int, latency: bool = False) -> Eva
         reference=own["reference"],
         labels="uniform" if labels == "all" else labels,
         prompts=config["data"].get("prompts"),
+        prompt_column=config["data"].get("prompt_column"),
         prompt_dataset=config["data"].get("prompt_dataset"),
+        prompt_images=config["data"]["images"] if config["data"].get("prompts_from_images") else None,
         rewards=(config["pso"].get("rewards") or []) if config["method"] == "pso" else [],
         latency=latency,
     )
@@ -130,9 +133,8 @@ def shown_prompts(data: dict[str, Any]) -> list[str] | None:
     """The prompts of a run's pictures, by the ``data`` of its config: as said there, or its first ones; None: none."""
     if data.get("shown"):
         return data["shown"]
-    column = data.get("prompt_dataset")
-    found = given_prompts(data.get("prompts"), column and PromptColumnSettings.model_validate(column))
-    return found and found[:10]
+    prompts = prompts_of(check(DataSettings, data, "data"))
+    return prompts and prompts[:10]
 
 
 def measured_text(file: Path, rows: list[dict[str, Any]]) -> str:

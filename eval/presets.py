@@ -77,7 +77,17 @@ PRESETS = {
     ),
 }
 
-FREE = {"prompts", "reference", "preset", "rewards", "latency", "latency_batch", "precision_recall", "neighbours"}
+FREE = {
+    "prompts",
+    "prompt_column",
+    "reference",
+    "preset",
+    "rewards",
+    "latency",
+    "latency_batch",
+    "precision_recall",
+    "neighbours",
+}
 FREE |= {"diversity", "seeds", "kid", "kid_subsets", "kid_subset_size"}
 """Settings that may be set beside a preset's and leave its protocol what it is."""
 

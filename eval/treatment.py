@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
-from stepdistill.data import ImageSet, read_folder
+from stepdistill.data import ImageSet
+from stepdistill.folders import read_folder
 from stepdistill.pictures import opaque, upright
 
 from .distances import unit_uint8
@@ -70,4 +71,4 @@ def treated_folder(path: str | Path, treatment: Treatment, channels: int = 3) ->
     """
     mode = "L" if channels == 1 else "RGB"
     shape = (channels, treatment.side, treatment.side)
-    return read_folder(path, shape, treat=lambda image: treatment.of_file(image, mode))
+    return read_folder(path, shape, treat=lambda image: treatment.of_file(image, mode), key="reference")

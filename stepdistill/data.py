@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill import assets, files
+from stepdistill import files
+from stepdistill.conditions import Conditions, are_labels, check_number, labels_of_names, listed, order_note, shortened
 from stepdistill.errors import UserError
-from stepdistill.pictures import IMAGE_SUFFIXES, check_kind, fit, open_header, open_picture, upright_size
-
-if TYPE_CHECKING:
-    from stepdistill.settings import PromptColumnSettings
+from stepdistill.pictures import fit
 
 
 class Order:
@@ -79,14 +76,32 @@ def label_ranges(labels: Sequence[int]) -> str:
 class ImageSet:
     """Real images with what was known of them.
 
-    ``size`` images, each (C, H, W); :meth:`batch` gives float32 pixels in [-1, 1].  ``labels`` is a list of ints
-    or captions (or None where the source has none), aligned with the images.  ``fingerprint`` changes when an image
-    does: the pixels' digest of an array, the names, sizes and times of files, a dataset's own.
+    ``size`` images, each (C, H, W); :meth:`batch` gives float32 pixels in [-1, 1].
+
+    Attributes:
+        source: where they are from.
+        labels: what each image is of: class labels, names of classes, or captions (None: this image has none); None
+            where the source says nothing.
+        fingerprint: changes when an image does: the pixels' digest of an array, the names, sizes and times of files, a
+            dataset's own.
+        names: the label of each class name, where the source or :meth:`prepare` says it.
+        hint: how the source could be given what it lacks, for errors.
+        notes: what a user should know of how the source was read, a line each.
     """
 
-    def __init__(self, source: str, read, size: int, labels: list[int] | list[str] | None, fingerprint: str):
+    def __init__(
+        self,
+        source: str,
+        read: Callable[[int], np.ndarray],
+        size: int,
+        labels: list[int] | list[str | None] | None,
+        fingerprint: str,
+        names: dict[str, int] | None = None,
+        hint: str = "",
+        notes: Iterable[str] = (),
+    ):
         self.source, self._read, self.size, self.labels = source, read, size, labels
-        self.fingerprint = fingerprint
+        self.fingerprint, self.names, self.hint, self.notes = fingerprint, names, hint, list(notes)
 
     def batch(self, indices: list[int]) -> Tensor:
         """Pixels (len(indices), C, H, W) in [-1, 1]."""
@@ -110,6 +125,70 @@ class ImageSet:
         name = f"{self.fingerprint} {indices}"
         return ImageSet(self.source, lambda index: self._read(indices[index]), len(indices), labels, name)
 
+    def prepare(self, conditions: Conditions, key: str) -> None:
+        """Make :attr:`labels` what a teacher takes: names of classes become labels.
+
+        Args:
+            key: the config's, for errors.
+
+        Raises:
+            UserError: the images have no labels or captions and the teacher needs them, or other classes than the
+                teacher's.
+        """
+        if conditions.kind == "none":
+            return
+        source, labels = f"{key}: {self.source}", self.labels or []
+        stated = [label for label in labels if label is not None]
+        texts = all(isinstance(label, str) for label in stated)
+        if not stated or (conditions.kind == "prompt" and not texts):
+            needed = "captions" if conditions.kind == "prompt" else "labels"
+            raise UserError(
+                f"{source} has no {needed}, which this teacher's images need{self.hint and '; '}{self.hint}"
+            )
+        if len(stated) < len(labels):
+            self.notes.append(f"{len(labels) - len(stated):,} of {len(labels):,} have no condition and are left out")
+        if conditions.kind == "prompt":
+            return
+        if not texts and not all(isinstance(label, int) for label in stated):
+            odd = next(label for label in stated if not isinstance(label, int))
+            raise UserError(f"{source}: labels are numbers or names, all of one kind; one is {odd!r}")
+        if texts:
+            self._name_classes(self.names or labels_of_names(stated, source), conditions, source)
+        check_range([label for label in self.labels if label is not None], conditions.labels, source)
+
+    def _name_classes(self, names: dict[str, int], conditions: Conditions, source: str) -> None:
+        """Put the classes' labels in the place of their names."""
+        empty = sorted(set(names) - set(self.labels))
+        check_number(names, conditions, source, empty)
+        if empty:
+            self.notes.append(f"classes without a picture: {listed(empty)}")
+        if not are_labels(names):
+            names = dict(zip(names, conditions.labels, strict=True))
+        self.notes += filter(None, [order_note(names)])
+        self.names = names
+        self.labels = [None if label is None else names[label] for label in self.labels]
+
+    @property
+    def described(self) -> str:
+        """How many, and of what: the first few classes with their labels and numbers, or the first caption."""
+        count = f"{len(self):,} picture{'s' * (len(self) != 1)}"
+        labels = [label for label in self.labels or [] if label is not None]
+        if not labels:
+            return count
+        if isinstance(labels[0], str):
+            return f"{count}, the first is of {shortened(labels[0])}"
+        name_of = {label: f" {name}" for name, label in (self.names or {}).items() if name != str(label)}
+        sizes = Counter(labels)
+        classes = [f"{label}{name_of.get(label, '')} ({sizes[label]:,})" for label in sorted({*sizes, *name_of})]
+        return f"{count} of labels {listed(classes, 5)}"
+
+    @property
+    def usable(self) -> list[int] | None:
+        """The images with a condition, after :meth:`prepare`; None: all of them."""
+        if not self.labels or None not in self.labels:
+            return None
+        return [index for index, label in enumerate(self.labels) if label is not None]
+
     def __len__(self) -> int:
         return self.size
 
@@ -117,12 +196,15 @@ class ImageSet:
 def read_array_images(
     pixels: np.ndarray,
     labels,
-    shape: tuple[int, int, int],
+    shape: tuple[int, int, int] | None,
     resize: bool,
     source: str,
     background: str = "white",
 ) -> ImageSet:
-    """An ImageSet over a uint8 array (N, H, W) or (N, H, W, C); ``labels`` are integers or captions (N,), or None."""
+    """An ImageSet over a uint8 array (N, H, W) or (N, H, W, C); ``labels`` are integers or captions (N,), or None.
+
+    ``shape`` None: the images are not read, their labels are.
+    """
     whole = pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[-1] in (1, 3, 4))
     if not whole or pixels.dtype != np.uint8 or pixels.size == 0:
         raise UserError(
@@ -142,9 +224,12 @@ def read_array_images(
     def read(index: int) -> np.ndarray:
         return fit(Image.fromarray(pixels[index]), shape, resize, f"{source}[{index}]", background)
 
-    read(0)  # a wrong size is answered at once
+    if shape is not None:
+        read(0)  # a wrong size is answered at once
     fingerprint = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest() + background * _has_alpha(pixels)
-    return ImageSet(source, read, len(pixels), None if labels is None else labels.tolist(), fingerprint)
+    labels = None if labels is None else labels.tolist()
+    hint = "write labels or captions into an array 'labels'"
+    return ImageSet(source, read, len(pixels), labels, fingerprint, hint=hint)
 
 
 def _has_alpha(pixels: np.ndarray) -> bool:
@@ -153,7 +238,7 @@ def _has_alpha(pixels: np.ndarray) -> bool:
 
 def read_npz(
     path: str | Path,
-    shape: tuple[int, int, int],
+    shape: tuple[int, int, int] | None,
     resize: bool = False,
     key: str = "data.images.npz",
     background: str = "white",
@@ -215,141 +300,3 @@ def read_idx(images: str | Path, labels: str | Path | None, shape, resize: bool 
             raise UserError(f"{path}: cut short; fetch the file again") from None
 
     return read_array_images(parse(images), None if labels is None else parse(labels), shape, resize, str(images))
-
-
-def read_folder(
-    path: str | Path,
-    shape: tuple[int, int, int],
-    resize: bool = False,
-    treat: Callable[[Image.Image], np.ndarray] | None = None,
-    background: str = "white",
-) -> ImageSet:
-    """A folder of images.  Sub-folders, if any, are labels in sorted order; ``NAME.txt`` beside an image is its
-    caption.  ``treat``, in place of the library's own crop and resize, gives uint8 (H, W, C) of ``shape``."""
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"{path}: no such folder; set data.images.folder to a folder of images")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not files:
-        raise UserError(f"{path}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))} are read)")
-    labels: list | None = None
-    if all(p.with_suffix(".txt").exists() for p in files):
-        labels = [_caption(p.with_suffix(".txt")) for p in files]
-    elif all(p.parent != root for p in files):
-        names = sorted({p.relative_to(root).parts[0] for p in files})
-        labels = [names.index(p.relative_to(root).parts[0]) for p in files]
-
-    def read(index: int) -> np.ndarray:
-        image = open_picture(files[index], str(files[index]))
-        return fit(image, shape, resize, str(files[index]), background) if treat is None else treat(image)
-
-    for file in files:  # headers only: a run of days should not end on its last file
-        with open_header(file, str(file)) as image:
-            if treat is None:
-                check_kind(image, upright_size(image), shape, resize, str(file))
-    stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return ImageSet(str(path), read, len(files), labels, hashlib.sha256(repr((stats, background)).encode()).hexdigest())
-
-
-def _caption(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable text file ({error}); save it as UTF-8") from None
-
-
-def _dataset(name: str, split: str, revision: str | None):
-    """A Hugging Face dataset: a folder written by ``save_to_disk``, or a hub id."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("reading a Hugging Face dataset needs the 'datasets' package: pip install datasets") from None
-    try:
-        if Path(name).is_dir() and any(
-            (Path(name) / marker).exists() for marker in ("dataset_info.json", "dataset_dict.json")
-        ):
-            loaded = datasets.load_from_disk(name)
-            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        return datasets.load_dataset(name, split=split, revision=revision)
-    except Exception as error:  # the library raises many kinds; the user needs the name and the reason
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"dataset {name!r} (split {split!r}) cannot be loaded: {reason}") from None
-
-
-def _check_column(dataset, column: str, name: str) -> None:
-    if column not in dataset.column_names:
-        raise UserError(f"dataset {name!r} has no column {column!r}; it has {', '.join(dataset.column_names)}")
-
-
-def _column(dataset, column: str, name: str) -> list:
-    _check_column(dataset, column, name)
-    return list(dataset[column])
-
-
-def read_column(name: str, column: str, split: str = "train", revision: str | None = None) -> list:
-    """One column of a Hugging Face dataset."""
-    return _column(_dataset(name, split, revision), column, name)
-
-
-def read_dataset(
-    name: str,
-    shape: tuple[int, int, int],
-    split: str = "train",
-    revision: str | None = None,
-    image_column: str = "image",
-    label_column: str | None = None,
-    resize: bool = False,
-    background: str = "white",
-) -> ImageSet:
-    """Images of a Hugging Face dataset; ``label_column`` may hold ints or captions."""
-    dataset = _dataset(name, split, revision)
-    labels = None if label_column is None else _column(dataset, label_column, name)
-    _check_column(dataset, image_column, name)  # reading the column would decode every image
-
-    def read(index: int) -> np.ndarray:
-        where = f"{name}[{index}]"
-        try:
-            value = dataset[index][image_column]
-            if isinstance(value, dict) and value.get("bytes"):
-                value = open_picture(io.BytesIO(value["bytes"]), where)
-            if not isinstance(value, Image.Image):
-                value = Image.fromarray(np.asarray(value, dtype=np.uint8))
-        except (OSError, ValueError, TypeError, SyntaxError) as error:  # of the decoder, or of what is no image
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{where}: column {image_column!r} holds no readable image ({reason})") from None
-        return fit(value, shape, resize, where, background)
-
-    if len(dataset) == 0:
-        raise UserError(f"dataset {name!r} (split {split!r}) is empty")
-    read(0)
-    return ImageSet(name, read, len(dataset), labels, f"{dataset._fingerprint} {image_column} {background}")
-
-
-def read_prompts(path: str | Path, key: str = "data.prompts") -> list[str]:
-    """A text file or asset, one prompt a line, blank lines skipped; ``key`` is the config's, for errors."""
-    try:
-        text = Path(assets.resolve(str(path))).read_text(encoding="utf-8-sig")
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; set {key} to a text file, one prompt a line") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable text file ({error}); save it as UTF-8") from None
-    if not prompts:
-        raise UserError(f"{path}: no prompts in it; write one a line")
-    return prompts
-
-
-def given_prompts(file: str | None, column: PromptColumnSettings | None) -> list[str] | None:
-    """The prompts that a config's ``prompts`` or ``prompt_dataset`` names; None: neither does."""
-    if column is not None:
-        return read_prompt_column(column.name, column.column, column.split, column.revision)
-    return None if file is None else read_prompts(file)
-
-
-def read_prompt_column(name: str, column: str, split: str = "train", revision: str | None = None) -> list[str]:
-    """One text column of a Hugging Face dataset."""
-    prompts = [str(x).strip() for x in read_column(name, column, split, revision) if x is not None]
-    prompts = [x for x in prompts if x]
-    if not prompts:
-        raise UserError(f"dataset {name!r}: column {column!r} has no text in it")
-    return prompts

@@ -8,17 +8,21 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from stepdistill.columns import read_column, read_dataset
+from stepdistill.conditions import NONE, Conditions, listed
 from stepdistill.config import Section, UserPath
-from stepdistill.data import ImageSet, read_column, read_dataset, read_folder
+from stepdistill.data import ImageSet
 from stepdistill.errors import UserError
-from stepdistill.pictures import IMAGE_SUFFIXES, Colour
+from stepdistill.folders import list_pictures, read_folder
+from stepdistill.pictures import Colour
 
 
 class PreferenceSettings(Section):
     """Where pairs are.
 
     A folder holds ``winner`` and ``loser`` with pictures of equal names, each as ``data.images.folder`` is read: a
-    caption ``NAME.txt`` beside each winner, or a sub-folder for each label.  A dataset has a column of each.
+    caption ``NAME.txt`` beside each winner (or metadata.jsonl), or a sub-folder for each label.  A dataset has a column
+    of each.
     """
 
     folder: UserPath | None = None
@@ -41,6 +45,8 @@ class PreferenceSettings(Section):
         given = [k for k in ("folder", "dataset") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"set exactly one of folder, dataset (set: {', '.join(given) or 'none'})")
+        if self.winner_column == self.loser_column:
+            raise ValueError(f"winner_column and loser_column are both {self.winner_column!r}; name two columns")
         return self
 
 
@@ -57,14 +63,20 @@ class PreferencePairs:
         return len(self.order)
 
 
-def read_preferences(settings: PreferenceSettings, shape: tuple[int, int, int]) -> PreferencePairs:
-    """The pairs that the settings name, for pictures (C, H, W); ties are left out.
+def read_preferences(
+    settings: PreferenceSettings, shape: tuple[int, int, int], conditions: Conditions = NONE
+) -> PreferencePairs:
+    """The pairs that the settings name, for pictures (C, H, W); ties, and pairs without a condition, are left out.
+
+    Args:
+        conditions: what the teacher takes, which the pairs must have.
 
     Raises:
-        UserError: not there, pictures without a partner, another size, or no pair that is not a tie.
+        UserError: not there, pictures without a partner, another size, no condition that the teacher needs, or no pair
+            that is not a tie.
     """
     if settings.folder is not None:
-        return _folder(Path(settings.folder), shape, settings.resize, settings.background)
+        return _folder(Path(settings.folder), shape, settings, conditions)
     first, second = (
         read_dataset(
             settings.dataset,
@@ -72,33 +84,45 @@ def read_preferences(settings: PreferenceSettings, shape: tuple[int, int, int]) 
             settings.split,
             settings.revision,
             image_column=column,
-            label_column=settings.prompt_column if column == settings.winner_column else None,
+            label_column=settings.prompt_column if conditions.kind == "label" and asked else None,
+            caption_column=settings.prompt_column if conditions.kind == "prompt" and asked else None,
             resize=settings.resize,
             background=settings.background,
         )
-        for column in (settings.winner_column, settings.loser_column)
+        for column, asked in ((settings.winner_column, True), (settings.loser_column, False))
     )
+    first.hint = "set pso.pairs.prompt_column"
+    first.prepare(conditions, "pso.pairs")
     wins = [1.0] * len(first)
     if settings.preference_column is not None:
         wins = read_column(settings.dataset, settings.preference_column, settings.split, settings.revision)
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in wins):
             raise UserError(f"pso.pairs.preference_column = {settings.preference_column}: its values are no numbers")
-    kept = [i for i, value in enumerate(wins) if value != 0.5]
+    usable = range(len(first)) if first.usable is None else first.usable
+    kept = [i for i in usable if wins[i] != 0.5]
     if not kept:
         raise UserError(f"pso.pairs: {settings.dataset} holds no pair that is not a tie")
     order = [((0, i), (1, i)) if wins[i] > 0.5 else ((1, i), (0, i)) for i in kept]
     return PreferencePairs((first, second), order, None if first.labels is None else [first.labels[i] for i in kept])
 
 
-def _folder(root: Path, shape: tuple[int, int, int], resize: bool, background: str) -> PreferencePairs:
+def _folder(
+    root: Path, shape: tuple[int, int, int], settings: PreferenceSettings, conditions: Conditions
+) -> PreferencePairs:
     names = []
     for part in ("winner", "loser"):
         if not (root / part).is_dir():
             raise UserError(f"pso.pairs.folder = {root}: it has no folder '{part}'; pairs are winner/NAME, loser/NAME")
-        files = (p for p in (root / part).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        names.append(sorted(str(p.relative_to(root / part)) for p in files))
-    odd = sorted(set(names[0]) ^ set(names[1]))
+        files = list_pictures(root / part, "pso.pairs.folder").files
+        names.append({str(p.relative_to(root / part)) for p in files})
+    odd = sorted(names[0] ^ names[1])
     if odd:
-        raise UserError(f"pso.pairs.folder = {root}: {odd[0]} is in one of winner and loser alone; pair or remove it")
-    sets = tuple(read_folder(root / part, shape, resize, background=background) for part in ("winner", "loser"))
-    return PreferencePairs(sets, [((0, i), (1, i)) for i in range(len(sets[0]))], sets[0].labels)
+        raise UserError(
+            f"pso.pairs.folder = {root}: in one of winner and loser alone: {listed(odd)}; pair or remove them"
+        )
+    first, second = (
+        read_folder(root / part, shape, settings.resize, None, settings.background, needed, key="pso.pairs")
+        for part, needed in (("winner", conditions), ("loser", NONE))
+    )
+    first.prepare(conditions, "pso.pairs")
+    return PreferencePairs((first, second), [((0, i), (1, i)) for i in range(len(first))], first.labels)

@@ -39,7 +39,12 @@ class ImagesSettings(Section):
     split: str = "train"
     revision: str | None = None
     image_column: str = "image"
-    label_column: str | None = Field(None, description="labels or captions of the dataset's images")
+    label_column: str | None = Field(
+        None, description="class labels, numbers or names: the dataset's column, or that of a folder's metadata.jsonl"
+    )
+    caption_column: str | None = Field(
+        None, description="captions, or lists of them to draw from; of a folder's metadata: text, prompt or caption"
+    )
     resize: bool = Field(False, description="centre-crop and Lanczos-resize what has another size")
     background: Colour = Field("white", description="what lies under transparent pixels: a name, or '#rrggbb'")
 
@@ -48,12 +53,16 @@ class ImagesSettings(Section):
         given = [k for k in ("folder", "npz", "dataset") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"set exactly one of folder, npz, dataset (set: {', '.join(given) or 'none'})")
+        if self.label_column is not None and self.caption_column is not None:
+            raise ValueError("set label_column or caption_column, not both: a teacher takes labels or captions")
         return self
 
 
 class PromptColumnSettings(Section):
     name: UserPath = Field(description="a save_to_disk folder or a hub id")
-    column: str = "text"
+    column: str | None = Field(
+        None, description="texts, or lists of them to draw from; by default the first of text, prompt, caption"
+    )
     split: str = "train"
     revision: str | None = None
 
@@ -69,8 +78,16 @@ class DataSettings(Section):
     """Conditions, and real images for the methods that want them."""
 
     labels: Literal["all"] | list[int] = Field("all", description="for class-conditional teachers")
-    prompts: UserPath | None = Field(None, description="a text file, one prompt a line; asset:NAME is allowed")
+    prompts: UserPath | None = Field(
+        None,
+        description="a .txt file, one prompt a line; a column of a .csv, .tsv, .jsonl, .json or .parquet file; a "
+        "folder of pictures with captions, or of save_to_disk; asset:NAME is allowed",
+    )
+    prompt_column: str | None = Field(
+        None, description="the column of prompts; by default the first of text, prompt, caption that is there"
+    )
     prompt_dataset: PromptColumnSettings | None = None
+    prompts_from_images: bool = Field(False, description="the prompts are the captions of images")
     shown: list[str] = Field([], description="the prompts of a run's pictures; by default the first of its prompts")
     images: ImagesSettings | None = None
     part: PartSettings | None = Field(None, description="set for each student by msd; not by hand")
@@ -79,6 +96,12 @@ class DataSettings(Section):
     def _one_kind(self):
         if self.prompts is not None and self.prompt_dataset is not None:
             raise ValueError("set prompts or prompt_dataset, not both")
+        if self.prompt_column is not None and self.prompts is None:
+            raise ValueError("prompt_column names a column of the file prompts; set that, or remove it")
+        if self.prompts_from_images and (self.prompts is not None or self.prompt_dataset is not None):
+            raise ValueError("prompts_from_images: the prompts are named already; remove one of them")
+        if self.prompts_from_images and self.images is None:
+            raise ValueError("prompts_from_images: there are no images; set images")
         if self.labels != "all" and not self.labels:
             raise ValueError("labels is empty; name some or say all")
         return self

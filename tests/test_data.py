@@ -7,27 +7,25 @@ import io
 import re
 import struct
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features
 from PIL import Image
 
-from stepdistill import data
-from stepdistill.data import (
-    Order,
-    mirrored,
-    read_dataset,
-    read_folder,
-    read_idx,
-    read_npz,
-    read_prompt_column,
-    read_prompts,
-    write_npz,
-)
+from stepdistill import columns, data
+from stepdistill.columns import read_dataset
+from stepdistill.conditions import Conditions
+from stepdistill.data import Order, mirrored, read_idx, read_npz, write_npz
 from stepdistill.errors import UserError
+from stepdistill.folders import read_folder
+from stepdistill.prompts import read_prompts
+from stepdistill.settings import PromptColumnSettings
+from stepdistill.sources import given_prompts
 
 GRAY, COLOUR = (1, 4, 6), (3, 4, 6)
+PROMPTS = Conditions("prompt")
 
 
 def pixels(count: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -254,18 +252,19 @@ def test_a_flat_folder_is_sorted_and_has_no_labels(tmp_path):
 def test_sub_folders_are_labels_in_sorted_order(tmp_path):
     for name in ("cat/b.png", "ant/a.PNG", "cat/deep/c.bmp", "bee/x.png"):
         save(tmp_path / name, pixels(1, (4, 6))[0])
-    assert read_folder(tmp_path, GRAY).labels == [0, 1, 2, 2]  # ant, bee, cat, cat
-    save(tmp_path / "loose.png", pixels(1, (4, 6))[0])
-    assert read_folder(tmp_path, GRAY).labels is None  # one without a sub-folder: no labels for all
+    images = read_folder(tmp_path, GRAY, conditions=Conditions("label", range(3)))
+    images.prepare(Conditions("label", range(3)), "data.images")
+    assert images.labels == [0, 1, 2, 2]  # ant, bee, cat, cat
+    assert read_folder(tmp_path, GRAY).labels is None  # of a teacher without conditions
 
 
 def test_text_files_beside_the_pictures_are_captions(tmp_path):
     for index in range(2):
         save(tmp_path / f"{index}.png", pixels(1, (4, 6))[0])
         (tmp_path / f"{index}.txt").write_text(f" a picture of {index}\n", encoding="utf-8-sig")
-    assert read_folder(tmp_path, GRAY).labels == ["a picture of 0", "a picture of 1"]
+    assert read_folder(tmp_path, GRAY, conditions=PROMPTS).labels == ["a picture of 0", "a picture of 1"]
     (tmp_path / "1.txt").write_bytes(b"\xff\xfe\x00")
-    assert_refused(lambda: read_folder(tmp_path, GRAY), "1.txt", "UTF-8")
+    assert_refused(lambda: read_folder(tmp_path, GRAY, conditions=PROMPTS), "1.txt", "UTF-8")
 
 
 def test_a_wrong_size_names_file_sizes_and_remedy(tmp_path):
@@ -372,31 +371,33 @@ def test_dataset_that_does_not_fit(dataset, tmp_path):
 
 
 def test_an_empty_dataset_is_refused(monkeypatch):
-    monkeypatch.setattr(data, "_dataset", lambda *_: Dataset.from_dict({"image": []}))
+    monkeypatch.setattr(columns, "open_dataset", lambda *_: Dataset.from_dict({"image": []}))
     assert_refused(lambda: read_dataset("owner/name", COLOUR), "dataset 'owner/name' (split 'train') is empty")
 
 
-def test_looking_for_the_image_column_decodes_none_of_it(monkeypatch):
-    class Lazy:
-        column_names, _fingerprint = ["image"], "made up"
-
-        def __len__(self):
-            return 10**6
-
-        def __getitem__(self, index):
-            assert index == 0, "only the first image is looked at"
-            return {"image": Image.fromarray(pixels(1, (4, 6))[0])}
-
-    monkeypatch.setattr(data, "_dataset", lambda *_: Lazy())
-    assert len(read_dataset("owner/name", GRAY)) == 10**6
+def test_no_picture_but_the_first_is_decoded_before_it_is_drawn(tmp_path):
+    """And none of another column with it."""
+    file = io.BytesIO()
+    Image.fromarray(pixels(1, (4, 6))[0]).save(file, "PNG")
+    good, bad = {"bytes": file.getvalue(), "path": None}, {"bytes": b"no picture", "path": None}
+    features = Features({"image": datasets.Image(), "other": datasets.Image()})
+    rows = {"image": [good, bad, good], "other": [bad, bad, bad]}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    images = read_dataset(str(tmp_path / "set"), GRAY)
+    assert images.batch([0, 2]).shape == (2, 1, 4, 6)
+    assert_refused(lambda: images.batch([1]), "set[1]: not a readable image")
 
 
 def test_prompt_column_skips_what_is_no_text(dataset):
     root, _ = dataset
-    assert read_prompt_column(str(root / "set"), "text") == ["a cat"]
-    assert_refused(lambda: read_prompt_column(str(root / "set"), "caption"), "no column 'caption'")
+    notes = []
+    assert given_prompts(None, PromptColumnSettings(name=str(root / "set")), notes=notes) == ["a cat"]
+    assert notes == ["2 of 3 rows are empty and are passed over"]
+    column = PromptColumnSettings(name=str(root / "set"), column="caption")
+    assert_refused(lambda: given_prompts(None, column), "no column 'caption'; it has image, label, text, nested")
     Dataset.from_dict({"text": ["", None]}).save_to_disk(root / "blank")
-    assert_refused(lambda: read_prompt_column(str(root / "blank"), "text"), "has no text")
+    blank = PromptColumnSettings(name=str(root / "blank"))
+    assert_refused(lambda: given_prompts(None, blank), "blank': no prompts in it")
 
 
 # -- prompts -----------------------------------------------------------------------------------------------
@@ -413,7 +414,7 @@ def test_prompt_files_that_cannot_serve(tmp_path):
     assert_refused(lambda: read_prompts(tmp_path / "blank.txt"), "blank.txt: no prompts in it; write one a line")
     assert_refused(lambda: read_prompts(tmp_path / "latin.txt"), "latin.txt: not a readable text file", "UTF-8")
     assert_refused(lambda: read_prompts(tmp_path / "gone.txt"), "gone.txt: no such file", "data.prompts")
-    assert_refused(lambda: read_prompts(tmp_path), "not a readable text file")
+    assert_refused(lambda: read_prompts(tmp_path), "no images in it")
 
 
 def test_fingerprint_changes_with_any_image(tmp_path):

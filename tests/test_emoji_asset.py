@@ -8,7 +8,8 @@ from stepdistill.eval.stock import StockPipeline
 
 from stepdistill import assets
 from stepdistill.clip import ClipSettings, load_clip
-from stepdistill.data import read_npz, read_prompts
+from stepdistill.data import read_npz
+from stepdistill.prompts import read_prompts
 
 PROMPTS = [
     "grinning face, noto style",

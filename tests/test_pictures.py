@@ -13,14 +13,16 @@ from stepdistill.eval.evaluate import EvaluationSettings
 from stepdistill.eval.presets import PRESETS
 from stepdistill.eval.references import treated
 from stepdistill.eval.treatment import Treatment, treated_folder
-from stepdistill.trainers.job import load_images
 
+from stepdistill.columns import read_dataset
 from stepdistill.config import check
-from stepdistill.data import read_dataset, read_folder, read_npz
+from stepdistill.data import read_npz
 from stepdistill.errors import UserError
+from stepdistill.folders import read_folder
 from stepdistill.pictures import fit, opaque, open_picture, upright, upright_size
 from stepdistill.preferences import PreferenceSettings, read_preferences
 from stepdistill.settings import ImagesSettings
+from stepdistill.sources import load_images
 
 COLOUR, GREY = (3, 4, 6), (1, 4, 6)
 STORED = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)

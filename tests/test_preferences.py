@@ -6,11 +6,13 @@ import torch
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
+from stepdistill.conditions import NONE, Conditions
 from stepdistill.config import check
 from stepdistill.errors import UserError
 from stepdistill.preferences import PreferenceSettings, read_preferences
 
 SHAPE = (3, 8, 8)
+PROMPTS = Conditions("prompt")
 
 
 def picture(grey, size=(8, 8)):
@@ -35,8 +37,12 @@ def write(root, side, name, grey, caption=None, size=(8, 8)):
         file.with_suffix(".txt").write_text(caption)
 
 
-def folder(root, **changes):
-    return read_preferences(PreferenceSettings(folder=str(root), **changes), SHAPE)
+def folder(root, conditions=NONE, **changes):
+    return read_preferences(PreferenceSettings(folder=str(root), **changes), SHAPE, conditions)
+
+
+def dataset(path, conditions=NONE, **changes):
+    return read_preferences(PreferenceSettings(dataset=path, **changes), SHAPE, conditions)
 
 
 def saved(path, split=None, **columns):
@@ -56,7 +62,7 @@ def test_a_folder_with_captions(tmp_path):
     for index, name in enumerate(["b.png", "a.png", "c.png"]):
         write(tmp_path, "winner", name, 200 + index, f"caption of {name[0]}")
         write(tmp_path, "loser", name, 10 + index)
-    pairs = folder(tmp_path)
+    pairs = folder(tmp_path, PROMPTS)
     assert len(pairs) == 3
     assert grey_of(pairs) == [(201, 11), (200, 10), (202, 12)]  # by name
     assert pairs.labels == ["caption of a", "caption of b", "caption of c"]
@@ -66,7 +72,7 @@ def test_a_folder_with_a_sub_folder_for_each_label(tmp_path):
     for index, name in enumerate(["cat/x.png", "cat/y.png", "dog/x.png"]):
         write(tmp_path, "winner", name, 200 + index)
         write(tmp_path, "loser", name, 10 + index)
-    pairs = folder(tmp_path)
+    pairs = folder(tmp_path, Conditions("label", range(2)))
     assert grey_of(pairs) == [(200, 10), (201, 11), (202, 12)]
     assert pairs.labels == [0, 0, 1]
 
@@ -85,7 +91,7 @@ def test_a_picture_without_partner_is_named(tmp_path, side):
         write(tmp_path, "winner", name, 200)
         write(tmp_path, "loser", name, 100)
     write(tmp_path, side, "odd.png", 50)
-    with pytest.raises(UserError, match=r"odd\.png is in one of winner and loser alone"):
+    with pytest.raises(UserError, match=r"in one of winner and loser alone: odd\.png"):
         folder(tmp_path)
 
 
@@ -118,15 +124,19 @@ def test_pictures_of_another_size_are_refused_or_resized(tmp_path):
 
 def test_a_dataset_of_winners_losers_and_prompts(tmp_path):
     path = saved(tmp_path / "set", winner=[200, 210, 220], loser=[10, 20, 30], prompt=["one", "two", "three"])
-    pairs = read_preferences(PreferenceSettings(dataset=path), SHAPE)
+    pairs = dataset(path, PROMPTS)
     assert grey_of(pairs) == [(200, 10), (210, 20), (220, 30)]
     assert pairs.labels == ["one", "two", "three"]
 
 
 def test_a_dataset_with_labels_or_without_conditions(tmp_path):
     path = saved(tmp_path / "set", winner=[200, 210], loser=[10, 20], kind=[4, 2])
-    assert read_preferences(PreferenceSettings(dataset=path, prompt_column="kind"), SHAPE).labels == [4, 2]
-    assert read_preferences(PreferenceSettings(dataset=path, prompt_column=None), SHAPE).labels is None
+    assert dataset(path, Conditions("label", range(5)), prompt_column="kind").labels == [4, 2]
+    assert dataset(path).labels is None
+    with pytest.raises(UserError, match=r"has no labels, .* need; set pso\.pairs\.prompt_column"):
+        dataset(path, Conditions("label", range(5)), prompt_column=None)
+    with pytest.raises(UserError, match=r"labels 2\.\.4 are outside 0\.\.3"):
+        dataset(path, Conditions("label", range(4)), prompt_column="kind")
 
 
 def test_a_split_is_chosen(tmp_path):
@@ -152,7 +162,7 @@ def test_a_column_of_preferences_turns_pairs_and_leaves_ties_out(tmp_path):
         caption=list("abcde"),
         label_0=[1.0, 0.0, 0.5, 0.51, 0.3],
     )
-    pairs = read_preferences(PreferenceSettings(dataset=path, **PICK), SHAPE)
+    pairs = dataset(path, PROMPTS, **PICK)
     assert grey_of(pairs) == [(10, 110), (120, 20), (40, 140), (150, 50)]
     assert pairs.labels == list("abde")
     assert len(pairs) == 4
@@ -170,7 +180,7 @@ def test_ties_alone_are_refused(tmp_path):
         read_preferences(PreferenceSettings(dataset=path, **PICK), SHAPE)
 
 
-@pytest.mark.parametrize("values", [["yes", "no"], [1.0, None]])
+@pytest.mark.parametrize("values", [["yes", "no"], [1.0, None], [1.0, float("nan")]])
 def test_a_preference_that_is_no_number_is_refused(tmp_path, values):
     path = saved(tmp_path / "set", jpg_0=[10, 20], jpg_1=[110, 120], caption=["a", "b"], label_0=values)
     with pytest.raises(UserError, match="preference_column = label_0: its values are no numbers"):
@@ -181,7 +191,7 @@ def test_a_preference_that_is_no_number_is_refused(tmp_path, values):
 def test_a_column_that_is_not_there_is_named(tmp_path, key):
     path = saved(tmp_path / "set", jpg_0=[10], jpg_1=[110], caption=["a"], label_0=[1.0])
     with pytest.raises(UserError, match=r"has no column 'nothing'; it has jpg_0, jpg_1, caption, label_0"):
-        read_preferences(PreferenceSettings(dataset=path, **{**PICK, key: "nothing"}), SHAPE)
+        dataset(path, PROMPTS, **{**PICK, key: "nothing"})
 
 
 def test_a_dataset_that_is_not_there_is_named(tmp_path):

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill import attention, checkpoint
+from stepdistill.conditions import drawn
 from stepdistill.config import Section
-from stepdistill.data import ImageSet, Order, check_range
+from stepdistill.data import ImageSet, Order
 from stepdistill.denoiser import Condition, take
 from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
@@ -91,26 +92,50 @@ class ConditionSource:
         self.all_items = items if all_items is None else all_items
         self._encoded: Condition | None = None
         if family.condition_kind == "prompt" and len(items) <= self.KEEP:
-            parts = [family.encode_conditions(items[i : i + 64]) for i in range(0, len(items), 64)]
-            self._encoded = {k: torch.cat([p[k].cpu() for p in parts]) for k in parts[0]}
-            if first_not_finite(self._encoded.items()) is not None:
-                raise UserError(
-                    "data: the teacher's text encoder gives encodings of the prompts that are not finite; load it in "
-                    "float32 (teacher.dtype=float32)"
-                )
+            texts = list(dict.fromkeys(text for item in items for text in getattr(item, "every", (item,))))
+            if len(texts) <= self.KEEP:
+                self._encode(texts)
+
+    def _encode(self, texts: list[str]) -> None:
+        """Encode texts, once each."""
+        self._rows = {text: row for row, text in enumerate(texts)}
+        parts = [self.family.encode_conditions(texts[i : i + 64]) for i in range(0, len(texts), 64)]
+        self._encoded = {k: torch.cat([p[k].cpu() for p in parts]) for k in parts[0]}
+        if first_not_finite(self._encoded.items()) is not None:
+            raise UserError(
+                "data: the teacher's text encoder gives encodings of the prompts that are not finite; load it in "
+                "float32 (teacher.dtype=float32)"
+            )
 
     def batch(self, position: int, count: int) -> tuple[Condition, list]:
-        """Conditions ``position .. position + count - 1`` of the order, and the items that they are of."""
+        """Conditions ``position .. position + count - 1`` of the order, and the items that they are of; of an item
+        with several captions one, drawn by the seed and the position."""
         if self.family.condition_kind == "none":
             return {}, []
-        return self.at(self.order.indices(position, count))
+        index = self.order.indices(position, count)
+        return self.of([drawn(self.items[i], self.order.seed, position + k) for k, i in enumerate(index)])
 
     def at(self, index: list[int]) -> tuple[Condition, list]:
-        """The conditions of items ``index``, and those items."""
-        items = [self.items[i] for i in index]
-        if self._encoded is not None:
-            return {k: v.to(self.family.device) for k, v in take(self._encoded, torch.tensor(index)).items()}, items
-        return self.family.encode_conditions(items), items
+        """The conditions of items ``index``, and those items; of several captions the first."""
+        return self.of([drawn(self.items[i], self.order.seed, 0) for i in index])
+
+    def of(self, items: list) -> tuple[Condition, list]:
+        """The conditions of labels or prompts of this source, and these."""
+        if self._encoded is None:
+            return self.family.encode_conditions(items), items
+        rows = torch.tensor([self._rows[item] for item in items])
+        return {k: v.to(self.family.device) for k, v in take(self._encoded, rows).items()}, items
+
+
+@dataclass(frozen=True)
+class RealBatch:
+    """Real samples (B, C, H, W), their conditions, the labels or captions that these are of ([] for none), and which
+    images they are."""
+
+    samples: Tensor
+    condition: Condition
+    items: list
+    indices: list[int]
 
 
 class RealSource:
@@ -133,9 +158,13 @@ class RealSource:
         """The images at ``position .. position + count - 1`` of the order."""
         return [self.subset[i] for i in self.order.indices(position, count)]
 
-    def batch(self, position: int, count: int) -> tuple[Tensor, Condition]:
-        """Samples (count, C, H, W) and their conditions."""
-        return self.at(self.indices(position, count))
+    def batch(self, position: int, count: int) -> RealBatch:
+        """The images at ``position .. position + count - 1`` of the order; of several captions of one image one, drawn
+        by the seed and the position."""
+        index = self.indices(position, count)
+        items = [drawn(item, self.seed, position + k) for k, item in enumerate(self.items(index))]
+        condition = self.family.encode_conditions(items) if items else {}
+        return RealBatch(self.samples(index), condition, items, index)
 
     def items(self, index: list[int]) -> list:
         """The labels or captions of images ``index``; [] where the teacher takes none."""
@@ -146,26 +175,6 @@ class RealSource:
         if self.latents is not None:
             return self.latents[index].float().to(self.family.device)
         return self.family.encode_images(self.images.batch(index).to(self.family.device))
-
-    def at(self, index: list[int]) -> tuple[Tensor, Condition]:
-        """The samples ``index`` (len(index), C, H, W) and their conditions."""
-        items = self.items(index)
-        return self.samples(index), self.family.encode_conditions(items) if items else {}
-
-
-def check_labels(labels: list | None, source: str, key: str, family: Family) -> None:
-    """Refuse images without the labels or captions that the teacher's conditions need.
-
-    Raises:
-        UserError: they have none, of another kind, or out of range.
-    """
-    if family.condition_kind == "none":
-        return
-    wanted, kind = (str, "captions") if family.condition_kind == "prompt" else (int, "labels")
-    if labels is None or not all(isinstance(label, wanted) for label in labels):
-        raise UserError(f"{key}: {source} has no {kind}, which this teacher's images need")
-    if wanted is int:
-        check_range(labels, family.labels, f"{key}: {source}")
 
 
 class Trainer(abc.ABC):
@@ -206,6 +215,7 @@ class Trainer(abc.ABC):
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.noise = Noise(config.seed, family.device, self.rank, self.world)
         self.router: str | None = None  # of several students: the hash of what gave this one its conditions
+        self.trained_on: Any = None  # what a job's config named, to describe it (stepdistill.trainers.job.Fit)
         self.attention: str | None = None  # the kernel that the networks use, once it is chosen
         self.extra: dict[str, nn.Module] = {}  # networks of the method's own, besides the roles
         self.counters = {"iteration": 0, "conditions": 0, "real": 0}
@@ -364,11 +374,17 @@ class Trainer(abc.ABC):
         return Batch(condition, self.noise.randn(count, *self.family.sample_shape), items)
 
     def next_real(self, count: int) -> tuple[Tensor, Condition]:
-        """This process's next real samples."""
+        """This process's next real samples (count, C, H, W) and their conditions."""
+        real = self.next_real_images(count)
+        return real.samples, real.condition
+
+    def next_real_images(self, count: int) -> RealBatch:
+        """The same with what they are of."""
         start = self.counters["real"] + self.rank * count
         self.counters["real"] += count * self.world
-        real, condition = self.real.batch(start, count)
-        return self.noted(REAL, real), condition
+        real = self.real.batch(start, count)
+        self.noted(REAL, real.samples)
+        return real
 
     def noted(self, name: str, values: Noted) -> Noted:
         """``values`` (B, ...), or several, once it is remembered whether they are finite: of what is no role's."""

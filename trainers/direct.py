@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 
 from stepdistill.trainers.base import Batch, Losses, Trainer
-from stepdistill.trainers.causes import REAL
 
 
 class DirectTrainer(Trainer):
@@ -28,11 +27,7 @@ class DirectTrainer(Trainer):
 
     def next_real_batch(self) -> Batch:
         """Fresh noise with this process's next real samples, their conditions and their labels or captions."""
-        count = self.config.train.batch_size
-        start = self.counters["real"] + self.rank * count
-        self.counters["real"] += count * self.world
-        index = self.real.indices(start, count)
-        real, condition = self.real.at(index)
-        self.noted(REAL, real)
-        self.note_conditions(condition)
-        return Batch(condition, self.noise.randn_like(real), self.real.items(index), real, tuple(index))
+        real = self.next_real_images(self.config.train.batch_size)
+        self.note_conditions(real.condition)
+        noise = self.noise.randn_like(real.samples)
+        return Batch(real.condition, noise, real.items, real.samples, tuple(real.indices))

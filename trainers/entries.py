@@ -28,6 +28,7 @@ from stepdistill.run import RunFolder, comparable, holds_run
 from stepdistill.settings import Steps
 
 COST = "cost.json"
+PROMPTS = ("prompts", "prompt_column", "prompt_dataset", "prompts_from_images")
 SLACK = 0.03
 """How far a recipe's planned passes may be from the budget."""
 
@@ -174,7 +175,9 @@ def _shared(made: Contestant) -> dict[str, Any]:
     config = made.job.config
     keys = ("extractor", "reference", "seed", "batch_size", "teacher_guidance_scale")
     seed = None if made.seed is not None else config.seed
-    asked = {f"data.{k}": getattr(config.data, k) for k in ("labels", "prompts", "prompt_dataset")}
+    asked = {f"data.{k}": getattr(config.data, k) for k in ("labels", *PROMPTS)}
+    if config.data.prompts_from_images:
+        asked["data.images"] = config.data.images
     return {
         "teacher": config.teacher,
         "seed": seed,

@@ -13,24 +13,29 @@ from pydantic import create_model
 from stepdistill.eval.distances import ReferenceStatistics
 from stepdistill.eval.features import load_extractor
 from stepdistill.trainers import METHODS
-from stepdistill.trainers.base import ConditionSource, RealSource, Trainer, check_labels
+from stepdistill.trainers.base import ConditionSource, RealSource, Trainer
 from stepdistill.trainers.ranks import on_main
 
 from stepdistill import assets, checkpoint, data
 from stepdistill.attention import NATIVE
+from stepdistill.conditions import shortened
 from stepdistill.config import Section, apply_overrides, check, merge, read_yaml
 from stepdistill.errors import UserError, first_line
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
 from stepdistill.latents import cached_latents
 from stepdistill.partition import Router
+from stepdistill.prompts import content_notes
 from stepdistill.rewards import check_models
 from stepdistill.roles import Roles
 from stepdistill.run import CACHE, RunFolder
 from stepdistill.sampler import FewStepSampler, SignalSampler
 from stepdistill.schedule import VPSchedule
-from stepdistill.settings import ImagesSettings, RunSettings
+from stepdistill.settings import RunSettings
+from stepdistill.sources import load_images, prompts_of
 
+PROMPTS_MEASURED = 100_000
+"""Prompts whose length is looked at before a run."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -106,26 +111,14 @@ def _check_conditions(job: Job) -> None:
             raise UserError(f"train.trackers: the package {tracker} is not installed: pip install {tracker}")
 
 
-def load_images(settings: ImagesSettings, shape: tuple[int, int, int]) -> data.ImageSet:
-    """The real images of a config, for a teacher whose pictures are ``shape`` (C, H, W)."""
-    if settings.folder is not None:
-        return data.read_folder(settings.folder, shape, settings.resize, background=settings.background)
-    if settings.npz is not None:
-        return data.read_npz(assets.resolve(settings.npz), shape, settings.resize, background=settings.background)
-    return data.read_dataset(
-        settings.dataset,
-        shape,
-        settings.split,
-        settings.revision,
-        settings.image_column,
-        settings.label_column,
-        settings.resize,
-        settings.background,
-    )
-
-
-def condition_items(config: RunSettings, family: Family) -> list:
+def condition_items(
+    config: RunSettings, family: Family, notes: list[str] | None = None, images: data.ImageSet | None = None
+) -> list:
     """The labels or prompts that the student is trained on.
+
+    Args:
+        notes: gets a line on each thing that a user should know of the prompts.
+        images: the config's real images, where they are read already.
 
     Raises:
         UserError: labels out of range, no prompts for a text-conditional teacher, prompts for another.
@@ -134,11 +127,14 @@ def condition_items(config: RunSettings, family: Family) -> list:
     if family.condition_kind == "prompt":
         if own.labels != "all":
             raise UserError(f"data.labels: the teacher {config.teacher.path} takes prompts; remove the key")
-        found = data.given_prompts(own.prompts, own.prompt_dataset)
-        if found is None:
-            raise UserError("data: this teacher takes prompts; set data.prompts (a text file) or data.prompt_dataset")
-        return found
-    for key in ("prompts", "prompt_dataset", "shown"):
+        prompts = prompts_of(own, notes, images)
+        if prompts is None:
+            raise UserError(
+                "data: this teacher takes prompts; set data.prompts (a file), data.prompt_dataset or "
+                "data.prompts_from_images"
+            )
+        return prompts
+    for key in ("prompts", "prompt_dataset", "prompts_from_images", "shown"):
         if getattr(own, key):
             raise UserError(f"data.{key}: the teacher {config.teacher.path} takes no prompts; remove the key")
     if family.condition_kind == "none":
@@ -227,13 +223,31 @@ def teacher_notes(family: Family, sampler: FewStepSampler) -> list[str]:
 @dataclass(frozen=True)
 class Fit:
     """What a job trains on: its condition items (of all students: ``all_items``), its real images and which of them,
-    and the hash of the router that gave it its part."""
+    the hash of the router that gave it its part, and what a user should know of the prompts."""
 
     items: list
     all_items: list
     images: data.ImageSet | None = None
     subset: list[int] | None = None
     router: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def lines(self, family: Family) -> list[str]:
+        """What is trained on, a line each: the first prompts, how many are cut, the images, and notes on both."""
+        lines = []
+        if family.condition_kind == "prompt":
+            shown = ", ".join(shortened(item) for item in self.items[:3])
+            lines += [f"{len(self.items):,} prompts: {shown}", *self.notes, *content_notes(self.items)]
+            looked_at = self.items[:PROMPTS_MEASURED]
+            if cut := family.prompts_cut(looked_at):
+                of = "" if len(looked_at) == len(self.items) else f" of the first {len(looked_at):,}"
+                lines.append(
+                    f"{len(cut):,}{of} are longer than the text encoder reads, and are cut: "
+                    f"{shortened(self.items[cut[0]])}"
+                )
+        if self.images is not None:
+            lines += [f"images {self.images.source}: {self.images.described}", *self.images.notes]
+        return lines
 
 
 def check_fit(job: Job, family: Family, router: Router | None = None) -> Fit:
@@ -250,16 +264,20 @@ def check_fit(job: Job, family: Family, router: Router | None = None) -> Fit:
     if config.roles.network is not None:
         with torch.device("meta"):
             family.altered_network(config.roles.network)
-    items, images = condition_items(config, family), None
+    items, images, notes, captions = [], None, [], config.data.prompts_from_images
+    if not captions:
+        items = condition_items(config, family, notes)
     if method.wants_images(settings):
-        images = load_images(config.data.images, family.image_shape)
-        check_labels(images.labels, images.source, "data.images", family)
+        images = load_images(config.data.images, family.image_shape, family.conditions)
+    if captions:
+        items = condition_items(config, family, notes, images)
+    fit = Fit(items, items, images, None if images is None else images.usable, None, tuple(notes))
     if config.data.part is None:
-        return Fit(items, items, images)
-    return _part(job, family, items, images, router or Router.load(Path(config.data.part.router)))
+        return fit
+    return _part(job, family, fit, router or Router.load(Path(config.data.part.router)))
 
 
-def _part(job: Job, family: Family, items: list, images: data.ImageSet | None, router: Router) -> Fit:
+def _part(job: Job, family: Family, fit: Fit, router: Router) -> Fit:
     """One student's share of items and images; images of conditions that no student draws are left out."""
     part = job.config.data.part
     if part.student >= router.students:
@@ -278,14 +296,16 @@ def _part(job: Job, family: Family, items: list, images: data.ImageSet | None, r
         routes = router.kept_routes(values, lambda prompts: encoder(prompts)[1], folder)
         return [index for index, route in enumerate(routes) if route == part.student]
 
-    mine, subset = [items[index] for index in own(items)], None
+    items, images, subset = fit.items, fit.images, fit.subset
+    mine = [items[index] for index in own(items)]
     if not mine:
         raise UserError(f"msd: none of the run's conditions is of student {part.student}; use fewer students")
     if images is not None and job.method.divides_images(job.settings):
-        subset = own(images.labels)
+        usable = range(len(images)) if subset is None else subset
+        subset = [usable[index] for index in own([images.labels[index] for index in usable])]
         if not subset:
             raise UserError(f"data.images: none of its images is of student {part.student}'s conditions; add some")
-    return Fit(mine, items, images, subset, router.hash)
+    return Fit(mine, items, images, subset, router.hash, fit.notes)
 
 
 def make_accelerator(**arguments: Any) -> Accelerator:
@@ -342,7 +362,7 @@ def build_trainer(
         real = RealSource(family, fit.images, latents, config.seed + 2, fit.subset)
     conditions = ConditionSource(family, fit.items, config.seed + 1, fit.all_items)
     trainer = job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)
-    trainer.router = fit.router
+    trainer.router, trainer.trained_on = fit.router, fit
     return trainer
 
 

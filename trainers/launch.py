@@ -185,8 +185,11 @@ def _train(
         for note in teacher_notes(family, sampler):
             print(f"note: {note}")
         alone = job.cache is None  # a recipe's sections and images are for some of its stages
-        if alone and config.data.images is not None and not job.method.wants_images(job.settings):
+        unused = config.data.images is not None and not config.data.prompts_from_images
+        if alone and unused and not job.method.wants_images(job.settings):
             print(f"note: data.images is not used: these settings of {job.method.name} train without real images")
+        for line in trainer.trained_on.lines(family):
+            print(line)
         print(f"attention {trainer.attention}{', the fastest here' * (config.train.attention == AUTO)}")
         with writing(run.path / "logs"):
             accelerator.init_trackers("stepdistill")
@@ -270,7 +273,8 @@ def print_plan(job: Job) -> None:
     family = load_teacher(config)
     sampler = checked_sampler(job, family)
     parameters, student = parameters_of(family), _student_line(job, sampler, family)
-    items = rehearse(job, family, sampler).items
+    fit = rehearse(job, family, sampler)
+    items = fit.items
     train = config.train
     kind = {"none": "no conditions", "label": f"{len(items)} labels", "prompt": f"{len(items)} prompts"}
     print(f"""
@@ -281,9 +285,16 @@ student   {student}
 method    {job.method.name}: {job.method.title}
 training  {train.updates} student updates of {train.batch_size * train.gradient_accumulation} samples a process,
           {job.method.planned_passes(config):,} network passes on one (one picture each; backward is two)
-{"".join(f"          {line}{chr(10)}" for line in job.method.plan(config))}writes    {config.output}""")
+{"".join(f"          {line}{chr(10)}" for line in job.method.plan(config))}{_data_lines(fit, family)}\
+writes    {config.output}""")
     for note in teacher_notes(family, sampler):
         print(f"note: {note}")
+
+
+def _data_lines(fit: Fit, family: Family) -> str:
+    """What is trained on, as a plan shows it."""
+    lines = fit.lines(family)
+    return "".join(f"{'data      ' if n == 0 else ' ' * 10}{line}\n" for n, line in enumerate(lines))
 
 
 def _student_line(job: Job, sampler: FewStepSampler, family: Family) -> str:
@@ -363,7 +374,7 @@ def print_recipe(recipe: Recipe) -> None:
         job, config = stage.job, stage.job.config
         family = load_teacher(config)
         sampler = checked_sampler(job, family)
-        rehearse_stage(stage)
+        fit = rehearse_stage(stage)
         taken = "the teacher's weights" if stage.source is None else f"{stage.settings.take} of {stage.source.name}"
         samples = config.train.updates * config.train.batch_size * config.train.gradient_accumulation
         print(f"""
@@ -374,6 +385,7 @@ def print_recipe(recipe: Recipe) -> None:
     training  {config.train.updates} updates, {samples:,} samples a process
 {"".join(f"              {line}{chr(10)}" for line in job.method.plan(config))}    cost      \
 {stage.passes:,} network passes ({stage.passes / total:.0%})""")
+        print("".join(f"    {line}\n" for line in _data_lines(fit, family).splitlines()), end="")
         if number == len(recipe.stages):
             print(f"\ncost of all  {total:,} network passes (one picture each; backward is two)\n")
             print(f"# the last stage's config, resolved\n{dump_yaml(config).rstrip()}")
@@ -472,7 +484,7 @@ def print_students(several: MultiStudent, command: tuple[str, ...]) -> None:
     job = several.job
     family = load_teacher(job.config)
     sampler = checked_sampler(job, family)
-    check_fit(job, family)
+    fit = check_fit(job, family)
     router = several.make_router(family)
     rehearse_students(several, family, router)
     works = [*several.students] if several.shared is None else [several.shared, *several.students]
@@ -483,7 +495,7 @@ def print_students(several: MultiStudent, command: tuple[str, ...]) -> None:
     print(f"""# {own.students} students of {job.config.teacher.path}, in {several.output}
 partition {own.partition}, router {router.hash[:12]}
 student   {_student_line(job, sampler, family)}
-cost      {sum(costs) - again:,} network passes in all, {costs[-1]:,} a student{shared}""")
+{_data_lines(fit, family)}cost      {sum(costs) - again:,} network passes in all, {costs[-1]:,} a student{shared}""")
     sizes = _sizes(router, several, family)
     for k in range(own.students):
         print(f"  student {k}: {sizes[k]}{'  (finished)' if several.finished(k) else ''}")
@@ -554,7 +566,9 @@ def _last_screen(run: RunFolder) -> None:
     what = "several students, each a stock diffusers folder" if several else "a stock diffusers folder"
     call = f'{"MSD" if several else "Diffusion"}Pipeline.from_pretrained("{run.student}")'
     data = read_yaml(run.path / "config.yaml").get("data") or {}
-    asks = data.get("shown") or ["PROMPT"] * any(data.get(key) for key in ("prompts", "prompt_dataset"))
+    asks = data.get("shown") or ["PROMPT"] * any(
+        data.get(key) for key in ("prompts", "prompt_dataset", "prompts_from_images")
+    )
     prompt = f" --prompt {shlex.quote(asks[0])}" if asks else ""
     grid = f"\n  pictures   {run.path / 'grid.png'}" if (run.path / "grid.png").exists() else ""
     print(f"""

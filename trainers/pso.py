@@ -30,12 +30,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from stepdistill.trainers.base import Batch, Losses, RealSource, check_labels
+from stepdistill.trainers.base import Batch, Losses, RealSource
 from stepdistill.trainers.causes import REAL, REWARD
 from stepdistill.trainers.direct import DirectTrainer
 from torch import Tensor
 from tqdm import tqdm
 
+from stepdistill.conditions import drawn
 from stepdistill.config import Section, UserPath
 from stepdistill.data import Order
 from stepdistill.denoiser import Condition, cat_conditions
@@ -165,8 +166,7 @@ class PSO(DirectTrainer):
     @classmethod
     def check_family(cls, settings: PSOSettings, family: Family) -> None:
         if settings.pairs is not None:
-            found = read_preferences(settings.pairs, family.image_shape)
-            check_labels(found.labels, found.sets[0].source, "pso.pairs", family)
+            read_preferences(settings.pairs, family.image_shape, family.conditions)
 
     @classmethod
     def rollout_of(cls, config: RunSettings, settings: PSOSettings) -> tuple[int, Transition]:
@@ -231,7 +231,7 @@ class PSO(DirectTrainer):
             times = self.times_of(config, self.family, steps)
             self.rollout = FewStepSampler(self.family.schedule, times, transition, self.sampler.eta)
         if own.pairs is not None:
-            self.pairs = read_preferences(own.pairs, self.family.image_shape)
+            self.pairs = read_preferences(own.pairs, self.family.image_shape, self.family.conditions)
             cache = Path(config.output) / CACHE
             self.sources = [
                 RealSource(self.family, images, cached_latents(self.family, images, cache), config.seed)
@@ -245,24 +245,24 @@ class PSO(DirectTrainer):
     def _best_targets(self, share: float, batch: int = 64) -> list[int]:
         """The images with the highest rewards, ``share`` of each label's (of all, where conditions are no labels)."""
         real, scores = self.real, []
-        everything = range(len(real.images))
-        for start in tqdm(everything[::batch], desc="rewards of the targets", unit="batch"):
-            index = list(everything[start : start + batch])
+        everything = torch.tensor(real.subset)
+        for index in tqdm(everything.split(batch), desc="rewards of the targets", unit="batch"):
+            index = index.tolist()
             pixels = real.images.batch(index).to(self.family.device)
             scores.append(self.judge(pixels, real.items(index), log=False).cpu())
         scores = torch.cat(scores)
         if not is_finite(scores):
-            index = int((~scores.isfinite()).nonzero()[0])
+            index = int(everything[(~scores.isfinite()).nonzero()[0]])
             raise UserError(
                 f"pso.best: the rewards of image {index} of {real.images.source} are not finite; mend the reward, or "
                 "remove it from pso.rewards"
             )
-        labels = torch.tensor(real.images.labels if self.family.condition_kind == "label" else [0] * len(scores))
+        labels = torch.tensor(real.items(real.subset) if self.family.condition_kind == "label" else [0] * len(scores))
         kept = []
         for label in labels.unique():
             (index,) = torch.where(labels == label)
             count = max(1, round(share * len(index)))
-            kept += index[scores[index].argsort(descending=True, stable=True)[:count]].tolist()
+            kept += everything[index[scores[index].argsort(descending=True, stable=True)[:count]]].tolist()
         return sorted(kept)
 
     def prepare(self) -> None:
@@ -282,6 +282,7 @@ class PSO(DirectTrainer):
         index = self.order.indices(start, count)
         winner, loser = (self._pictures([self.pairs.order[i][side] for i in index]) for side in (0, 1))
         items = [] if self.family.condition_kind == "none" else [self.pairs.labels[i] for i in index]
+        items = [drawn(item, self.order.seed, start + k) for k, item in enumerate(items)]
         condition = self.family.encode_conditions(items) if items else {}
         self.noted(REAL, torch.cat([winner, loser]))
         self.note_conditions(condition)

@@ -36,13 +36,13 @@ from torch import Tensor
 from stepdistill import attention
 from stepdistill.clip import ClipSettings, load_clip
 from stepdistill.config import Section, UserPath
-from stepdistill.data import read_prompts
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.objectives.alignment import clamped_cosine_loss
 from stepdistill.objectives.surrogate import surrogate_loss
 from stepdistill.objectives.variational import variational_score_gradient
+from stepdistill.prompts import read_prompts
 from stepdistill.settings import RunSettings
 
 
@@ -60,7 +60,8 @@ class ClipLossSettings(ClipSettings):
 class NegativesSettings(Section):
     """NASA-T: negative prompts in training."""
 
-    prompts: UserPath = Field(description="a text file, one negative prompt a line; each sample draws one")
+    prompts: UserPath = Field(description="a file of negative prompts, as data.prompts; each sample draws one")
+    column: str | None = Field(None, description="their column, as data.prompt_column")
     scale: tuple[float, float] = Field((0.0, 1.0), description="a of ``Z+ - a Z-`` is uniform in this range")
 
     @model_validator(mode="after")
@@ -68,6 +69,12 @@ class NegativesSettings(Section):
         if not 0 <= self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale = {list(self.scale)}: low then high, from 0")
         return self
+
+    def read(self) -> list[str]:
+        """The negative prompts, each of several of one row too."""
+        key = "swiftbrush.negatives"
+        prompts = read_prompts(self.prompts, f"{key}.prompts", self.column, f"{key}.column")
+        return [text for prompt in prompts for text in getattr(prompt, "every", (prompt,))]
 
 
 class SwiftBrushSettings(ScoreSettings):
@@ -105,7 +112,8 @@ class SwiftBrush(ScoreTrainer):
 
     @classmethod
     def check(cls, config: RunSettings, settings: SwiftBrushSettings) -> None:
-        if settings.clip is not None and config.data.prompts is None and config.data.prompt_dataset is None:
+        own = config.data
+        if settings.clip is not None and not (own.prompts or own.prompt_dataset or own.prompts_from_images):
             raise UserError("swiftbrush.clip needs prompts: set data.prompts or data.prompt_dataset, or remove it")
 
     @classmethod
@@ -116,7 +124,7 @@ class SwiftBrush(ScoreTrainer):
         if settings.negatives is not None:
             if not family.takes_negatives:
                 raise UserError(f"swiftbrush.negatives: teachers of family {family.name} take none; remove the section")
-            read_prompts(settings.negatives.prompts, "swiftbrush.negatives.prompts")
+            settings.negatives.read()
 
     @classmethod
     def passes_per_update(cls, config: RunSettings, settings: SwiftBrushSettings) -> float:
@@ -130,8 +138,7 @@ class SwiftBrush(ScoreTrainer):
             self.clip = load_clip(self.settings.clip, self.family.device)
             self.decode = self.family.decoder(self.settings.clip.decoder)
         if self.settings.negatives is not None:
-            prompts = read_prompts(self.settings.negatives.prompts, "swiftbrush.negatives.prompts")
-            self.negatives = ConditionSource(self.family, prompts, self.config.seed)
+            self.negatives = ConditionSource(self.family, self.settings.negatives.read(), self.config.seed)
             kept = attention.install(self.roles.student.network, "negative")
             if kept:
                 name, reason = next(iter(kept.items()))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill import precision
+from stepdistill.conditions import ConditionKind, Conditions
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
 from stepdistill.errors import UserError, reading
 from stepdistill.loading import load_network
 from stepdistill.schedule import Clipping, PredictionType, Schedule
-
-ConditionKind = Literal["none", "label", "prompt"]
 
 
 class Family(abc.ABC):
@@ -176,6 +175,15 @@ class Family(abc.ABC):
         return found
 
     # -- conditions ----------------------------------------------------------------------------------------
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the teacher is conditioned on."""
+        return Conditions(self.condition_kind, self.labels)
+
+    def prompts_cut(self, prompts: list[str]) -> list[int]:
+        """Which of the prompts are longer than the encoder reads, by their places; none where that is not known."""
+        return []
 
     @abc.abstractmethod
     def encode_conditions(self, items: list) -> Condition:

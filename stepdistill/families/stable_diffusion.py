@@ -211,6 +211,13 @@ class StableDiffusionFamily(Family):
         """Prompts to CLIP's last hidden states, (B, tokens, width); too long ones are cut, as stock does."""
         return {"text": encode_prompts(self.tokenizer, self.text_encoder, items)[0].to(self.device)}
 
+    def prompts_cut(self, prompts: list[str]) -> list[int]:
+        cut = []
+        for start in range(0, len(prompts), 1000):
+            tokens = self.tokenizer([str(p) for p in prompts[start : start + 1000]], verbose=False)["input_ids"]
+            cut += [start + i for i, ids in enumerate(tokens) if len(ids) > self.tokenizer.model_max_length]
+        return cut
+
     @property
     def prompt_encoder(self) -> PromptEncoder:
         return PromptEncoder(self.tokenizer, self.text_encoder)

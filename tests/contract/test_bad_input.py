@@ -183,7 +183,27 @@ TEACHERS = {
     "shown prompts of a label teacher": row(
         {"data": {"shown": ["a cat"]}}, "data.shown", "takes no prompts; remove the key"
     ),
-    "no prompts": row({"data": {"prompts": None}}, "set data.prompts (a text file)", teacher="text"),
+    "no prompts": row(
+        {"data": {"prompts": None}},
+        "set data.prompts (a file), data.prompt_dataset or data.prompts_from_images",
+        teacher="text",
+    ),
+    "captions of a label teacher": row(
+        {"data": {"prompts_from_images": True, "images": {"npz": "{root}/good.npz"}}},
+        "data.prompts_from_images",
+        "takes no prompts; remove the key",
+    ),
+    "captions that are none": row(
+        {"data": {"prompts": None, "prompts_from_images": True, "images": {"npz": "{root}/good.npz"}}},
+        "data.images: {root}/good.npz has no captions",
+        teacher="text",
+    ),
+    "prompts of another kind": row(
+        {"data": {"prompts": "{root}/label/model_index.json"}}, "a JSON object without one list", teacher="text"
+    ),
+    "a column of lines": row(
+        {"data": {"prompt_column": "text"}}, "data.prompt_column = text: {root}/prompts.txt has lines", teacher="text"
+    ),
     "prompts gone": row({"data": {"prompts": "{root}/gone.txt"}}, "{root}/gone.txt: no such file", teacher="text"),
     "prompts empty": row({"data": {"prompts": "{root}/blank.txt"}}, "{root}/blank.txt: no prompts", teacher="text"),
     "flow, several steps, fresh noise": row(
@@ -241,12 +261,29 @@ IMAGES = {
     "npz with too high a label": row({"npz": "{root}/labels.npz"}, "labels 0..3 are outside 0..2"),
     "folder missing": row({"folder": "{root}/gone"}, "{root}/gone: no such folder", "data.images.folder"),
     "folder without images": row({"folder": "{root}/flux"}, "{root}/flux: no images in it"),
-    "folder with another size": row({"folder": "{root}/pictures"}, "0.png: the image is 16x16", "needs 8x8", "resize"),
-    "folder with a broken file": row({"folder": "{root}/spoilt"}, "1.png: not a readable image", "remove or replace"),
+    "folder with another size": row(
+        {"folder": "{root}/pictures"}, "0.png: the image is 16x16", "needs 8x8", "resize", teacher="plain"
+    ),
+    "folder with a broken file": row(
+        {"folder": "{root}/spoilt"}, "1.png: not a readable image", "remove or replace", teacher="plain"
+    ),
     "folder without captions": row(
         {"folder": "{root}/pictures"},
         "{root}/pictures has no captions, which this teacher's images need",
         teacher="text",
+    ),
+    "folder without classes": row(
+        {"folder": "{root}/small"}, "{root}/small has no labels", "put the pictures into a folder for each class"
+    ),
+    "folder of other classes": row({"folder": "{root}/classes"}, "2 classes by name (ant, bee)", "the teacher knows 3"),
+    "folder without the column": row(
+        {"folder": "{root}/small", "label_column": "kind"}, "data.images.label_column = kind", "no metadata.jsonl"
+    ),
+    "captions for a label teacher": row(
+        {"folder": "{root}/small", "caption_column": "text"}, "need labels; name their column with", ".label_column"
+    ),
+    "no colour": row(
+        {"npz": "{root}/good.npz", "background": "whitish"}, "data.images.background: whitish is no colour"
     ),
     "dataset missing": row({"dataset": "{root}/gone"}, "dataset '{root}/gone' (split 'train') cannot be loaded"),
 }
@@ -284,8 +321,8 @@ def root(tmp_path_factory) -> Path:
     np.savez(root / "large.npz", images=np.zeros((4, 9, 9), np.uint8), labels=np.zeros(4, int))
     np.savez(root / "unlabelled.npz", images=small)
     np.savez(root / "labels.npz", images=small, labels=np.arange(4))
-    for folder, side in (("pictures", 16), ("spoilt", 8)):
-        (root / folder).mkdir()
+    for folder, side in (("pictures", 16), ("spoilt", 8), ("small", 8), ("classes/ant", 8), ("classes/bee", 8)):
+        (root / folder).mkdir(parents=True)
         for index in range(2):
             picture = generator.integers(0, 255, (side, side, 3), dtype=np.uint8)
             Image.fromarray(picture).save(root / folder / f"{index}.png")

@@ -164,19 +164,19 @@ def test_one_student_of_a_recipe_is_the_recipe_to_the_bit(root, recipe_run, tmp_
 def seen(monkeypatch) -> dict[str, list[int]]:
     """The labels that each role is called with, and those of the real images."""
     found: dict[str, list[int]] = {}
-    call, at = Role.__call__, RealSource.at
+    call, samples = Role.__call__, RealSource.samples
 
     def spied_call(self, x_t, t, condition):
         assert len(condition["label"]) == len(x_t)
         found.setdefault(self.name, []).extend(condition["label"].tolist())
         return call(self, x_t, t, condition)
 
-    def spied_at(self, index):
+    def spied_samples(self, index):
         found.setdefault("real", []).extend(self.images.labels[i] for i in index)
-        return at(self, index)
+        return samples(self, index)
 
     monkeypatch.setattr(Role, "__call__", spied_call)
-    monkeypatch.setattr(RealSource, "at", spied_at)
+    monkeypatch.setattr(RealSource, "samples", spied_samples)
     return found
 
 
