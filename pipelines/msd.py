@@ -10,7 +10,6 @@ is dropped, the longest unused first.  What all have in common (text encoder, to
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import OrderedDict
@@ -22,17 +21,18 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from stepdistill.pipelines.calls import callable_with_noise
 from stepdistill.pipelines.card import students_card
 from torch import Tensor
 
 from stepdistill import __version__, files
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 from stepdistill.families.stable_diffusion import PromptEncoder
 from stepdistill.loading import load_pipeline
 from stepdistill.partition import FILE, Router
 from stepdistill.pipeline_folders import MANIFEST, check_replaceable, is_whole, missing
+from stepdistill.readers import read_json, regular
 
 
 def is_msd_folder(path: str | Path) -> bool:
@@ -282,11 +282,8 @@ def _bytes(memory: int | str | None) -> int | None:
 def _from_hub(path: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
+    with reading(path, "look at its name", "no such folder here, and the hub did not give it"):
         return Path(snapshot_download(path, revision=revision))
-    except Exception as error:  # many kinds; the user needs the name and the reason
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: no such folder here, and the hub did not give it: {reason}") from None
 
 
 # -- the folder --------------------------------------------------------------------------------------------
@@ -298,16 +295,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: not there, or damaged.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        needed = ("students", "router", "parameters", "call", "noise_shape")
-        if not all(key in manifest for key in needed) or len(manifest["parameters"]) != manifest["students"]:
-            raise ValueError
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no {MANIFEST} in it, so it is not a folder of several students") from None
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{folder / MANIFEST}: damaged; gather the students again") from None
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{folder}: no {MANIFEST} in it, so it is not a folder of several students")
+    with reading(folder / MANIFEST, "gather the students again", "damaged"):
+        manifest = read_json(folder / MANIFEST)
+        _check_manifest(manifest)
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError, KeyError: a key is missing, or of another type.
+    """
+    counts = [manifest["students"], *manifest["parameters"], *manifest["noise_shape"]]
+    if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
+        raise ValueError("students, parameters and noise_shape are not all counts")
+    if len(manifest["parameters"]) != manifest["students"] or len(manifest["noise_shape"]) != 3:
+        raise ValueError(f"{len(manifest['parameters'])} parameters of {manifest['students']} students")
+    if not isinstance(manifest["router"], str) or not isinstance(manifest["call"], dict):
+        raise ValueError("router is no text, or call no mapping")
+    if not isinstance(manifest["call"]["num_inference_steps"], int):
+        raise ValueError("call.num_inference_steps is no number")
 
 
 def check_student(folder: Path, router: Router, k: int) -> dict[str, Any]:
@@ -318,15 +327,13 @@ def check_student(folder: Path, router: Router, k: int) -> dict[str, Any]:
     """
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder}: student {k} of {router.students} is missing; train it with --student {k}")
-    try:
-        said = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_stepdistill"]
-        own = said["msd"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder}: says nothing of a router, so it is not one of several students") from None
+    with reading(folder, "put back the student that was trained", "says nothing of a router, or not in the right form"):
+        said = read_json(folder / "scheduler" / "scheduler_config.json")["_stepdistill"]
+        own = {key: said["msd"][key] for key in ("router", "student")}
     if own["router"] != router.hash or own["student"] != k:
         raise UserError(
-            f"{folder}: is student {own['student']} of router {own['router'][:12]}, not {k} of {router.hash[:12]}; put "
-            "back the student and the router that belong together"
+            f"{folder}: is student {own['student']} of router {str(own['router'])[:12]}, not {k} of "
+            f"{router.hash[:12]}; put back the student and the router that belong together"
         )
     return said
 
@@ -345,17 +352,19 @@ def export_students(folders: list[Path], router: Router, path: Path) -> Path:
             )
     said = [check_student(folder, router, k) for k, folder in enumerate(folders)]
     check_replaceable(path)
-    unet = json.loads((folders[0] / "unet" / "config.json").read_text(encoding="utf-8"))
-    size = unet["sample_size"]
+    with reading(folders[0], "export it again", "not a whole student"):
+        unet = read_json(folders[0] / "unet" / "config.json")
+        size = unet["sample_size"]
+        channels, steps, call = unet["in_channels"], said[0]["steps"], dict(said[0]["call"])
     manifest = {
         "version": __version__,
         "students": len(folders),
         "router": router.hash,
         "teacher": said[0].get("teacher"),
         "method": said[0].get("method"),
-        "steps": said[0]["steps"],
-        "call": said[0]["call"],
-        "noise_shape": [unet["in_channels"], *(size if isinstance(size, list) else [size, size])],
+        "steps": steps,
+        "call": call,
+        "noise_shape": [channels, *(size if isinstance(size, list) else [size, size])],
         "parameters": [_parameters(folder / "unet") for folder in folders],
     }
     with files.replacing_folder(path) as temporary:
@@ -371,9 +380,6 @@ def _parameters(folder: Path) -> int:
     """Numbers in a network's weight files."""
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as opened:
-                total += sum(int(np.prod(opened.get_slice(k).get_shape())) for k in opened.keys())  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not readable ({error}); export the student again") from None
+        with reading(file, "export the student again"), safe_open(regular(file), "pt") as opened:
+            total += sum(int(np.prod(opened.get_slice(k).get_shape())) for k in opened.keys())  # noqa: SIM118
     return total

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import random
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stepdistill import files
 from stepdistill.data import write_npz
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
+from stepdistill.readers import read_arrays, read_json
 
 
 @dataclass
@@ -70,18 +70,27 @@ def read_pictures(folder: str | Path, key: str = "data") -> tuple[np.ndarray, li
     """
     folder = Path(folder)
     remedy = "make it with: stepdistill teacher emoji"
-    try:
-        with np.load(folder / "images.npz", allow_pickle=False) as file:
-            images = file["images"]
-        raw = json.loads((folder / "captions.json").read_text(encoding="utf-8"))["pictures"]
-        entries = [Entry(**item) for item in raw]
-    except FileNotFoundError as error:
-        raise UserError(f"{key}: {error.filename} is not there; {remedy}") from None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{key}: {folder} cannot be read ({' '.join(str(error).split())}); {remedy}") from None
+    for name in ("images.npz", "captions.json"):
+        if not (folder / name).exists():
+            raise UserError(f"{key}: {folder / name} is not there; {remedy}")
+    with reading(f"{key}: {folder}", remedy):
+        images = read_arrays(folder / "images.npz", "images")["images"]
+        entries = [_entry(item) for item in read_json(folder / "captions.json")["pictures"]]
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(entries):
         raise UserError(
             f"{key}: {folder} has {len(entries)} captions for images {images.dtype} {images.shape}; uint8 (N, H, W, 3) "
             f"is read; {remedy}"
         )
     return images, entries
+
+
+def _entry(item: dict[str, Any]) -> Entry:
+    """
+    Raises:
+        ValueError, TypeError: not a picture's words.
+    """
+    entry = Entry(**item)
+    words = (entry.caption, entry.name, entry.style, entry.split, *entry.keywords)
+    if not isinstance(entry.keywords, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError("captions.json holds captions that are no text")
+    return entry

@@ -6,6 +6,7 @@ beside its place and renamed into it; older ones are deleted only after that.  N
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill import files
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
+from stepdistill.readers import DIGEST, read_json
 
 STATE = "state.json"
 
@@ -40,7 +42,8 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dic
                 file = temporary / f"{name}.safetensors"
                 save_file({k: v.detach().cpu().contiguous().clone() for k, v in group.items()}, file)
                 digests[file.name] = files.digest(file)
-            files.write_json(temporary / STATE, {"files": digests, "meta": meta})
+            state = {"files": digests, "meta": meta}
+            files.write_json(temporary / STATE, {**state, DIGEST: _digest(state)})
     except UserError as error:
         last = latest(root)
         remains = f"the last whole checkpoint is {last}" if last else "there is no checkpoint yet"
@@ -95,11 +98,15 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         UserError: a file is missing or damaged, or the folder is not a checkpoint of ours.
     """
     remedy = f"delete {path} to go on from the one before it"
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if not (path / STATE).exists():
+        raise UserError(f"checkpoint {path}: {STATE} is missing; {remedy}")
+    with reading(f"checkpoint {path}", remedy, f"{STATE} is damaged"):
+        state = read_json(path / STATE)
         digests, meta = dict(state["files"]), dict(state["meta"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"checkpoint {path}: {STATE} is missing or damaged; {remedy}") from None
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w-]+\.safetensors", name) for name in digests):
+            raise ValueError("it names other files")
+        if DIGEST in state and state[DIGEST] != _digest({"files": digests, "meta": meta}):
+            raise ValueError("its content is not what was written")
     tensors = {}
     for name, digest in digests.items():
         file = path / name
@@ -107,5 +114,11 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             raise UserError(f"checkpoint {path}: {name} is missing; {remedy}")
         if files.digest(file) != digest:
             raise UserError(f"checkpoint {path}: {name} is damaged (its checksum differs); {remedy}")
-        tensors[file.stem] = load_file(file)
+        with reading(f"checkpoint {path}", remedy, f"{name} cannot be read"):
+            tensors[file.stem] = load_file(file)
     return tensors, meta
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """SHA-256 of a state as JSON keeps it."""
+    return hashlib.sha256(json.dumps(files.finite(state), sort_keys=True).encode()).hexdigest()

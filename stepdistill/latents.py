@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,6 +16,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.files import write_tensors
 from stepdistill.finiteness import is_finite
+from stepdistill.readers import read_tensors
 
 
 def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
@@ -34,13 +36,10 @@ def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 
         digest.update(value.detach().float().cpu().numpy().tobytes())
     key = digest.hexdigest()
     file = folder / f"latents-{key[:16]}.safetensors"
-    if file.exists():
-        try:
-            with safe_open(file, "pt") as opened:
-                if (opened.metadata() or {}).get("fingerprint") == key:
-                    return opened.get_tensor("latents")
-        except SafetensorError:
-            pass
+    with contextlib.suppress(OSError, ValueError, KeyError, SafetensorError):  # not there, or damaged: made anew
+        tensors, metadata = read_tensors(file)
+        if metadata.get("fingerprint") == key and len(tensors["latents"]) == len(images):
+            return tensors["latents"]
     bar = tqdm(range(0, len(images), batch), desc="latents", unit="batch")
     parts = [
         family.encode_images(images.batch(list(range(i, min(i + batch, len(images))))).to(family.device)).cpu()

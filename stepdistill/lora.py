@@ -8,18 +8,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading, shown
 from stepdistill.files import write_tensors
+from stepdistill.readers import parse_json, read_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 PREFIX = "unet."
+MOST_RANK, MOST_ALPHA = 4096, 1e6
 
 
 @dataclass(frozen=True)
@@ -101,26 +103,40 @@ def read_lora(path: str | Path, key: str) -> LoRA:
         key: the config key that named it, for errors.
 
     Raises:
-        UserError: no such file, not a LoRA of a UNet, or one of several ranks.
+        UserError: no such file, not a LoRA of a UNet, one of several ranks, or metadata that do not fit.
     """
     path = Path(path)
     places = [path, path / FILE, path / "lora" / FILE]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise UserError(f"{key} = {path}: no LoRA there; name a file, or a student that was exported with its LoRA")
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
-            tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{key} = {file}: not a readable LoRA file ({error})") from None
+    with reading(f"{key} = {file}", "name another, or export the student again", "not a readable LoRA file"):
+        tensors, said = read_tensors(file)
+        return _of_tensors(tensors, parse_json(said.get(METADATA, "{}")))
+
+
+def _of_tensors(tensors: dict[str, Tensor], metadata: Any) -> LoRA:
+    """
+    Raises:
+        ValueError: not one LoRA of a UNet in diffusers' keys, or metadata that do not fit.
+    """
     factors = {}
     for name, down in tensors.items():
         up = name.replace(".lora_A.", ".lora_B.")
         if name.startswith(PREFIX) and name.endswith(".lora_A.weight") and up in tensors:
-            factors[name.removeprefix(PREFIX).removesuffix(".lora_A.weight")] = (down, tensors[up])
-    ranks = {len(down) for down, _ in factors.values()}
+            factors[name.removeprefix(PREFIX).removesuffix(".lora_A.weight")] = (down.float(), tensors[up].float())
+    ranks = {len(down) if down.ndim else 0 for down, _ in factors.values()}
     if 2 * len(factors) != len(tensors) or len(ranks) != 1:
-        raise UserError(f"{key} = {file}: not one LoRA of a UNet in diffusers' keys ({PREFIX}... .lora_A.weight)")
+        raise ValueError(f"it is not one LoRA of a UNet in diffusers' keys, {PREFIX}... .lora_A.weight")
     (rank,) = ranks
-    return LoRA(rank, float(metadata.get(f"{PREFIX}lora_alpha", rank)), factors)
+    if not 1 <= rank <= MOST_RANK:
+        raise ValueError(f"its rank is {rank}; 1 to {MOST_RANK} are read")
+    for path, (down, up) in factors.items():
+        if down.ndim < 2 or up.ndim != down.ndim or up.shape[1] != rank:
+            raise ValueError(f"{path}: factors of {tuple(down.shape)} and {tuple(up.shape)} do not belong together")
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata are no mapping")
+    alpha = metadata.get(f"{PREFIX}lora_alpha", rank)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MOST_ALPHA:
+        raise ValueError(f"its alpha is {shown(alpha)}; a number above 0 is needed")
+    return LoRA(rank, float(alpha), factors)

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from stepdistill.data import Order
 from stepdistill.denoiser import guided
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 from stepdistill.families.base import Family
 from stepdistill.files import write_tensors
 from stepdistill.finiteness import is_finite
-from stepdistill.readers import digest_of
+from stepdistill.readers import digest_of, parse_json, read_tensors, regular
 from stepdistill.sampler import ddim_times, ode_sample
 
 
@@ -91,13 +91,13 @@ def _is_whole(file: Path, fingerprint: str, recipe: PairRecipe, index: int) -> b
     if not file.exists():
         return False
     try:
-        with safe_open(file, "pt") as opened:
-            metadata, size = opened.metadata() or {}, len(opened.get_slice("noise")[:, 0, 0, 0])
-    except (SafetensorError, OSError):
+        with safe_open(regular(file), "pt") as opened:
+            metadata, shape = opened.metadata() or {}, opened.get_slice("noise").get_shape()
+    except (SafetensorError, OSError, ValueError):
         return False  # cut short: made again
     if metadata.get("fingerprint") != fingerprint:
         raise UserError(f"{file}: made with another teacher or other settings; choose another folder for the pairs")
-    return size >= _size(recipe, index)
+    return bool(shape) and shape[0] >= _size(recipe, index)
 
 
 @torch.no_grad()
@@ -147,10 +147,17 @@ class PairSet:
             if not _is_whole(file, fingerprint, recipe, index):
                 raise UserError(f"{folder}: pair shard {file.name} is missing; make it with: stepdistill pairs CONFIG")
             count = _size(recipe, index)
-            with safe_open(file, "pt") as opened:
-                noise.append(opened.get_tensor("noise")[:count])
-                x0.append(opened.get_tensor("x0")[:count])
-                self.items += json.loads(opened.metadata()["items"])[:count]
+            with reading(file, "delete it, and make it with: stepdistill pairs CONFIG", "not a whole shard of pairs"):
+                tensors, metadata = read_tensors(file)
+                own = parse_json(metadata["items"])
+                shapes = [tuple(tensors[name].shape[1:]) for name in ("noise", "x0")]
+                if shapes != [tuple(family.sample_shape)] * 2 or len(tensors["x0"]) < count:
+                    raise ValueError(f"samples of {shapes[1]} from noise of {shapes[0]}")
+                if not isinstance(own, list) or (items and len(own) < count):
+                    raise ValueError("its conditions are not those of its samples")
+            noise.append(tensors["noise"][:count])
+            x0.append(tensors["x0"][:count])
+            self.items += own[:count]
         self.noise, self.x0 = torch.cat(noise), torch.cat(x0)
 
     def __len__(self) -> int:

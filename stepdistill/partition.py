@@ -11,6 +11,7 @@ embeddings "along 4 quadrants" and does not say of which axes, and did not use k
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -25,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.config import Section
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 from stepdistill.files import write_json
+from stepdistill.readers import read_json
 
 FILE = "router.json"
 FIT_MOST = 50_000
@@ -117,12 +119,10 @@ class Router:
         """:meth:`route` of prompts, from a file in ``folder`` if it was made before; written there otherwise."""
         said = f"{self.hash} {json.dumps(prompts)}"
         file = folder / f"routes-{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if len(found) == len(prompts):
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged: made anew
+            found = read_json(file, list)
+            if len(found) == len(prompts) and set(found) <= set(range(self.students)):
                 return found
-        except (OSError, ValueError, TypeError):
-            pass
         found = self.route(prompts, embed)
         write_json(file, found)
         return found
@@ -150,14 +150,12 @@ class Router:
     def load(cls, path: Path) -> Router:
         """Raises:
         UserError: not there, damaged, or changed since it was written."""
-        try:
-            said = json.loads(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            raise UserError(f"{path}: no such router; it is written when the students' training starts")
+        with reading(path, "take the router that the students were trained with", "damaged"):
+            said = read_json(path)
             router = cls(said["kind"], said["students"], said["parameters"], said["encoder"])
-            written = said["hash"]
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such router; it is written when the students' training starts") from None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: damaged; take the router that the students were trained with") from None
+            written = str(said["hash"])
         if router.hash != written:
             raise UserError(
                 f"{path}: its hash says {written[:12]} and its content is {router.hash[:12]}; it was changed, take the "

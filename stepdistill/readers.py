@@ -80,8 +80,13 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     """
     value = parse_json(read_text(path))
     if not isinstance(value, kind):
-        raise ValueError(f"it holds a {type(value).__name__}, not a {kind.__name__}")
+        raise ValueError(f"it holds {_kind(type(value))}, not {_kind(kind)}")
     return value
+
+
+def _kind(kind: type) -> str:
+    words = {dict: "a mapping", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
+    return words.get(kind, "a number")
 
 
 def parse_json(text: str) -> Any:

@@ -32,7 +32,7 @@ from stepdistill.discriminator import features_at
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.finiteness import Watch
-from stepdistill.lora import LoRA, read_lora, stacked
+from stepdistill.lora import MOST_RANK, LoRA, read_lora, stacked
 
 Weights = Literal["full", "shared", "mixed"]
 
@@ -40,7 +40,7 @@ Weights = Literal["full", "shared", "mixed"]
 class LoRASettings(Section):
     """Low-rank adapters (2106.09685): ``W + alpha/rank B A``."""
 
-    rank: int = Field(64, ge=1, le=4096)
+    rank: int = Field(64, ge=1, le=MOST_RANK)
     alpha: float | None = Field(None, gt=0, description="scale times rank; the rank by default (scale 1)")
     targets: list[str] | None = Field(None, description="module names; the family's list by default")
 

@@ -170,14 +170,14 @@ DAMAGES = {
         "noise.safetensors is damaged",
     ),
     "a missing file": (lambda p: (p / "noise.safetensors").unlink(), "noise.safetensors is missing"),
-    "no state": (lambda p: (p / "state.json").unlink(), "state.json is missing or damaged"),
-    "state cut short": (lambda p: (p / "state.json").write_text('{"files": {'), "state.json is missing or damaged"),
-    "state not text": (lambda p: (p / "state.json").write_bytes(b"\xff\xfe"), "state.json is missing or damaged"),
-    "state of another": (lambda p: (p / "state.json").write_text("[1, 2]"), "state.json is missing or damaged"),
-    "state without meta": (lambda p: (p / "state.json").write_text('{"files": {}}'), "missing or damaged"),
+    "no state": (lambda p: (p / "state.json").unlink(), "state.json is missing"),
+    "state cut short": (lambda p: (p / "state.json").write_text('{"files": {'), "state.json is damaged"),
+    "state not text": (lambda p: (p / "state.json").write_bytes(b"\xff\xfe"), "state.json is damaged"),
+    "state of another": (lambda p: (p / "state.json").write_text("[1, 2]"), "state.json is damaged"),
+    "state without meta": (lambda p: (p / "state.json").write_text('{"files": {}}'), "state.json is damaged"),
     "state of wrong types": (
         lambda p: (p / "state.json").write_text('{"files": [1], "meta": 3}'),
-        "state.json is missing or damaged",
+        "state.json is damaged",
     ),
 }
 

@@ -14,6 +14,7 @@ from stepdistill.pipelines import export_student
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.lora import FILE, KOHYA_FILE, LoRA, read_lora, stacked
+from stepdistill.readers import read_tensors
 from stepdistill.roles import AdapterSwitch, LoRASettings, Roles, RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 
@@ -224,3 +225,61 @@ def test_what_is_no_lora_of_this_teacher_is_refused(student, tmp_path):
         roles_under(teacher, folder, lora_from=str(tmp_path))
     with pytest.raises(ValueError, match="lora_under needs a LoRA student"):
         RolesSettings(weights="full", lora_under="x")
+
+
+def lora_file(folder, change=None, metadata=None, keep_digest=False):
+    """A small LoRA of one module, after ``change(tensors)`` and with ``metadata`` in place of its own."""
+    file = LoRA(2, 4.0, {"a.b": (torch.ones(2, 3), torch.ones(5, 2))}).save(folder)
+    tensors, said = read_tensors(file)
+    if not keep_digest:
+        del said["sha256"]
+    if change is not None:
+        change(tensors)
+    if metadata is not None:
+        said["lora_adapter_metadata"] = metadata
+    save_file(tensors, file, said)
+    return file
+
+
+DOWN, UP = "unet.a.b.lora_A.weight", "unet.a.b.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "says"),
+    [
+        (None, "[]", "its metadata are no mapping"),
+        (None, "3", "its metadata are no mapping"),
+        (None, "{", "not valid JSON"),
+        (None, '{"unet.lora_alpha": "4"}', "its alpha is '4'; a number above 0 is needed"),
+        (None, '{"unet.lora_alpha": NaN}', "its alpha is nan"),
+        (None, '{"unet.lora_alpha": 0}', "its alpha is 0"),
+        (None, '{"unet.lora_alpha": -2}', "its alpha is -2"),
+        (None, '{"unet.lora_alpha": true}', "its alpha is True"),
+        (None, '{"unet.lora_alpha": 1e300}', "its alpha is 1e\\+300"),
+        (None, '{"unet.lora_alpha": null}', "its alpha is None"),
+        (lambda t: t.update({DOWN: torch.ones(0, 3), UP: torch.ones(5, 0)}), None, "its rank is 0"),
+        (lambda t: t.update({DOWN: torch.ones(5000, 3), UP: torch.ones(5, 5000)}), None, "its rank is 5000"),
+        (lambda t: t.update({UP: torch.ones(5, 3)}), None, r"factors of \(2, 3\) and \(5, 3\)"),
+        (lambda t: t.update({DOWN: torch.ones(2)}), None, r"factors of \(2,\) and \(5, 2\)"),
+        (lambda t: t.update({DOWN: torch.tensor(2.0)}), None, "its rank is 0"),
+        (lambda t: t.update(more=torch.ones(1)), None, "not one LoRA of a UNet"),
+        (lambda t: t.pop(UP), None, "not one LoRA of a UNet"),
+        (lambda t: t.clear(), None, "not one LoRA of a UNet"),
+    ],
+)
+def test_a_lora_of_other_metadata_or_shapes_is_one_line(change, metadata, says, tmp_path):
+    file = lora_file(tmp_path, change, metadata)
+    with pytest.raises(UserError, match=says) as caught:
+        read_lora(file, "roles.lora_from")
+    assert str(caught.value).startswith(f"roles.lora_from = {file}: not a readable LoRA file")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_weight_or_alpha_of_a_lora_is_noticed(tmp_path):
+    assert read_lora(lora_file(tmp_path / "whole", keep_digest=True), "key").alpha == 4
+    for number, (change, metadata) in enumerate(
+        [(lambda t: t[UP].view(-1)[0].add_(1), None), (None, '{"unet.lora_alpha": 8}')]
+    ):
+        file = lora_file(tmp_path / str(number), change, metadata, keep_digest=True)
+        with pytest.raises(UserError, match="the digest differs"):
+            read_lora(file, "key")

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stepdistill.pipelines.calls import callable_with_noise
 
 from stepdistill.data import Order
@@ -18,6 +18,7 @@ from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.pairs import PairRecipe, PairSet, make_pairs
+from stepdistill.readers import read_tensors
 from stepdistill.roles import LoRASettings, Roles, RolesSettings
 from stepdistill.sampler import ddim_times
 
@@ -159,3 +160,39 @@ def test_adapters_on_the_teacher_are_not_the_teacher(family, tmp_path):
     again = load_family(str(tiny.save_pixels(tmp_path / "t", "v", labels=3, null=True)))
     Roles(again, RolesSettings(weights="shared", lora=LoRASettings(rank=2)))
     assert len(PairSet(tmp_path / "pairs", again, ITEMS, RECIPE)) == 10
+
+
+def rewritten(file, change, keep_digest=True):
+    """The shard after ``change(tensors, metadata)``."""
+    tensors, metadata = read_tensors(file)
+    if not keep_digest:
+        del metadata["sha256"]
+    change(tensors, metadata)
+    save_file(tensors, file, metadata)
+
+
+def test_a_changed_number_of_a_pair_is_noticed(family, tmp_path):
+    make_pairs(family, ITEMS, RECIPE, tmp_path, batch=4)
+    rewritten(tmp_path / "pairs-00001.safetensors", lambda t, m: t["x0"].view(-1)[5].add_(0.1))
+    with pytest.raises(UserError, match=r"pairs-00001\.safetensors: not a whole shard .*digest differs.*; delete it"):
+        PairSet(tmp_path, family, ITEMS, RECIPE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t, m: t.pop("x0"),
+        lambda t, m: t.update(x0=t["x0"][:, :, :2].contiguous()),
+        lambda t, m: t.update(x0=t["x0"][:2].contiguous()),
+        lambda t, m: m.pop("items"),
+        lambda t, m: m.update(items="{"),
+        lambda t, m: m.update(items="3"),
+        lambda t, m: m.update(items="[0]"),
+    ],
+)
+def test_a_shard_of_other_shapes_or_conditions_is_one_line(change, family, tmp_path):
+    make_pairs(family, ITEMS, RECIPE, tmp_path, batch=4)
+    rewritten(tmp_path / "pairs-00001.safetensors", change, keep_digest=False)
+    with pytest.raises(UserError, match=r"pairs-00001\.safetensors: not a whole shard of pairs") as caught:
+        PairSet(tmp_path, family, ITEMS, RECIPE)
+    assert "\n" not in str(caught.value)

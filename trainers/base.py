@@ -764,11 +764,11 @@ class Trainer(abc.ABC):
             for name, optimizer in self.optimizers.items():
                 _load_optimizer(optimizer, tensors[f"optimizer-{name}"])
             self.noise.set_state(tensors["noise"]["generator"])
-            self.counters.update(meta["counters"])
-            self.skipped.update(meta["skipped"])
-            self.skipped_in_a_row.update(meta["skipped_in_a_row"])
-            self.not_finite.update(meta.get("not_finite", {}))
-            self.seconds = meta["seconds"]
+            self.counters.update(_counts(meta["counters"]))
+            self.skipped.update(_counts(meta["skipped"]))
+            self.skipped_in_a_row.update(_counts(meta["skipped_in_a_row"]))
+            self.not_finite.update(_counts(meta.get("not_finite", {})))
+            self.seconds = float(meta["seconds"])
             self.attention = self.attention or meta.get("attention")
             self._logged = {name: list(values.unbind()) for name, values in tensors.get("logged", {}).items()}
             self.unwritten = list(meta.get("unwritten") or [])
@@ -777,6 +777,16 @@ class Trainer(abc.ABC):
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"checkpoint {where}: does not fit this run ({reason}); was the teacher changed?") from None
+
+
+def _counts(counts: dict[str, Any]) -> dict[str, int]:
+    """
+    Raises:
+        ValueError: not numbers of something, by name.
+    """
+    if not all(isinstance(count, int) and count >= 0 for count in counts.values()):
+        raise ValueError("its counters are no counts")
+    return counts
 
 
 def _stacked(values: list[Tensor | float]) -> Tensor:

@@ -17,19 +17,18 @@ from typing import Annotated, Literal
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMScheduler
 from pydantic import Field, model_validator
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill.config import Section, UserPath
 from stepdistill.data import Order, mirrored, read_idx, read_npz
 from stepdistill.denoiser import Prediction
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 from stepdistill.families.unet2d import UNet2DFamily, build_teacher_network
 from stepdistill.files import replacing_folder, write_tensors
 from stepdistill.objectives.denoising import denoising_loss
 from stepdistill.pipeline_folders import check_replaceable
+from stepdistill.readers import read_tensors
 
 
 class TeacherData(Section):
@@ -223,20 +222,22 @@ def _save_partial(path: Path, step: int, network, ema, optimizer, generator) -> 
 def _resume(path: Path, network, ema, optimizer, generator) -> int:
     if not path.exists():
         return 0
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        step = json.loads(file.metadata()["step"])
-    try:
-        network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
-    except RuntimeError:
-        raise UserError(f"{path}: saved by a training of another network; remove it, or set another output") from None
-    for name in ema:
-        ema[name].copy_(tensors[f"ema.{name}"])
-    state: dict[int, dict] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    generator.set_state(tensors["generator"])
+    remedy = "remove it to start again, or set another output"
+    with reading(path, remedy, "cannot be gone on with"):
+        tensors, metadata = read_tensors(path)
+        step = int(metadata["step"])
+        own = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+        try:
+            network.load_state_dict(own)
+        except RuntimeError:
+            raise UserError(f"{path}: saved by a training of another network; {remedy}") from None
+        for name in ema:
+            ema[name].copy_(tensors[f"ema.{name}"])
+        state: dict[int, dict] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        generator.set_state(tensors["generator"])
     return step

@@ -10,6 +10,7 @@ What a stopped training goes on from is in ``OUTPUT.work``: the VAE once it is d
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import random
@@ -22,7 +23,7 @@ import torch
 from diffusers import DDIMScheduler, ModelMixin
 from diffusers.models.attention_processor import AttnProcessor
 from pydantic import Field, model_validator
-from safetensors import safe_open
+from safetensors import SafetensorError
 from stepdistill.pipelines.saving import save_in_one_dtype
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ from stepdistill.families.stable_diffusion import StableDiffusionFamily, encode_
 from stepdistill.files import replacing_folder, write_tensors
 from stepdistill.objectives.denoising import capped_snr_weight, denoising_loss
 from stepdistill.pipeline_folders import check_replaceable
+from stepdistill.readers import read_tensors
 from stepdistill.run import differences
 
 from .grids import save_grid
@@ -290,11 +292,12 @@ def _latents(config: TextTeacherConfig, vae: ModelMixin, pixels: Tensor, held_ou
     for tensor in (*vae.state_dict().values(), pixels, held_out):
         digest.update(tensor.cpu().contiguous().numpy())
     made_of = {"made_of": digest.hexdigest()}
-    if file.is_file():
-        with safe_open(file, "pt") as kept:
-            if (kept.metadata() or {}).get("made_of") == made_of["made_of"]:
-                return kept.get_tensor("latents"), kept.get_tensor("psnr").item()
-        print(f"{file}: of another VAE or other pictures; made anew")
+    if file.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, SafetensorError):
+            tensors, metadata = read_tensors(file)
+            if metadata.get("made_of") == made_of["made_of"]:
+                return tensors["latents"], tensors["psnr"].item()
+        print(f"{file}: damaged, or of another VAE or other pictures; made anew")
     psnr = torch.tensor(reconstruction_psnr(vae, held_out), dtype=torch.float64)
     latents = encode_all(vae, pixels).contiguous()
     write_tensors(file, {"latents": latents, "psnr": psnr}, made_of)

@@ -491,12 +491,34 @@ def foreign_state(newest: Path, root: Path) -> None:
 def other_method(newest: Path, root: Path) -> None:
     state = json.loads((newest / "state.json").read_text())
     state["meta"]["method"] = "other"
+    del state["sha256"]
     (newest / "state.json").write_text(json.dumps(state))
 
 
 def other_counters(newest: Path, root: Path) -> None:
     state = json.loads((newest / "state.json").read_text())
     state["meta"]["counters"] = 3
+    del state["sha256"]
+    (newest / "state.json").write_text(json.dumps(state))
+
+
+def changed_counter(newest: Path, root: Path) -> None:
+    state = json.loads((newest / "state.json").read_text())
+    state["meta"]["counters"]["student"] -= 1
+    (newest / "state.json").write_text(json.dumps(state))
+
+
+def counter_of_words(newest: Path, root: Path) -> None:
+    state = json.loads((newest / "state.json").read_text())
+    state["meta"]["counters"]["student"] = "two"
+    del state["sha256"]
+    (newest / "state.json").write_text(json.dumps(state))
+
+
+def files_elsewhere(newest: Path, root: Path) -> None:
+    state = json.loads((newest / "state.json").read_text())
+    state["files"] = {f"../{newest.name}/{name}": digest for name, digest in state["files"].items()}
+    del state["sha256"]
     (newest / "state.json").write_text(json.dumps(state))
 
 
@@ -511,9 +533,12 @@ def other_teacher(newest: Path, root: Path) -> None:
 
 CHECKPOINTS = {
     "damaged": (spoil_weights, ("student.safetensors is damaged", "delete", "the one before it")),
-    "foreign": (foreign_state, ("state.json is missing or damaged", "delete")),
+    "foreign": (foreign_state, ("state.json is damaged", "delete")),
     "of another method": (other_method, ("written by method 'other', not 'dmd2'",)),
     "with another state": (other_counters, ("does not fit this run",)),
+    "with a changed counter": (changed_counter, ("state.json is damaged", "not what was written")),
+    "with a counter of words": (counter_of_words, ("does not fit this run (its counters are no counts)",)),
+    "with files elsewhere": (files_elsewhere, ("state.json is damaged (it names other files)",)),
     "of another teacher": (other_teacher, ("student: the saved weights do not fit this network",)),
 }
 

@@ -364,11 +364,11 @@ SPOILT = {
     "no manifest": (lambda folder: (folder / "msd.json").unlink(), r"no msd\.json in it, so it is not a folder of"),
     "a manifest cut short": (
         lambda folder: (folder / "msd.json").write_text('{"students": 3'),
-        r"msd\.json: damaged; gather the students again",
+        r"msd\.json: damaged .*; gather the students again",
     ),
-    "a manifest of another kind": (lambda folder: (folder / "msd.json").write_text("[]"), "damaged; gather"),
-    "a manifest without a key": (less_manifest, "damaged; gather"),
-    "a manifest of fewer": (fewer_parameters, "damaged; gather"),
+    "a manifest of another kind": (lambda folder: (folder / "msd.json").write_text("[]"), "damaged .*; gather"),
+    "a manifest without a key": (less_manifest, "damaged .*; gather"),
+    "a manifest of fewer": (fewer_parameters, "damaged .*; gather"),
 }
 
 

@@ -331,7 +331,7 @@ def test_latents_are_of_this_vae_and_these_pictures(data, tmp_path, capsys):
         (work / gone).unlink(missing_ok=True)
     other = raw(data, tmp_path / "t", seed=1)
     train_text_teacher(check(TextTeacherConfig, other, "test"))
-    assert "latents.safetensors: of another VAE or other pictures; made anew" in capsys.readouterr().out
+    assert "latents.safetensors: damaged, or of another VAE or other pictures; made anew" in capsys.readouterr().out
     second = load_file(work / "latents.safetensors")["latents"]
     assert second.shape == first.shape
     assert not torch.allclose(first, second, atol=0.1)
