@@ -43,6 +43,7 @@ def scheduler(name: str):
         "eps_4000": lambda: DDIMScheduler(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2", **pixel),
         "v_100": lambda: DDIMScheduler(num_train_timesteps=100, prediction_type="v_prediction", **pixel),
         "flow": lambda: FlowMatchEulerDiscreteScheduler(),
+        "flow_100": lambda: FlowMatchEulerDiscreteScheduler(num_train_timesteps=100),
         "flow_shift": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
         "edm": lambda: CMStochasticIterativeScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5),
         "sd_ddim_eps": lambda: DDIMScheduler(
