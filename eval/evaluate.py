@@ -51,7 +51,8 @@ PACKAGES = ("stepdistill", "torch", "diffusers", "torchmetrics")
 class Target:
     """A pipeline to measure: its name in tables, its folder, and how it is called.
 
-    ``steps`` and ``guidance_scale`` None mean what the folder's provenance says, ``null_label`` None its network's.
+    ``steps`` and ``guidance_scale`` None mean what the folder's provenance says, ``null_label`` None its network's;
+    ``variant`` is of the weights.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Target:
     steps: int | None = None
     guidance_scale: float | None = None
     null_label: int | None = None
+    variant: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Target:
@@ -393,6 +395,8 @@ def _fingerprint(target: Target, protocol: dict[str, Any]) -> str:
     call = {"steps": target.steps, "guidance_scale": target.guidance_scale, "protocol": protocol}
     if target.null_label is not None:
         call["null_label"] = target.null_label
+    if target.variant is not None:
+        call["variant"] = target.variant
     digest = hashlib.sha256(json.dumps(call, sort_keys=True).encode())
     folder = pipeline_folder(target.path)
     for path in sorted(folder.rglob("*")):
@@ -425,7 +429,8 @@ def _measure(target: Target, tools: _Tools) -> dict[str, Any]:
     settings, seeds = tools.settings, protocols.seeds_of(tools.settings)
     error = stock = None
     try:
-        stock = StockPipeline.load(target.path, tools.device, getattr(torch, settings.dtype), target.null_label)
+        how = {"null_label": target.null_label, "variant": target.variant}
+        stock = StockPipeline.load(target.path, tools.device, getattr(torch, settings.dtype), **how)
         steps, guidance = resolve(target, stock)
         if tools.scorer is not None and stock.condition_kind != "prompt":
             raise UserError(

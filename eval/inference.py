@@ -31,6 +31,7 @@ from stepdistill.attention import (
 )
 from stepdistill.errors import UserError, reading
 from stepdistill.families.random_sizes import PIPELINE_SIZES, random_pipeline
+from stepdistill.pipeline_folders import hub_folder
 
 from .latency import PARTS, Clock, Latency, device_name, measure_latency
 from .stock import StockPipeline
@@ -230,11 +231,12 @@ def of_folders(student: str, teacher: str | None, device: str, dtype: torch.dtyp
         UserError: no such folder, or a student that does not say its teacher.
     """
     own = StockPipeline.load(assets.resolve(student), device, dtype)
-    source = teacher or own.provenance.get("teacher")
-    if source is None:
+    facts = {"teacher": teacher} if teacher else own.provenance
+    if facts.get("teacher") is None:
         raise UserError(f"{student}: does not say what it was distilled from; name its teacher by --teacher")
     steps = settings.pop("steps", None) or own.default_steps or 1
-    other = StockPipeline.load(assets.resolve(source), device, dtype)
+    folder = hub_folder(assets.resolve(facts["teacher"]), facts.get("teacher_revision"))
+    other = StockPipeline.load(folder, device, dtype, variant=facts.get("teacher_variant"))
     return Inference(own, other, steps, student_guidance=own.default_guidance, **settings)
 
 

@@ -13,14 +13,13 @@ from stepdistill.pipelines.msd import is_msd_folder
 from stepdistill import assets
 from stepdistill.config import check
 from stepdistill.errors import UserError
-from stepdistill.pipeline_folders import is_whole
+from stepdistill.pipeline_folders import hub_folder, is_whole
 from stepdistill.settings import DataSettings
 from stepdistill.sources import prompts_of
 
 from .evaluate import EvaluationSettings, Target, evaluate
 from .pictures import grid, table
 from .processes import Processes
-from .stock import hub_folder
 
 
 def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
@@ -29,16 +28,16 @@ def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
     A guided teacher is evaluated with ``evaluation.teacher_guidance_scale``, by default that of its distillation.
     """
     own, teacher = config["evaluation"], config["teacher"]
-    path = hub_folder(assets.resolve(teacher["path"]), teacher.get("revision"))
+    path, variant = hub_folder(assets.resolve(teacher["path"]), teacher.get("revision")), teacher.get("variant")
     scale = teacher_scale(config)
     also = sorted(config["sampler"].get("also_steps") or [], reverse=True)
     students = [Target("student", run / "student", n) for n in [None, *also]]
     null = teacher.get("null_label")
     if config["method"] == "pso":  # its teacher is a few-step model already, the one that was tuned
         counts = [config["sampler"]["steps"], *also]
-        return [*(Target("untuned", path, n, null_label=null) for n in counts), *students]
+        return [*(Target("untuned", path, n, None, null, variant) for n in counts), *students]
     fewer = sorted(set(own["teacher_steps"]) - {teacher["steps"]}, reverse=True)
-    teachers = [Target("teacher", path, n, scale, null) for n in [teacher["steps"], *fewer]]
+    teachers = [Target("teacher", path, n, scale, null, variant) for n in [teacher["steps"], *fewer]]
     stages = config.get("stages") if own.get("stages") and "msd" not in config else None  # those are each student's
     for number, stage in enumerate(stages or [], 1):
         name = stage["name"]

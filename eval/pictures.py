@@ -124,7 +124,7 @@ def grid(
     """
     blocks, names = [], None
     for target in targets:
-        stock = StockPipeline.load(target.path, device, null_label=target.null_label)
+        stock = StockPipeline.load(target.path, device, null_label=target.null_label, variant=target.variant)
         steps, guidance = resolve(target, stock)
         conditions = conditions_for(stock, range(columns), prompts, labels)
         noise = unit_noise(seed, 0, rows * columns, stock.noise_shape)

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from stepdistill.pipelines.calls import callable_with_noise
 from stepdistill.pipelines.msd import MSDPipeline, is_msd_folder
 from torch import Tensor, nn
@@ -25,6 +22,7 @@ from stepdistill.data import label_ranges
 from stepdistill.errors import UserError, reading
 from stepdistill.families.unet2d import class_labels, stamp_of
 from stepdistill.loading import load_pipeline
+from stepdistill.pipeline_folders import hub_folder
 
 ConditionKind = Literal["none", "label", "prompt"]
 
@@ -62,10 +60,14 @@ class StockPipeline:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         null_label: int | None = None,
+        variant: str | None = None,
     ) -> StockPipeline:
         """``DiffusionPipeline.from_pretrained`` on a folder of this machine (or ``asset:NAME``); no downloads.
 
         Every part is loaded, and computes, in ``dtype``, whatever the folder's weights are stored in.
+
+        Args:
+            variant: of the weights (``fp16``); the plain ones by default, or the only ones that there are.
 
         Raises:
             UserError: no such folder, not a diffusers folder, or one that diffusers cannot load.
@@ -75,7 +77,7 @@ class StockPipeline:
             with _quiet():
                 return cls(MSDPipeline.from_pretrained(folder, dtype, device), str(path))
         with _quiet():
-            pipeline = load_pipeline(folder, f"pipeline {path}", "export it again", dtype)
+            pipeline = load_pipeline(folder, f"pipeline {path}", "export it again", dtype, variant)
         return cls(pipeline.to(device), str(path), null_label)
 
     # -- what it is ----------------------------------------------------------------------------------------
@@ -214,17 +216,6 @@ class StockPipeline:
 def is_pipeline(folder: Path) -> bool:
     """Whether a folder holds a stock pipeline, or several students."""
     return (folder / "model_index.json").is_file() or is_msd_folder(folder)
-
-
-def hub_folder(path: str, revision: str | None = None) -> str:
-    """The folder of a hub id that is in this machine's hub cache, as training leaves its teacher there; ``path`` itself
-    where it is no such id.  Nothing is downloaded."""
-    if Path(path).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        return path
-    try:
-        return snapshot_download(path, revision=revision, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError):
-        return path
 
 
 def pipeline_folder(path: str | Path) -> Path:

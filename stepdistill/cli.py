@@ -238,6 +238,7 @@ def sample(
     negative_prompt: Annotated[str | None, typer.Option(help="what to lead away from, inside the attention")] = None,
     negative_scale: Annotated[float, typer.Option(min=0, help="how much; with --negative-prompt")] = 0.2,
     seed: Annotated[int, typer.Option()] = 0,
+    variant: Annotated[str | None, typer.Option(help="of the pipeline's weights, e.g. fp16")] = None,
     output: Annotated[Path, typer.Option(help="the picture to write")] = Path("samples.png"),
 ) -> None:
     """Draw a grid of pictures with a stock pipeline."""
@@ -254,7 +255,7 @@ def sample(
     if is_pipeline(Path(path) / "student"):
         path = str(Path(path) / "student")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    stock = StockPipeline.load(path, device)
+    stock = StockPipeline.load(path, device, variant=variant)
     conditions = _given_conditions(stock, prompt, label, count)
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(count, *stock.noise_shape, generator=generator)

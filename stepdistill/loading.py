@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from stepdistill.errors import UserError, reading, shown
 from stepdistill.pipeline_folders import INDEX
 from stepdistill.readers import read_json, regular
+from stepdistill.variants import choose_variant, variants_of
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
@@ -100,6 +101,7 @@ def load_pipeline(
     remedy: str = "write the folder again",
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
+    variant_key: str | None = None,
     **given: Any,
 ) -> DiffusionPipeline:
     """``DiffusionPipeline.from_pretrained`` on a folder of this machine whose parts are all there, whole.
@@ -107,7 +109,8 @@ def load_pipeline(
     Args:
         what: the folder's name in errors.
         dtype: of every network.
-        variant: of the parts that have it.
+        variant: of the parts that have it; by default the plain weights, or the only ones.
+        variant_key: what names the variant, for errors; then the only ones are not taken without it.
         given: parts in place of the folder's; None leaves one out.
 
     Raises:
@@ -117,8 +120,10 @@ def load_pipeline(
     index = read_index(folder, what)
     parts = {name: part for name, part in parts_of(index).items() if name not in given}
     with reading(what, remedy, "cannot be loaded"):
-        for name, (library, class_name) in parts.items():
-            network = _network_class(library, class_name)
+        networks = {name: _network_class(*part) for name, part in parts.items()}
+        variants = {name: variants_of(folder / name) for name, network in networks.items() if network is not None}
+        variant = choose_variant(variants, variant, what, variant_key)
+        for name, network in networks.items():
             if network is None:
                 check_config(folder / name, f"{what}: its {name}")
             else:
@@ -192,7 +197,7 @@ def load_network(
         check_config(place, what)
         for file in place.glob("*.safetensors"):
             regular(file)
-        if variant is not None and not any(place.glob(f"*.{variant}.*")):
+        if variant not in variants_of(place):
             variant = None
         arguments["local_files_only"] = True
     elif subfolder is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from stepdistill import assets, files
@@ -27,6 +30,17 @@ CONFIGS = {
 """By the end of a component's class; every other component is a network with ``config.json`` and weights."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 """One of these is beside a tokenizer's config."""
+
+
+def hub_folder(path: str, revision: str | None = None) -> str:
+    """The folder of a hub id that is in this machine's hub cache, as training leaves its teacher there; ``path`` itself
+    where it is no such id.  Nothing is downloaded."""
+    if Path(path).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        return path
+    try:
+        return snapshot_download(path, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return path
 
 
 def is_whole(folder: str | Path) -> bool:

@@ -17,8 +17,8 @@ from stepdistill.sampler import Final, Transition
 class TeacherSettings(Section):
     path: UserPath = Field(description="a diffusers folder, a hub id (owner/name), or asset:NAME for a shipped one")
     family: str = Field("auto", description="auto reads it off the folder")
-    revision: str | None = None
-    variant: str | None = None
+    revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
+    variant: str | None = Field(None, description="of the weights, e.g. fp16 for *.fp16.safetensors; the plain ones")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen weights")
     null_label: int | None = Field(
         None,

@@ -25,7 +25,6 @@ from stepdistill.eval.evaluate import Target, evaluate, step_generator, unit_noi
 from stepdistill.eval.features import load_extractor
 from stepdistill.eval.of_run import label_names, protocol, shown_prompts, teacher_scale
 from stepdistill.eval.pictures import grid, table
-from stepdistill.eval.stock import hub_folder
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.entries import Contestant, RunEntry, peak_memory, read_cost, read_entries, write_cost
 from stepdistill.trainers.launch import run_students, train, train_recipe
@@ -37,7 +36,7 @@ from stepdistill import assets, files
 from stepdistill.clip import ClipSettings
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
-from stepdistill.pipeline_folders import is_free
+from stepdistill.pipeline_folders import hub_folder, is_free
 from stepdistill.run import RunFolder, check_place
 from stepdistill.settings import EvaluationSettings, RunSettings
 
@@ -276,7 +275,7 @@ def measure(settings: CompareSettings, entries: dict[str, Contestant], device: s
     raw = config.model_dump(mode="json")
     own = config.teacher
     path = hub_folder(assets.resolve(own.path), own.revision)
-    teacher = Target("teacher", path, own.steps, teacher_scale(raw), own.null_label)
+    teacher = Target("teacher", path, own.steps, teacher_scale(raw), own.null_label, own.variant)
     targets = [teacher, *(Target(made.name, made.run.student, steps) for made, steps in asked)]
     more = {key: getattr(settings, key) for key in ("precision_recall", "diversity", "clip")}
     final = protocol(raw, settings.final_samples).model_copy(update=more)

@@ -133,7 +133,8 @@ def _read(name, title, seed, entry: RunEntry, overrides, passes: int, output: Pa
     path = folder / entry.config
     own = [*overrides, *entry.overrides, f"output={_as_yaml(output)}"]
     own += [] if seed is None else [f"seed={seed}"]
-    own += [] if base is None else [f"teacher.path={_as_yaml(base.run.student)}"]
+    if base is not None:  # a student has neither its teacher's revision nor its variants
+        own += [f"teacher.path={_as_yaml(base.run.student)}", "teacher.revision=null", "teacher.variant=null"]
     raw = apply_overrides(read_yaml(path), own)
     recipe = is_recipe(raw)
     if base is None and not recipe:

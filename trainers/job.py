@@ -418,9 +418,11 @@ def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:
     config, part = job.config, job.config.data.part
     msd = {} if part is None else {"msd": {"router": trainer.router, "student": part.student}}
     changed = {} if config.roles.network is None else {"network": config.roles.network}
+    which = {"revision": config.teacher.revision, "variant": config.teacher.variant}
     return {
         "method": job.method.name,
         "teacher": config.teacher.path,
+        **{f"teacher_{key}": value for key, value in which.items() if value is not None},
         "student_updates": trainer.counters["student"],
         "network_passes": trainer.passes,
         "weights": config.roles.weights,

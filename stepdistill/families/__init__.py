@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from stepdistill.errors import UserError, reading
-from stepdistill.families.base import Family
+from stepdistill.families.base import Family, Source
 from stepdistill.families.stable_diffusion import StableDiffusionFamily
 from stepdistill.families.unet2d import UNet2DFamily
 from stepdistill.finiteness import check_components
@@ -117,6 +117,7 @@ def load_family(
 
     Args:
         family: a family's name, or ``auto`` to read it off the folder.
+        variant: of the weights; the plain ones by default.
         dtype: of the teacher's frozen weights.
         null_label: of a class-conditional teacher whose folder does not say it.
 
@@ -131,11 +132,13 @@ def load_family(
     if family not in ("auto", found):
         raise UserError(f"teacher.family = {family}: the teacher {path} is of family {found}")
     optional = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
-    pipeline = load_pipeline(folder, what, "save it again with save_pretrained", dtype, variant, **optional)
+    remedy, key = "save it again with save_pretrained", "teacher.variant"
+    pipeline = load_pipeline(folder, what, remedy, dtype, variant, key, **optional)
     check_components(pipeline.components, what, "download or export it again")
     norms_in_float32(pipeline.unet)
     with reading(what, "look at the configs of its parts", "is not understood"):
         teacher = FAMILIES[found].from_components(pipeline.components, path)
+    teacher.source = Source(path, folder, variant)
     if null_label is not None:
         teacher.state_null_label(null_label, path)
     _try(teacher, path)

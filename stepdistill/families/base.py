@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill import precision
+from stepdistill import assets, precision
 from stepdistill.conditions import ConditionKind, Conditions
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
 from stepdistill.errors import UserError, reading
 from stepdistill.loading import load_network
 from stepdistill.schedule import Clipping, PredictionType, Schedule
+from stepdistill.variants import choose_variant, variants_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """A teacher's path or hub id, its folder on this machine, and which of the weights there."""
+
+    path: str
+    folder: Path
+    variant: str | None = None
 
 
 class Family(abc.ABC):
@@ -48,6 +60,8 @@ class Family(abc.ABC):
     """Whether the stock pipeline hands its scheduler an ``eta``."""
     takes_negatives: ClassVar[bool] = False
     """Whether there is :meth:`steering`."""
+    source: Source | None = None
+    """Where the teacher was loaded from."""
     network: nn.Module
     schedule: Schedule
     kind: PredictionType
@@ -157,13 +171,18 @@ class Family(abc.ABC):
         """The network's weights of another diffusers folder (or hub id), e.g. an earlier student; ``like``: the network
         that they must fit, the teacher's by default.
 
+        Plain weights, or the only ones; of the teacher's own folder those that the teacher was loaded with.
+
         Raises:
             UserError: not there, or a network of another shape.
         """
         like = self.network if like is None else like
-        what = f"roles.student_from = {path}"
+        what, place, variant = f"roles.student_from = {path}", assets.resolve(path), None
+        if self.source is not None and place == self.source.path:
+            place, variant = str(self.source.folder), self.source.variant
         with reading(what, "name a student that was exported", "its unet cannot be loaded"):
-            found = load_network(type(self.network), path, what, subfolder="unet").state_dict()
+            variant = choose_variant({"unet": variants_of(Path(place) / "unet")}, variant, what, None)
+            found = load_network(type(self.network), place, what, variant=variant, subfolder="unet").state_dict()
         found, own = self.complete_weights(found, like), like.state_dict()
         odd = [k for k in own.keys() | found.keys() if k not in own or k not in found or own[k].shape != found[k].shape]
         if odd:
