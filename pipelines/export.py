@@ -17,6 +17,7 @@ from stepdistill.pipelines.saving import save_in_one_dtype
 from stepdistill.pipelines.schedulers import student_scheduler
 
 from stepdistill import __version__, files
+from stepdistill.digests import write_record
 from stepdistill.families.base import Family
 from stepdistill.pipeline_folders import check_replaceable
 from stepdistill.roles import Role
@@ -93,7 +94,7 @@ def write_pipeline(
 
     Raises:
         UserError: the folder holds something that stepdistill did not export, is one of ``inputs``, or cannot be
-            written.
+            written; weights that are not finite, or not in ``dtype``.
     """
     path = Path(path)
     check_replaceable(path, inputs)
@@ -102,6 +103,7 @@ def write_pipeline(
         (temporary / "README.md").write_text(model_card(path.name, pipeline, facts, dtype), encoding="utf-8")
         if lora is not None:
             lora(temporary / "lora")
+        write_record(temporary)
     return path
 
 

@@ -27,6 +27,7 @@ from stepdistill.pipelines.card import students_card
 from torch import Tensor
 
 from stepdistill import __version__, files
+from stepdistill.digests import check_folder, write_record
 from stepdistill.errors import UserError, reading
 from stepdistill.families.stable_diffusion import PromptEncoder
 from stepdistill.loading import load_pipeline
@@ -351,6 +352,8 @@ def export_students(folders: list[Path], router: Router, path: Path) -> Path:
                 f"--student {k}, which exports it again"
             )
     said = [check_student(folder, router, k) for k, folder in enumerate(folders)]
+    for folder in folders:
+        check_folder(folder, f"student {folder}")
     check_replaceable(path)
     with reading(folders[0], "export it again", "not a whole student"):
         unet = read_json(folders[0] / "unet" / "config.json")
@@ -369,7 +372,7 @@ def export_students(folders: list[Path], router: Router, path: Path) -> Path:
     }
     with files.replacing_folder(path) as temporary:
         for k, folder in enumerate(folders):
-            shutil.copytree(folder, temporary / f"student-{k}")
+            write_record(Path(shutil.copytree(folder, temporary / f"student-{k}")))
         router.save(temporary / FILE)
         files.write_json(temporary / MANIFEST, manifest)
         files.write_text(temporary / "README.md", students_card(path.name, manifest, router))

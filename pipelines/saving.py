@@ -18,6 +18,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel
 
+from stepdistill.finiteness import check_module
+
 
 def save_in_one_dtype(
     pipeline: DiffusionPipeline,
@@ -31,10 +33,16 @@ def save_in_one_dtype(
 
     Args:
         in_float32: parts that are stored in float32 all the same.
+
+    Raises:
+        UserError: weights that are not finite, or would not be in ``dtype``; nothing is written then.
     """
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     for name, network in networks.items():
+        check_module(network, f"the {name} to be exported", "go back to an earlier checkpoint")
         converted = _in_dtype(network, torch.float32 if name in in_float32 else dtype)
+        narrow = f"{dtype}".removeprefix("torch.")
+        check_module(converted, f"the {name} in {narrow}", f"they are too large for {narrow}; export it in bfloat16")
         pipeline.register_modules(**{name: converted})
     try:
         pipeline.save_pretrained(folder, safe_serialization=True)

@@ -8,9 +8,8 @@ timestep; :func:`check_module` refuses weights that are not finite when they are
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,24 +43,13 @@ def check_module(module: nn.Module, what: str, remedy: str) -> None:
     """Refuse a network with weights that are not finite.
 
     Args:
-        what: the network, for the error.
+        what: the network, as the error begins.
 
     Raises:
         UserError: it names the first such tensor.
     """
     if (name := first_not_finite(module.state_dict().items())) is not None:
-        raise UserError(f"{what}: its weights are not finite ({name} holds a NaN or an infinity); {remedy}")
-
-
-def check_components(components: Mapping[str, Any], what: str, remedy: str) -> None:
-    """:func:`check_module` of every network among a pipeline's components.
-
-    Raises:
-        UserError: it names the component and the tensor.
-    """
-    for name, part in components.items():
-        if isinstance(part, nn.Module):
-            check_module(part, f"{what}, {name}", remedy)
+        raise UserError(f"{what} has weights that are not finite ({name} holds a NaN or an infinity); {remedy}")
 
 
 @dataclass(frozen=True)

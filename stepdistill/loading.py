@@ -19,7 +19,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
+from stepdistill.digests import check_folder
 from stepdistill.errors import UserError, reading, shown
+from stepdistill.finiteness import check_module
 from stepdistill.pipeline_folders import INDEX
 from stepdistill.readers import read_json, regular
 from stepdistill.variants import choose_variant, variants_of
@@ -114,11 +116,13 @@ def load_pipeline(
         given: parts in place of the folder's; None leaves one out.
 
     Raises:
-        UserError: as :func:`read_index`; a part's config or weights are missing, damaged or of another network.
+        UserError: as :func:`read_index`; a part's config or weights are missing, damaged, not finite, of another
+            network, or not those that stepdistill exported here.
     """
     folder = Path(folder)
     index = read_index(folder, what)
     parts = {name: part for name, part in parts_of(index).items() if name not in given}
+    check_folder(folder, what, parts.keys())
     with reading(what, remedy, "cannot be loaded"):
         networks = {name: _network_class(*part) for name, part in parts.items()}
         variants = {name: variants_of(folder / name) for name, network in networks.items() if network is not None}
@@ -188,7 +192,7 @@ def load_network(
         with_others: the weights of another network around this one may stand beside its own.
 
     Raises:
-        UserError: weights are missing, of another shape, or of another network.
+        UserError: weights are missing, of another shape, of another network, or not finite.
         Exception: what the libraries raise, of many kinds; call it inside :func:`errors.reading`.
     """
     arguments: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -218,4 +222,5 @@ def load_network(
         if names:
             count = f" ({len(names)} such tensors)" if len(names) > 1 else ""
             raise UserError(f"{what} {problem} {names[0]}{count}; its config or its weights are another network's")
+    check_module(loaded, what, "write it again from whole weights")
     return loaded

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.digests import check_file
 from stepdistill.errors import UserError, reading, shown
 from stepdistill.files import write_tensors
+from stepdistill.finiteness import first_not_finite
 from stepdistill.readers import parse_json, read_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -103,13 +105,15 @@ def read_lora(path: str | Path, key: str) -> LoRA:
         key: the config key that named it, for errors.
 
     Raises:
-        UserError: no such file, not a LoRA of a UNet, one of several ranks, or metadata that do not fit.
+        UserError: no such file, not a LoRA of a UNet, one of several ranks or that is not finite, metadata that do not
+            fit, or not the file that stepdistill exported there.
     """
     path = Path(path)
     places = [path, path / FILE, path / "lora" / FILE]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise UserError(f"{key} = {path}: no LoRA there; name a file, or a student that was exported with its LoRA")
+    check_file(file, f"{key} = {file}")
     with reading(f"{key} = {file}", "name another, or export the student again", "not a readable LoRA file"):
         tensors, said = read_tensors(file)
         return _of_tensors(tensors, parse_json(said.get(METADATA, "{}")))
@@ -118,8 +122,10 @@ def read_lora(path: str | Path, key: str) -> LoRA:
 def _of_tensors(tensors: dict[str, Tensor], metadata: Any) -> LoRA:
     """
     Raises:
-        ValueError: not one LoRA of a UNet in diffusers' keys, or metadata that do not fit.
+        ValueError: not one LoRA of a UNet in diffusers' keys, one that is not finite, or metadata that do not fit.
     """
+    if (odd := first_not_finite(tensors.items())) is not None:
+        raise ValueError(f"it has weights that are not finite, {odd} holds a NaN or an infinity")
     factors = {}
     for name, down in tensors.items():
         up = name.replace(".lora_A.", ".lora_B.")

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from stepdistill import assets, files
+from stepdistill.digests import RECORD
 from stepdistill.errors import UserError
 
 INDEX = "model_index.json"
@@ -172,6 +173,6 @@ def check_replaceable(folder: str | Path, inputs: Iterable[str | Path | None] = 
 
 def holds_parts(folder: Path) -> bool:
     """Whether all in a run's ``student`` are parts of one, as an interrupted deletion leaves them."""
-    parts = {INDEX, MANIFEST, "router.json", "README.md", "lora", "scheduler", "unet", "transformer", "vae"}
+    parts = {INDEX, MANIFEST, RECORD, "router.json", "README.md", "lora", "scheduler", "unet", "transformer", "vae"}
     parts |= {"text_encoder", "tokenizer", "feature_extractor", "safety_checker", "image_encoder"}
     return all(p.name in parts or p.name.startswith("student-") or files.is_internal(p) for p in folder.iterdir())

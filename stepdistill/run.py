@@ -1,7 +1,7 @@
 """The run folder: what a run was told, what it measured, what it made.
 
 config.yaml       the resolved config, defaults included
-environment.json  versions, git state, command, when
+environment.json  versions, git state, command, when, digests of the teacher's weights
 metrics.jsonl     one row every train.log_every student updates; what damage was taken out is in metrics.jsonl.damaged
 samples/          grids over time on fixed noise
 cache/            latents of real images
@@ -31,12 +31,15 @@ from pydantic import BaseModel
 
 from stepdistill import files
 from stepdistill.config import dump_yaml
+from stepdistill.digests import Digests
 from stepdistill.errors import UserError, reading, writing
 from stepdistill.pipeline_folders import holds_parts, is_whole
+from stepdistill.readers import read_json
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 LONGEST_NAME = 200
 """Bytes of a file's name that leave room for what temporary names add, of the 255 that file systems take."""
+ENVIRONMENT = "environment.json"
 CACHE = "cache"
 PAIRS = "pairs"
 PARTS = ("checkpoints", "samples", "nodes", CACHE, PAIRS)
@@ -207,8 +210,11 @@ class RunFolder:
         if self.student.is_dir() and not is_whole(self.student) and holds_parts(self.student):
             files.remove_folder(self.student)
 
-    def create(self, config: BaseModel, seed: int) -> None:
+    def create(self, config: BaseModel, seed: int, teacher: Digests | None = None) -> None:
         """Make the folder with its config, which makes it a run's, and environment.
+
+        Args:
+            teacher: the digests of the teacher's weights.
 
         Raises:
             UserError: it cannot be written.
@@ -216,7 +222,15 @@ class RunFolder:
         with writing(f"output = {self.path}", "choose another with output=FOLDER"):
             self.path.mkdir(parents=True, exist_ok=True)
         self.write_config(config)
-        files.write_json(self.path / "environment.json", environment(seed))
+        files.write_json(self.path / ENVIRONMENT, {**environment(seed), "teacher": teacher or {}})
+
+    @property
+    def teacher(self) -> Digests:
+        """The digests of the teacher that the run was started with; {} where it does not say."""
+        with contextlib.suppress(OSError, ValueError):
+            digests = read_json(self.path / ENVIRONMENT).get("teacher")
+            return digests if isinstance(digests, dict) else {}
+        return {}
 
     def write_config(self, config: BaseModel) -> None:
         """Record the resolved config."""

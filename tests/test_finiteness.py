@@ -70,5 +70,7 @@ def test_a_teacher_with_weights_that_are_not_finite_is_refused_by_the_tensors_na
     with torch.no_grad():
         parameter.view(-1)[0] = math.nan
     pipeline.save_pretrained(folder)
-    with pytest.raises(UserError, match=rf"^teacher {folder}, {part}: its weights are not finite \({name} holds"):
+    with pytest.raises(
+        UserError, match=rf"^teacher {folder}: its {part} has weights that are not finite \({name} holds"
+    ):
         load_family(str(folder))

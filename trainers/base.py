@@ -30,6 +30,7 @@ from stepdistill.conditions import drawn
 from stepdistill.config import Section
 from stepdistill.data import ImageSet, Order
 from stepdistill.denoiser import Condition, take
+from stepdistill.digests import Digests, check_same
 from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
 from stepdistill.finiteness import NotFinite, first_not_finite
@@ -214,6 +215,7 @@ class Trainer(abc.ABC):
         self.accelerator = accelerator or Accelerator(cpu=family.device.type == "cpu")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.noise = Noise(config.seed, family.device, self.rank, self.world)
+        self.teacher_digests: Digests = {}
         self.router: str | None = None  # of several students: the hash of what gave this one its conditions
         self.trained_on: Any = None  # what a job's config named, to describe it (stepdistill.trainers.job.Fit)
         self.attention: str | None = None  # the kernel that the networks use, once it is chosen
@@ -712,6 +714,7 @@ class Trainer(abc.ABC):
             tensors["logged"] = {name: _stacked(values) for name, values in self._logged.items()}
         meta = {
             "method": self.name,
+            "teacher": self.teacher_digests,
             "counters": self.counters,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -748,10 +751,11 @@ class Trainer(abc.ABC):
         """Go on from :meth:`state`.
 
         Raises:
-            UserError: the checkpoint is of another method, or does not fit the networks.
+            UserError: the checkpoint is of another method or teacher, or does not fit the networks.
         """
         if meta.get("method") != self.name:
             raise UserError(f"checkpoint {where}: written by method {meta.get('method')!r}, not {self.name!r}")
+        check_same(meta.get("teacher"), self.teacher_digests, self.config.teacher.path)
         try:
             for role in self.roles.trained():
                 role.load_state_dict(tensors[role.name])

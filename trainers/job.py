@@ -20,6 +20,7 @@ from stepdistill import assets, checkpoint, data
 from stepdistill.attention import NATIVE
 from stepdistill.conditions import shortened
 from stepdistill.config import Section, apply_overrides, check, merge, read_yaml
+from stepdistill.digests import digests_of
 from stepdistill.errors import UserError, first_line
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
@@ -345,6 +346,7 @@ def build_trainer(
     config = job.config
     accelerator = accelerator or make_accelerator()
     family = family or load_teacher(config)
+    teacher_digests = digests_of(family.networks())
     family.to(accelerator.device)
     sampler = job.method.make_sampler(config, family)
     fit = check_fit(job, family) if fit is None else fit
@@ -363,6 +365,7 @@ def build_trainer(
     conditions = ConditionSource(family, fit.items, config.seed + 1, fit.all_items)
     trainer = job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)
     trainer.router, trainer.trained_on = fit.router, fit
+    trainer.teacher_digests = teacher_digests
     return trainer
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from stepdistill.eval.processes import alone
 from stepdistill.eval.report import write_report
 from stepdistill.pipelines import export_student, export_students
@@ -51,6 +52,7 @@ from stepdistill.trainers.rehearsal import check_student, parameters_of, rehears
 from stepdistill import files
 from stepdistill.attention import AUTO, require
 from stepdistill.config import dump_yaml, read_yaml
+from stepdistill.digests import check_same
 from stepdistill.errors import UserError, writing
 from stepdistill.families.base import Family
 from stepdistill.partition import Router
@@ -131,12 +133,14 @@ def train(
     go_on: bool,
     before: Callable[[], None] | None = None,
     around: Callable[[Trainer], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    beside: Sequence[Job] = (),
 ) -> bool:
     """One run up to its exported student; whether this is the main process.
 
     Args:
         before: called before it writes.
         around: entered with the trainer when it is ready, left when it has trained.
+        beside: other runs of the same whole (stages, students), which have the same teacher.
 
     Raises:
         UserError: anything that stops it, another process that writes in its folder among them.
@@ -149,7 +153,7 @@ def train(
         exists = on_main(accelerator, lambda: run.check(job.config, go_on))  # again: nobody else writes now
         on_main(accelerator, run.tidy)
         on_main(accelerator, lambda: check_replaceable(run.student))
-        _train(job, run, accelerator, exists, before, around)
+        _train(job, run, accelerator, exists, before, around, beside)
     return accelerator.is_main_process
 
 
@@ -160,6 +164,7 @@ def _train(
     exists: bool,
     before: Callable[[], None] | None,
     around: Callable[[Trainer], contextlib.AbstractContextManager],
+    beside: Sequence[Job],
 ) -> None:
     config = job.config
     dtype = config.train.autocast_dtype or torch.float32
@@ -167,6 +172,7 @@ def _train(
     family = load_teacher(config)
     sampler = checked_sampler(job, family)
     trainer = build_trainer(job, run, accelerator, family)
+    check_teacher(job, trainer, beside)
     trainer.use_attention()
     if not exists:
         on_main(accelerator, lambda: check_student(job, trainer))
@@ -176,7 +182,7 @@ def _train(
         if before is not None:
             before()
         if not exists:
-            run.create(config, config.seed)
+            run.create(config, config.seed, trainer.teacher_digests)
 
     on_main(accelerator, begin)
     if main_process:
@@ -213,6 +219,24 @@ def _train(
     trainer.check_trained()
     on_main(accelerator, lambda: export(job, trainer, run))
     accelerator.end_training()
+
+
+def check_teacher(job: Job, trainer: Trainer, beside: Sequence[Job] = ()) -> None:
+    """Refuse another teacher than the one that this run, or another of the same whole, was started with.
+
+    Raises:
+        UserError: it names the network and both digests; or the processes have teachers that differ.
+    """
+    teacher = job.config.teacher
+    everywhere = gather_object([trainer.teacher_digests])
+    if any(digests != everywhere[0] for digests in everywhere):
+        raise UserError(f"teacher {teacher.path}: not the same weights in every process; copy them to every machine")
+
+    def check() -> None:
+        for other in (job, *(other for other in beside if other.config.teacher == teacher)):
+            check_same(RunFolder(other.config.output).teacher, trainer.teacher_digests, teacher.path)
+
+    on_main(trainer.accelerator, check)
 
 
 def end_processes() -> None:
@@ -317,19 +341,23 @@ def run_recipe(recipe: Recipe, go_on: bool) -> None:
         evaluate_and_report(recipe.last.job.config.evaluation.enabled, recipe.run)
 
 
-def train_recipe(recipe: Recipe, go_on: bool) -> bool:
-    """The stages up to the recipe's student; whether this is the main process."""
+def train_recipe(recipe: Recipe, go_on: bool, beside: Sequence[Job] = ()) -> bool:
+    """The stages up to the recipe's student; whether this is the main process.
+
+    Args:
+        beside: runs of other students.
+    """
     accelerator = make_accelerator()
     on_main(accelerator, lambda: recipe.check_folder(go_on))
     with locked(accelerator, recipe.run.lock()):
         exists = on_main(accelerator, lambda: recipe.check_folder(go_on))  # again: nobody else writes now
         on_main(accelerator, recipe.run.tidy)
         on_main(accelerator, lambda: check_replaceable(recipe.run.student))
-        _train_stages(recipe, accelerator, exists)
+        _train_stages(recipe, accelerator, exists, [*(stage.job for stage in recipe.stages), *beside])
     return accelerator.is_main_process
 
 
-def _train_stages(recipe: Recipe, accelerator: Accelerator, exists: bool) -> None:
+def _train_stages(recipe: Recipe, accelerator: Accelerator, exists: bool, beside: Sequence[Job]) -> None:
     main_process = accelerator.is_main_process
     for stage in [stage for stage in recipe.stages if not stage.finished][1:]:
         rehearse_stage(stage)
@@ -341,7 +369,8 @@ def _train_stages(recipe: Recipe, accelerator: Accelerator, exists: bool) -> Non
             continue
         if main_process:
             print(f"{title}: {stage.job.method.title}")
-        train(stage.job, stage.run, True, None if exists else lambda: write_config(recipe.output, recipe.config))
+        begin = None if exists else lambda: write_config(recipe.output, recipe.config)
+        train(stage.job, stage.run, True, begin, beside=beside)
 
     def finish() -> None:
         write_config(recipe.output, recipe.config)
@@ -411,14 +440,15 @@ def run_students(several: MultiStudent, go_on: bool, only: str | None, closing: 
     with locked(accelerator, several.lock()):
         router = _begin_students(several, family, accelerator, go_on or only is not None)
     if several.shared is not None and (only is None or only == SHARED):
-        _one(several.shared, RunFolder(several.shared.output), "what all share", True, accelerator)
+        _one(several.shared, RunFolder(several.shared.output), "what all share", True, accelerator, several.jobs)
     if only == SHARED:
         end_processes()
         return
     count = several.settings.students
     for k in range(count) if only is None else [int(only)]:
         title = f"student {k} of 0..{count - 1}"
-        _one(several.students[k], several.folder(k), title, go_on or only is None, accelerator)
+        beside = [*several.jobs, *(jobs_of(several.shared) if several.shared else [])]
+        _one(several.students[k], several.folder(k), title, go_on or only is None, accelerator, beside)
     end_processes()
     if not accelerator.is_main_process:
         return
@@ -465,8 +495,10 @@ def _begin_students(several: MultiStudent, family: Family, accelerator: Accelera
     return router
 
 
-def _one(work: Job | Recipe, run: RunFolder, title: str, go_on: bool, accelerator: Accelerator) -> None:
-    """A run or recipe of one student, unless it is finished."""
+def _one(
+    work: Job | Recipe, run: RunFolder, title: str, go_on: bool, accelerator: Accelerator, beside: Sequence[Job]
+) -> None:
+    """A run or recipe of one student, unless it is finished; ``beside``: the runs of the others."""
     if on_main(accelerator, lambda: _is_finished(run)):
         if accelerator.is_main_process:
             print(f"{title}: finished before, in {run.path}")
@@ -474,9 +506,9 @@ def _one(work: Job | Recipe, run: RunFolder, title: str, go_on: bool, accelerato
     if accelerator.is_main_process:
         print(f"{title}, in {run.path}")
     if isinstance(work, Recipe):
-        train_recipe(work, go_on)
+        train_recipe(work, go_on, beside)
     else:
-        train(work, run, go_on)
+        train(work, run, go_on, beside=beside)
 
 
 def print_students(several: MultiStudent, command: tuple[str, ...]) -> None:

@@ -10,7 +10,6 @@ from stepdistill.errors import UserError, reading
 from stepdistill.families.base import Family, Source
 from stepdistill.families.stable_diffusion import StableDiffusionFamily
 from stepdistill.families.unet2d import UNet2DFamily
-from stepdistill.finiteness import check_components
 from stepdistill.loading import check_index, load_pipeline, parts_of, read_index
 from stepdistill.precision import norms_in_float32
 
@@ -134,7 +133,6 @@ def load_family(
     optional = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
     remedy, key = "save it again with save_pretrained", "teacher.variant"
     pipeline = load_pipeline(folder, what, remedy, dtype, variant, key, **optional)
-    check_components(pipeline.components, what, "download or export it again")
     norms_in_float32(pipeline.unet)
     with reading(what, "look at the configs of its parts", "is not understood"):
         teacher = FAMILIES[found].from_components(pipeline.components, path)

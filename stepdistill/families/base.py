@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stepdistill import assets, precision
 from stepdistill.conditions import ConditionKind, Conditions
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
+from stepdistill.digests import check_folder
 from stepdistill.errors import UserError, reading
 from stepdistill.loading import load_network
 from stepdistill.schedule import Clipping, PredictionType, Schedule
@@ -180,6 +181,8 @@ class Family(abc.ABC):
         what, place, variant = f"roles.student_from = {path}", assets.resolve(path), None
         if self.source is not None and place == self.source.path:
             place, variant = str(self.source.folder), self.source.variant
+        if Path(place).is_dir():
+            check_folder(Path(place), what, ("unet",))
         with reading(what, "name a student that was exported", "its unet cannot be loaded"):
             variant = choose_variant({"unet": variants_of(Path(place) / "unet")}, variant, what, None)
             found = load_network(type(self.network), place, what, variant=variant, subfolder="unet").state_dict()
@@ -254,6 +257,10 @@ class Family(abc.ABC):
     def guidance_off(self) -> dict[str, float]:
         """The stock pipeline's call arguments that mean "no guidance", {} where it has none; a model with an embedded
         scale gets that."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The teacher's networks by the names of their folders: what a student is trained from."""
+        return {"unet": self.network}
 
     # -- housekeeping --------------------------------------------------------------------------------------
 

@@ -265,6 +265,9 @@ class StableDiffusionFamily(Family):
             requires_safety_checker=False,
         )
 
+    def networks(self) -> dict[str, nn.Module]:
+        return {"unet": self.network, "vae": self.vae, "text_encoder": self.text_encoder}
+
     @property
     def guidance_off(self) -> dict[str, float]:
         return {"guidance_scale": EMBEDDED_SCALE if self.embeds_guidance else 0.0}
