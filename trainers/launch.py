@@ -188,8 +188,7 @@ def _train(
     if main_process:
         for other in job.unused:
             print(f"note: the section '{other}' is not used by method {job.method.name}")
-        for note in teacher_notes(family, sampler):
-            print(f"note: {note}")
+        print_notes(family, sampler)
         alone = job.cache is None  # a recipe's sections and images are for some of its stages
         unused = config.data.images is not None and not config.data.prompts_from_images
         if alone and unused and not job.method.wants_images(job.settings):
@@ -311,14 +310,19 @@ training  {train.updates} student updates of {train.batch_size * train.gradient_
           {job.method.planned_passes(config):,} network passes on one (one picture each; backward is two)
 {"".join(f"          {line}{chr(10)}" for line in job.method.plan(config))}{_data_lines(fit, family)}\
 writes    {config.output}""")
-    for note in teacher_notes(family, sampler):
-        print(f"note: {note}")
+    print_notes(family, sampler)
 
 
 def _data_lines(fit: Fit, family: Family) -> str:
     """What is trained on, as a plan shows it."""
     lines = fit.lines(family)
     return "".join(f"{'data      ' if n == 0 else ' ' * 10}{line}\n" for n, line in enumerate(lines))
+
+
+def print_notes(family: Family, sampler: FewStepSampler) -> None:
+    """What a user should know of the teacher, a line each."""
+    for note in teacher_notes(family, sampler):
+        print(f"note: {note}")
 
 
 def _student_line(job: Job, sampler: FewStepSampler, family: Family) -> str:
@@ -417,6 +421,7 @@ def print_recipe(recipe: Recipe) -> None:
         print("".join(f"    {line}\n" for line in _data_lines(fit, family).splitlines()), end="")
         if number == len(recipe.stages):
             print(f"\ncost of all  {total:,} network passes (one picture each; backward is two)\n")
+            print_notes(family, sampler)
             print(f"# the last stage's config, resolved\n{dump_yaml(config).rstrip()}")
 
 
@@ -528,6 +533,7 @@ def print_students(several: MultiStudent, command: tuple[str, ...]) -> None:
 partition {own.partition}, router {router.hash[:12]}
 student   {_student_line(job, sampler, family)}
 {_data_lines(fit, family)}cost      {sum(costs) - again:,} network passes in all, {costs[-1]:,} a student{shared}""")
+    print_notes(family, sampler)
     sizes = _sizes(router, several, family)
     for k in range(own.students):
         print(f"  student {k}: {sizes[k]}{'  (finished)' if several.finished(k) else ''}")

@@ -266,9 +266,9 @@ def try_teacher(job: Job, family: Family) -> None:
     if not config["evaluation"]["enabled"]:
         return
     target = run_targets(Path(job.config.output), config)[0]
-    if (kind := str((target.path, target.steps, target.guidance_scale, target.null_label))) in _TRIED:
+    if (kind := str((target.path, target.steps, target.guidance_scale, target.null_label, target.variant))) in _TRIED:
         return
-    stock = StockPipeline.load(target.path, family.device, null_label=target.null_label)
+    stock = StockPipeline.load(target.path, family.device, null_label=target.null_label, variant=target.variant)
     labels, noise = stock.labels[:1], torch.zeros(1, *stock.noise_shape)
     items = {"none": None, "label": labels, "prompt": [""]}[stock.condition_kind]
     generator = torch.Generator().manual_seed(0)
