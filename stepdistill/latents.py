@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +20,28 @@ from stepdistill.files import write_tensors
 from stepdistill.finiteness import is_finite
 from stepdistill.readers import read_tensors
 
+Posterior = Literal["mean", "sample"]
+"""Which latent of a picture its VAE's posterior ``N(mean, std^2)`` gives: the mean, or a new sample at every use."""
+
+
+def check_posterior(posterior: Posterior, key: str, family: Family) -> None:
+    """Refuse samples of a posterior that is not there.
+
+    Raises:
+        UserError: the teacher has no VAE.
+    """
+    if posterior == "sample" and getattr(family, "vae", None) is None:
+        raise UserError(f"{key} = sample: this teacher has no VAE, its samples are the pictures; remove the key")
+
+
+def latents_of(
+    family: Family, images: ImageSet, folder: Path, posterior: Posterior
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`cached_latents`, and the standard deviations that samples are drawn by: None with ``mean``."""
+    if posterior == "mean":
+        return cached_latents(family, images, folder), None
+    return cached_posterior(family, images, folder)
+
 
 def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
     """All images as latents (N, C, H, W), from ``folder`` if they lie there; None for a family without a VAE.
@@ -26,30 +50,50 @@ def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 
     never used.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or the latents are not finite.
     """
-    vae = getattr(family, "vae", None)
-    if vae is None:
+    if getattr(family, "vae", None) is None:
         return None
-    digest = hashlib.sha256(repr((images.fingerprint, len(images), family.image_shape)).encode())
-    for value in vae.state_dict().values():
+    (latents,) = _cached(family, images, folder, batch, ("latents",), lambda pixels: (family.encode_images(pixels),))
+    return latents
+
+
+def cached_posterior(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of all images' latents, (N, C, H, W) each, as :func:`cached_latents` but in a file of
+    their own."""
+    mean, std = _cached(family, images, folder, batch, ("latents", "std"), family.encode_posterior)
+    return mean, std
+
+
+def _cached(
+    family: Family,
+    images: ImageSet,
+    folder: Path,
+    batch: int,
+    names: tuple[str, ...],
+    encode: Callable[[Tensor], tuple[Tensor, ...]],
+) -> list[Tensor]:
+    """What ``encode`` makes of all pixels, one tensor (N, ...) for each of ``names``."""
+    parts = (images.fingerprint, len(images), family.image_shape, *names[1:])
+    digest = hashlib.sha256(repr(parts).encode())
+    for value in family.vae.state_dict().values():
         digest.update(value.detach().float().cpu().numpy().tobytes())
     key = digest.hexdigest()
     file = folder / f"latents-{key[:16]}.safetensors"
     with contextlib.suppress(OSError, ValueError, KeyError, SafetensorError):  # not there, or damaged: made anew
         tensors, metadata = read_tensors(file)
-        if metadata.get("fingerprint") == key and len(tensors["latents"]) == len(images):
-            return tensors["latents"]
-    bar = tqdm(range(0, len(images), batch), desc="latents", unit="batch")
-    parts = [
-        family.encode_images(images.batch(list(range(i, min(i + batch, len(images))))).to(family.device)).cpu()
-        for i in bar
-    ]
-    latents = torch.cat(parts).contiguous()
-    if not is_finite(latents):
+        if metadata.get("fingerprint") == key and all(len(tensors[name]) == len(images) for name in names):
+            return [tensors[name] for name in names]
+    batches = []
+    for start in tqdm(range(0, len(images), batch), desc="latents", unit="batch"):
+        index = list(range(start, min(start + batch, len(images))))
+        batches.append([part.cpu() for part in encode(images.batch(index).to(family.device))])
+    columns = zip(*batches, strict=True)
+    tensors = {name: torch.cat(column).contiguous() for name, column in zip(names, columns, strict=True)}
+    if not all(is_finite(tensor) for tensor in tensors.values()):
         raise UserError(
             f"{images.source}: the teacher's VAE gives latents that are not finite; load it in float32 "
             "(teacher.dtype=float32)"
         )
-    write_tensors(file, {"latents": latents}, {"fingerprint": key})  # every process of a run may be here
-    return latents
+    write_tensors(file, tensors, {"fingerprint": key})  # every process of a run may be here
+    return list(tensors.values())

@@ -14,6 +14,7 @@ from stepdistill.config import Section, UserPath
 from stepdistill.data import ImageSet
 from stepdistill.errors import UserError
 from stepdistill.folders import list_pictures, read_folder
+from stepdistill.latents import Posterior
 from stepdistill.pictures import Colour
 
 
@@ -39,6 +40,10 @@ class PreferenceSettings(Section):
     )
     resize: bool = Field(False, description="centre-crop and Lanczos-resize what has another size")
     background: Colour = Field("white", description="what lies under transparent pixels: a name, or '#rrggbb'")
+    posterior: Posterior = Field(
+        "mean",
+        description="of a teacher with a VAE: the mean of its posterior, or a sample at every use (Diffusion-DPO)",
+    )
 
     @model_validator(mode="after")
     def _one_source(self):

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stepdistill.attention import AUTO, BACKENDS, NATIVE
 from stepdistill.config import Section, UserPath
+from stepdistill.latents import Posterior
 from stepdistill.pictures import Colour
 from stepdistill.roles import RolesSettings
 from stepdistill.sampler import Final, Transition
@@ -47,6 +48,11 @@ class ImagesSettings(Section):
     )
     resize: bool = Field(False, description="centre-crop and Lanczos-resize what has another size")
     background: Colour = Field("white", description="what lies under transparent pixels: a name, or '#rrggbb'")
+    posterior: Posterior = Field(
+        "mean",
+        description="of the teacher's VAE: latents are its posterior's mean, or a sample drawn at every use, as in the "
+        "released code of LCM and PCM (DMD2's are drawn once)",
+    )
 
     @model_validator(mode="after")
     def _one_source(self):

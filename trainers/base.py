@@ -37,7 +37,7 @@ from stepdistill.finiteness import NotFinite, first_not_finite
 from stepdistill.noise import Noise
 from stepdistill.roles import EMA, Roles
 from stepdistill.run import RunFolder
-from stepdistill.sampler import FewStepSampler, few_step_times
+from stepdistill.sampler import Draw, FewStepSampler, few_step_times
 from stepdistill.settings import OptimizerSettings, RunSettings
 
 Losses = dict[str, tuple[float, Tensor]]
@@ -142,13 +142,20 @@ class RealBatch:
 class RealSource:
     """Real samples (latents where there is a VAE) with their own conditions, in a seeded order.
 
-    ``subset``: the indices of the images that are drawn; all of them by default.
+    ``subset``: the indices of the images that are drawn; all of them by default.  ``std``: standard deviations of the
+    latents (N, C, H, W), where each use draws a new sample; None where the latents are the samples.
     """
 
     def __init__(
-        self, family: Family, images: ImageSet, latents: Tensor | None, seed: int, subset: list[int] | None = None
+        self,
+        family: Family,
+        images: ImageSet,
+        latents: Tensor | None,
+        seed: int,
+        subset: list[int] | None = None,
+        std: Tensor | None = None,
     ):
-        self.family, self.images, self.latents, self.seed = family, images, latents, seed
+        self.family, self.images, self.latents, self.seed, self.std = family, images, latents, seed, std
         self.restrict(list(range(len(images))) if subset is None else subset)
 
     def restrict(self, subset: list[int]) -> None:
@@ -159,23 +166,30 @@ class RealSource:
         """The images at ``position .. position + count - 1`` of the order."""
         return [self.subset[i] for i in self.order.indices(position, count)]
 
-    def batch(self, position: int, count: int) -> RealBatch:
+    def batch(self, position: int, count: int, draw: Draw | None = None) -> RealBatch:
         """The images at ``position .. position + count - 1`` of the order; of several captions of one image one, drawn
-        by the seed and the position."""
+        by the seed and the position.  ``draw``: the noise of latents that are drawn."""
         index = self.indices(position, count)
         items = [drawn(item, self.seed, position + k) for k, item in enumerate(self.items(index))]
         condition = self.family.encode_conditions(items) if items else {}
-        return RealBatch(self.samples(index), condition, items, index)
+        return RealBatch(self.samples(index, draw), condition, items, index)
 
     def items(self, index: list[int]) -> list:
         """The labels or captions of images ``index``; [] where the teacher takes none."""
         return [] if self.family.condition_kind == "none" else [self.images.labels[i] for i in index]
 
-    def samples(self, index: list[int]) -> Tensor:
-        """The samples ``index`` (len(index), C, H, W)."""
-        if self.latents is not None:
-            return self.latents[index].float().to(self.family.device)
-        return self.family.encode_images(self.images.batch(index).to(self.family.device))
+    def samples(self, index: list[int], draw: Draw | None = None) -> Tensor:
+        """The samples ``index`` (len(index), C, H, W); latents that are drawn take their noise from ``draw``."""
+        mean, std = self.moments(index)
+        return mean if std is None else mean + std * draw(mean)
+
+    def moments(self, index: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation (len(index), C, H, W) of the samples ``index``; None for none."""
+        device = self.family.device
+        if self.latents is None:
+            return self.family.encode_images(self.images.batch(index).to(device)), None
+        std = None if self.std is None else self.std[index].float().to(device)
+        return self.latents[index].float().to(device), std
 
 
 class Trainer(abc.ABC):
@@ -384,7 +398,7 @@ class Trainer(abc.ABC):
         """The same with what they are of."""
         start = self.counters["real"] + self.rank * count
         self.counters["real"] += count * self.world
-        real = self.real.batch(start, count)
+        real = self.real.batch(start, count, self.noise.randn_like)
         self.noted(REAL, real.samples)
         return real
 

@@ -13,7 +13,8 @@ Departures from the released code: warm-up is counted in a role's own updates (t
 GPUs); times of an N-step student are those a stock scheduler can be configured to give; a guidance scale below 1 is
 refused rather than read as 1; non-finite gradients are counted and skipped, never replaced; all passes of a run share
 one precision; prompts are those of ``data`` for any number of steps (there, with backward simulation, the captions of
-the real images).
+the real images: ``data.prompts_from_images``).  Its latents of real images are samples of the VAE's posterior, drawn
+once; ``data.images.posterior: sample`` draws at every use.
 """
 
 from __future__ import annotations

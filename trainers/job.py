@@ -24,7 +24,7 @@ from stepdistill.digests import digests_of
 from stepdistill.errors import UserError, first_line
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
-from stepdistill.latents import cached_latents
+from stepdistill.latents import check_posterior, latents_of
 from stepdistill.partition import Router
 from stepdistill.prompts import content_notes
 from stepdistill.rewards import check_models
@@ -269,6 +269,7 @@ def check_fit(job: Job, family: Family, router: Router | None = None) -> Fit:
     if not captions:
         items = condition_items(config, family, notes)
     if method.wants_images(settings):
+        check_posterior(config.data.images.posterior, "data.images.posterior", family)
         images = load_images(config.data.images, family.image_shape, family.conditions)
     if captions:
         items = condition_items(config, family, notes, images)
@@ -360,8 +361,9 @@ def build_trainer(
     ).to(accelerator.device)
     real = None
     if fit.images is not None:
-        latents = cached_latents(family, fit.images, job.cache or Path(config.output) / CACHE)
-        real = RealSource(family, fit.images, latents, config.seed + 2, fit.subset)
+        cache = job.cache or Path(config.output) / CACHE
+        latents, std = latents_of(family, fit.images, cache, config.data.images.posterior)
+        real = RealSource(family, fit.images, latents, config.seed + 2, fit.subset, std)
     conditions = ConditionSource(family, fit.items, config.seed + 1, fit.all_items)
     trainer = job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)
     trainer.router, trainer.trained_on = fit.router, fit

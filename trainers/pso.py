@@ -43,7 +43,7 @@ from stepdistill.denoiser import Condition, cat_conditions
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.finiteness import is_finite
-from stepdistill.latents import cached_latents
+from stepdistill.latents import check_posterior, latents_of
 from stepdistill.noise import Noise
 from stepdistill.objectives.preference import (
     OverSteps,
@@ -166,6 +166,7 @@ class PSO(DirectTrainer):
     @classmethod
     def check_family(cls, settings: PSOSettings, family: Family) -> None:
         if settings.pairs is not None:
+            check_posterior(settings.pairs.posterior, "pso.pairs.posterior", family)
             read_preferences(settings.pairs, family.image_shape, family.conditions)
 
     @classmethod
@@ -233,10 +234,10 @@ class PSO(DirectTrainer):
         if own.pairs is not None:
             self.pairs = read_preferences(own.pairs, self.family.image_shape, self.family.conditions)
             cache = Path(config.output) / CACHE
-            self.sources = [
-                RealSource(self.family, images, cached_latents(self.family, images, cache), config.seed)
-                for images in self.pairs.sets
-            ]
+            self.sources = []
+            for images in self.pairs.sets:
+                latents, std = latents_of(self.family, images, cache, own.pairs.posterior)
+                self.sources.append(RealSource(self.family, images, latents, config.seed, std=std))
             self.order = Order(len(self.pairs), config.seed + 4)
         if own.best is not None and self.real is not None:  # an export needs no images
             self.real.restrict(self._best_targets(own.best))
@@ -289,14 +290,19 @@ class PSO(DirectTrainer):
         return PairBatch(condition, self.noise.randn_like(winner), items, winner, tuple(index), loser=loser)
 
     def _pictures(self, which: list[tuple[int, int]]) -> Tensor:
-        """Samples (B, C, H, W), each named by its set and index."""
-        found: list[Tensor | None] = [None] * len(which)
+        """Samples (B, C, H, W), each named by its set and index; what is drawn of them is one draw for all, so that it
+        is the same on any number of processes."""
+        means: list[Tensor | None] = [None] * len(which)
+        stds: list[Tensor | None] = [None] * len(which)
         for number, source in enumerate(self.sources):
             places = [place for place, (part, _) in enumerate(which) if part == number]
             if places:
-                for place, sample in zip(places, source.samples([which[p][1] for p in places]), strict=True):
-                    found[place] = sample
-        return torch.stack(found)
+                mean, std = source.moments([which[place][1] for place in places])
+                for row, place in enumerate(places):
+                    means[place] = mean[row]
+                    stds[place] = None if std is None else std[row]
+        mean = torch.stack(means)
+        return mean if stds[0] is None else mean + torch.stack(stds) * self.noise.randn_like(mean)
 
     # -- losses --------------------------------------------------------------------------------------------
 

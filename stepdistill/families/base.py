@@ -227,6 +227,11 @@ class Family(abc.ABC):
         """(C, H, W) of the pictures."""
         return self.sample_shape
 
+    def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The law of the latents of pixels (B, C, H, W) in [-1, 1]: mean and standard deviation, (B, ...) each; of
+        teachers with a VAE."""
+        raise ValueError(f"teachers of family {self.name} have no VAE")
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to what is denoised; the identity without a VAE."""
         return pixels

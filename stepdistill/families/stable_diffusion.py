@@ -238,10 +238,17 @@ class StableDiffusionFamily(Family):
         return (self.vae.config.in_channels, height * self.vae_factor, width * self.vae_factor)
 
     @torch.no_grad()
+    def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The VAE's posterior times its scaling factor."""
+        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        mean, std = (
+            (part * self.vae.config.scaling_factor).float().to(self.device) for part in (posterior.mean, posterior.std)
+        )
+        return mean, std
+
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Latents (the posterior's mean) times the VAE's scaling factor."""
-        latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mean
-        return (latents * self.vae.config.scaling_factor).float().to(self.device)
+        """Latents: the posterior's mean."""
+        return self.encode_posterior(pixels)[0]
 
     def decoder(self, path: str | None = None) -> Callable[[Tensor], Tensor]:
         """The VAE's decoder, or an AutoencoderTiny (TAESD) at ``path``, which takes the scaled latents as they are."""
