@@ -28,6 +28,7 @@ from stepdistill.families.unet2d import UNet2DFamily, build_teacher_network
 from stepdistill.files import replacing_folder, write_tensors
 from stepdistill.objectives.denoising import denoising_loss
 from stepdistill.pipeline_folders import check_replaceable
+from stepdistill.precision import computing
 from stepdistill.readers import read_tensors
 
 
@@ -105,7 +106,7 @@ def teacher_scheduler() -> DDIMScheduler:
 
 def autocast(bf16: bool, device: str) -> contextlib.AbstractContextManager:
     """For a training's forward passes: bfloat16 where it is safe, or nothing; weights stay float32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    return computing(torch.device(device), torch.bfloat16 if bf16 else None)
 
 
 def _learning_rate(config: LoopSettings, step: int) -> float:
