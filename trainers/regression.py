@@ -6,7 +6,9 @@ to warm up a one-step student before score distillation (2405.14867, appendix; S
 ``distance``: LPIPS (VGG) on decoded pictures enlarged to at least ``lpips_size``, the papers' choice, or a squared
 error on samples.  Pairs are made by ``stepdistill pairs CONFIG``, or when the run starts.  The warm-up of DMD2 on SDXL
 is 10,000 pairs at guidance 8, a batch of 256, lr 1e-5, about 2,000 to 3,000 updates.  One of several students sees the
-pairs of all (MSD, 2410.23274: with its own alone coverage is lost).
+pairs of all (MSD, 2410.23274: with its own alone coverage is lost).  Departures: the samples are of the teacher's DDIM
+or Euler steps (DMD's of Heun's or PNDM's), and DMD's own use of this loss, beside the distribution-matching one, is not
+here: it is a stage before.
 """
 
 from __future__ import annotations
