@@ -539,7 +539,7 @@ CHECKPOINTS = {
     "with a changed counter": (changed_counter, ("state.json is damaged", "not what was written")),
     "with a counter of words": (counter_of_words, ("does not fit this run (its counters are no counts)",)),
     "with files elsewhere": (files_elsewhere, ("state.json is damaged (it names other files)",)),
-    "of another teacher": (other_teacher, ("student: the saved weights do not fit this network",)),
+    "of another teacher": (other_teacher, ("the weights of its unet are not those that the run was started with",)),
 }
 
 
