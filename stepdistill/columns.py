@@ -82,6 +82,7 @@ def read_dataset(
     caption_column: str | None = None,
     resize: bool = False,
     background: str = "white",
+    max_unreadable: float = 0.0,
 ) -> ImageSet:
     """Images of a Hugging Face dataset: a column of decoded or encoded pictures, their bytes, paths, or arrays.
 
@@ -89,6 +90,7 @@ def read_dataset(
         shape: (C, H, W) of the images; None where they are not read, for their captions alone.
         label_column: integers, or names of classes.
         caption_column: texts, or lists of texts to draw from.
+        max_unreadable: the share of the pictures that may be unreadable.
 
     Raises:
         UserError: the dataset or a column is not there, or a value is no label or caption.
@@ -112,11 +114,12 @@ def read_dataset(
             _picture(pictures[index][image_column], where, image_column, Path(name)), shape, resize, where, background
         )
 
-    if shape is not None:
-        read(0)
     hint = f"set caption_column or label_column (the dataset's columns: {listed(dataset.column_names, 8)})"
-    fingerprint = f"{dataset._fingerprint} {image_column} {background}"
-    return ImageSet(name, read, len(dataset), labels, fingerprint, names, hint)
+    fingerprint = f"{dataset._fingerprint} {image_column} {background} {shape} {resize}"
+    images = ImageSet(name, read, len(dataset), labels, fingerprint, names, hint, (), max_unreadable)
+    if shape is not None:
+        images.look(1)
+    return images
 
 
 def _labels(dataset, column: str, name: str) -> tuple[list, dict[str, int] | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import time
 import zipfile
 import zlib
 from collections import Counter
@@ -18,11 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from stepdistill import files
 from stepdistill.conditions import Conditions, are_labels, check_number, labels_of_names, listed, order_note, shortened
 from stepdistill.errors import UserError
-from stepdistill.pictures import fit
+from stepdistill.pictures import UnreadablePicture, fit
 
 
 class Order:
@@ -49,6 +51,11 @@ def mirrored(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
 
 
+def as_pixels(images: list[np.ndarray]) -> Tensor:
+    """uint8 images (H, W, C) as float32 (B, C, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def check_range(labels: list[int], known: Sequence[int], source: str) -> None:
     """Refuse labels that are not all among ``known``, which ascend.
 
@@ -73,10 +80,21 @@ def label_ranges(labels: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
+LOOKED_AT = 2000
+"""Pictures that are decoded before a run, to find what cannot be."""
+LOOK_SECONDS = 20.0
+"""And how long that may take."""
+_SEEN: dict[str, dict[int, str | None]] = {}
+"""Of sets by their fingerprint: images that were decoded, and why they could not be."""
+
+
 class ImageSet:
     """Real images with what was known of them.
 
     ``size`` images, each (C, H, W); :meth:`batch` gives float32 pixels in [-1, 1].
+
+    Pictures that cannot be read are skipped by what goes through :meth:`pixels`, and remembered; up to ``limit`` of
+    them are tolerated: ``max_unreadable`` of all, and at least one where that is above 0.
 
     Attributes:
         source: where they are from.
@@ -87,6 +105,7 @@ class ImageSet:
         names: the label of each class name, where the source or :meth:`prepare` says it.
         hint: how the source could be given what it lacks, for errors.
         notes: what a user should know of how the source was read, a line each.
+        unreadable: why a picture could not be read, by its index, as far as that is known.
     """
 
     def __init__(
@@ -99,14 +118,85 @@ class ImageSet:
         names: dict[str, int] | None = None,
         hint: str = "",
         notes: Iterable[str] = (),
+        max_unreadable: float = 0.0,
+        unreadable: dict[int, str] | None = None,
     ):
         self.source, self._read, self.size, self.labels = source, read, size, labels
         self.fingerprint, self.names, self.hint, self.notes = fingerprint, names, hint, list(notes)
+        self.limit = max(1, int(max_unreadable * size)) if max_unreadable > 0 else 0
+        self.unreadable = {} if unreadable is None else unreadable
+
+    # -- pixels --------------------------------------------------------------------------------------------
 
     def batch(self, indices: list[int]) -> Tensor:
         """Pixels (len(indices), C, H, W) in [-1, 1]."""
-        stack = np.stack([self._read(i) for i in indices])
-        return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return as_pixels([self._read(i) for i in indices])
+
+    def pixels(self, index: int) -> np.ndarray | None:
+        """One image, uint8 (H, W, C); None where it cannot be read, which is noted once."""
+        if index in self.unreadable:
+            return None
+        try:
+            return self._read(index)
+        except UserError as error:  # of another size too: found here, a run is on its way
+            self.unreadable[index] = str(error)
+            tqdm.write(f"note: skipped, and another picture taken: {error}")
+            return None
+
+    def readable(self, indices: list[int]) -> tuple[Tensor | None, list[int]]:
+        """Pixels (B, C, H, W) in [-1, 1] of those images that can be read (None: of none), and which these are."""
+        images = {index: pixels for index in indices if (pixels := self.pixels(index)) is not None}
+        return as_pixels(list(images.values())) if images else None, list(images)
+
+    def look(self, most: int | None = None) -> None:
+        """Decode the first images, :data:`LOOKED_AT` by default, to find before a run what cannot be read; those that
+        this process has looked at already are not decoded again.
+
+        Raises:
+            UserError: one is of another kind or size, or more than the limit cannot be read.
+        """
+        end = time.monotonic() + LOOK_SECONDS
+        seen = _SEEN.setdefault(self.fingerprint, {})
+        for index in range(min(LOOKED_AT if most is None else most, self.size)):
+            if index not in seen:
+                seen[index] = self._reason(index)
+            if seen[index] is not None:
+                self.unreadable[index] = seen[index]
+            if len(self.unreadable) > self.limit or time.monotonic() > end:
+                break
+        self.check_readable()
+
+    def _reason(self, index: int) -> str | None:
+        """Why one image cannot be read; None where it can be."""
+        try:
+            self._read(index)
+        except UnreadablePicture as error:
+            return str(error)
+        return None
+
+    def check_readable(self) -> None:
+        """Refuse a set of which more cannot be read than the limit, or nothing can be.
+
+        Raises:
+            UserError: so it is; the pictures are named.
+        """
+        if len(self.unreadable) > self.limit or len(self.unreadable) == self.size:
+            raise UserError(self.unreadable_note)
+
+    @property
+    def too_many_unreadable(self) -> bool:
+        return len(self.unreadable) > self.limit
+
+    @property
+    def unreadable_note(self) -> str:
+        """The pictures that cannot be read, in a line; the reason of the first."""
+        reasons = [self.unreadable[index] for index in sorted(self.unreadable)]
+        if len(reasons) == 1:
+            return reasons[0]
+        names = [reason.split(": ")[0] for reason in reasons]
+        return f"{len(reasons):,} of {self.size:,} pictures cannot be used: {listed(names)}; the first: {reasons[0]}"
+
+    # -- conditions ----------------------------------------------------------------------------------------
 
     def classes(self, num_labels: int) -> list[int]:
         """The labels, all in 0..num_labels - 1.
@@ -123,7 +213,9 @@ class ImageSet:
         """The images ``indices`` as a set of their own."""
         labels = None if self.labels is None else [self.labels[i] for i in indices]
         name = f"{self.fingerprint} {indices}"
-        return ImageSet(self.source, lambda index: self._read(indices[index]), len(indices), labels, name)
+        part = ImageSet(self.source, lambda index: self._read(indices[index]), len(indices), labels, name)
+        part.limit = self.limit
+        return part
 
     def prepare(self, conditions: Conditions, key: str) -> None:
         """Make :attr:`labels` what a teacher takes: names of classes become labels.

@@ -24,7 +24,15 @@ from PIL import Image
 from stepdistill.conditions import NONE, Captions, Conditions, as_caption, labels_of_names, listed
 from stepdistill.data import ImageSet
 from stepdistill.errors import UserError, first_line
-from stepdistill.pictures import IMAGE_SUFFIXES, check_kind, fit, open_header, open_picture, upright_size
+from stepdistill.pictures import (
+    IMAGE_SUFFIXES,
+    UnreadablePicture,
+    check_kind,
+    fit,
+    open_header,
+    open_picture,
+    upright_size,
+)
 from stepdistill.rows import choose_column, read_rows, read_text, text_columns
 
 HIDDEN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -138,6 +146,7 @@ def read_folder(
     conditions: Conditions = NONE,
     column: str | None = None,
     key: str = "data.images",
+    max_unreadable: float = 0.0,
 ) -> ImageSet:
     """A folder of images, with what a teacher of ``conditions`` needs to know of each.
 
@@ -146,6 +155,7 @@ def read_folder(
         treat: in place of the library's own crop and resize: gives uint8 (H, W, C) of ``shape``.
         column: of captions or labels in the folder's metadata; by default the usual names.
         key: the config's section, for errors.
+        max_unreadable: the share of the pictures that may be unreadable.
 
     Raises:
         UserError: pictures that are not there, not readable, of another size, or without label or caption.
@@ -161,14 +171,19 @@ def read_folder(
         image = open_picture(files[index], str(files[index]))
         return fit(image, shape, resize, str(files[index]), background) if treat is None else treat(image)
 
-    if shape is not None:
-        for file in files:  # headers only: a run of days should not end on its last file
+    unreadable = {}
+    for index, file in enumerate(files if shape is not None else []):  # headers only: there may be millions
+        try:
             with open_header(file, str(file)) as image:
                 if treat is None:
                     check_kind(image, upright_size(image), shape, resize, str(file))
+        except UnreadablePicture as error:
+            unreadable[index] = str(error)
     stats = [(str(p.relative_to(listing.root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    fingerprint = hashlib.sha256(repr((stats, background)).encode()).hexdigest()
-    return ImageSet(str(path), read, len(files), labels, fingerprint, names, notes=notes)
+    fingerprint = hashlib.sha256(repr((stats, background, shape, resize)).encode()).hexdigest()
+    images = ImageSet(str(path), read, len(files), labels, fingerprint, names, "", notes, max_unreadable, unreadable)
+    images.check_readable()
+    return images
 
 
 # -- class labels ------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Real images as latents, encoded once and kept in a file."""
+"""Real images as latents, encoded once and kept in a file; what cannot be read is left 0, counted and named."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -47,10 +48,10 @@ def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 
     """All images as latents (N, C, H, W), from ``folder`` if they lie there; None for a family without a VAE.
 
     The file is keyed by a fingerprint of the images, the VAE's weights and the size, so that a stale one is
-    never used.
+    never used.  ``images.unreadable`` says which latents are of no picture.
 
     Raises:
-        UserError: the file cannot be written, or the latents are not finite.
+        UserError: the file cannot be written, the latents are not finite, or too many pictures cannot be read.
     """
     if getattr(family, "vae", None) is None:
         return None
@@ -80,20 +81,29 @@ def _cached(
         digest.update(value.detach().float().cpu().numpy().tobytes())
     key = digest.hexdigest()
     file = folder / f"latents-{key[:16]}.safetensors"
-    with contextlib.suppress(OSError, ValueError, KeyError, SafetensorError):  # not there, or damaged: made anew
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, SafetensorError):  # not there, or damaged
         tensors, metadata = read_tensors(file)
         if metadata.get("fingerprint") == key and all(len(tensors[name]) == len(images) for name in names):
+            known = json.loads(metadata.get("unreadable", "{}"))
+            images.unreadable |= {int(index): reason for index, reason in known.items()}
+            images.check_readable()
             return [tensors[name] for name in names]
-    batches = []
+    tensors: dict[str, Tensor] = {}
     for start in tqdm(range(0, len(images), batch), desc="latents", unit="batch"):
-        index = list(range(start, min(start + batch, len(images))))
-        batches.append([part.cpu() for part in encode(images.batch(index).to(family.device))])
-    columns = zip(*batches, strict=True)
-    tensors = {name: torch.cat(column).contiguous() for name, column in zip(names, columns, strict=True)}
+        pixels, index = images.readable(list(range(start, min(start + batch, len(images)))))
+        if images.too_many_unreadable:
+            break
+        if pixels is not None:
+            for name, part in zip(names, encode(pixels.to(family.device)), strict=True):
+                if name not in tensors:
+                    tensors[name] = torch.zeros(len(images), *part.shape[1:])
+                tensors[name][index] = part.float().cpu()
+    images.check_readable()
     if not all(is_finite(tensor) for tensor in tensors.values()):
         raise UserError(
             f"{images.source}: the teacher's VAE gives latents that are not finite; load it in float32 "
             "(teacher.dtype=float32)"
         )
-    write_tensors(file, tensors, {"fingerprint": key})  # every process of a run may be here
+    facts = {"fingerprint": key, "unreadable": json.dumps(images.unreadable)}
+    write_tensors(file, tensors, facts)  # every process of a run may be here
     return list(tensors.values())

@@ -44,6 +44,13 @@ class PreferenceSettings(Section):
         "mean",
         description="of a teacher with a VAE: the mean of its posterior, or a sample at every use (Diffusion-DPO)",
     )
+    max_unreadable: float = Field(
+        0.001,
+        ge=0,
+        lt=1,
+        description="the share of the pictures that may be unreadable, at least one of them; others are taken in their "
+        "place; above it the run is saved and ends; 0: at the first",
+    )
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -93,10 +100,13 @@ def read_preferences(
             caption_column=settings.prompt_column if conditions.kind == "prompt" and asked else None,
             resize=settings.resize,
             background=settings.background,
+            max_unreadable=settings.max_unreadable,
         )
         for column, asked in ((settings.winner_column, True), (settings.loser_column, False))
     )
     first.hint = "set pso.pairs.prompt_column"
+    first.look()
+    second.look()
     first.prepare(conditions, "pso.pairs")
     wins = [1.0] * len(first)
     if settings.preference_column is not None:
@@ -126,8 +136,20 @@ def _folder(
             f"pso.pairs.folder = {root}: in one of winner and loser alone: {listed(odd)}; pair or remove them"
         )
     first, second = (
-        read_folder(root / part, shape, settings.resize, None, settings.background, needed, key="pso.pairs")
+        read_folder(
+            root / part,
+            shape,
+            settings.resize,
+            None,
+            settings.background,
+            needed,
+            None,
+            "pso.pairs",
+            settings.max_unreadable,
+        )
         for part, needed in (("winner", conditions), ("loser", NONE))
     )
+    first.look()
+    second.look()
     first.prepare(conditions, "pso.pairs")
     return PreferencePairs((first, second), [((0, i), (1, i)) for i in range(len(first))], first.labels)

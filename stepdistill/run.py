@@ -96,11 +96,18 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in config.items() if k not in FREE_KEYS}
     if "train" in kept:
         kept["train"] = {k: v for k, v in (kept["train"] or {}).items() if k not in FREE_TRAIN_KEYS}
+    for section, images in (("data", "images"), ("pso", "pairs")):
+        if (kept.get(section) or {}).get(images):
+            kept[section] = {**kept[section], images: _without(kept[section][images], "max_unreadable")}
     if kept.get("data"):
-        kept["data"] = {k: v for k, v in kept["data"].items() if k != "shown"}  # of pictures alone
+        kept["data"] = _without(kept["data"], "shown")  # of pictures alone
         if part := kept["data"].get("part"):  # the folder of several students may be moved
-            kept["data"]["part"] = {k: v for k, v in part.items() if k != "router"}
+            kept["data"]["part"] = _without(part, "router")
     return kept
+
+
+def _without(section: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in section.items() if k != key}
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

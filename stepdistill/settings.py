@@ -53,6 +53,13 @@ class ImagesSettings(Section):
         description="of the teacher's VAE: latents are its posterior's mean, or a sample drawn at every use, as in the "
         "released code of LCM and PCM (DMD2's are drawn once)",
     )
+    max_unreadable: float = Field(
+        0.001,
+        ge=0,
+        lt=1,
+        description="the share of the pictures that may be unreadable, at least one of them; others are taken in their "
+        "place; above it the run is saved and ends; 0: at the first",
+    )
 
     @model_validator(mode="after")
     def _one_source(self):

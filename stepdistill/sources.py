@@ -30,7 +30,15 @@ def load_images(
     column = _condition_column(settings, conditions, key)
     if settings.folder is not None:
         images = read_folder(
-            settings.folder, shape, settings.resize, None, settings.background, conditions, column, key
+            settings.folder,
+            shape,
+            settings.resize,
+            None,
+            settings.background,
+            conditions,
+            column,
+            key,
+            settings.max_unreadable,
         )
     elif settings.npz is not None:
         if column is not None:
@@ -47,7 +55,10 @@ def load_images(
             column if conditions.kind == "prompt" else None,
             settings.resize,
             settings.background,
+            settings.max_unreadable,
         )
+    if shape is not None and settings.npz is None:
+        images.look()
     images.prepare(conditions, key)
     return images
 

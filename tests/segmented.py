@@ -8,6 +8,7 @@ from stepdistill.trainers.base import Batch, RealSource
 from stepdistill.trainers.tscd import TSCD
 from toys import toy_family, toy_trainer
 
+from stepdistill.data import ImageSet
 from stepdistill.families.unet2d import UNet2DFamily
 from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.segments import SegmentGrid
@@ -48,15 +49,9 @@ def multiplier(grid: SegmentGrid, c: float) -> torch.Tensor:
 
 
 def real_source(family, latents=None):
-    class Pictures:
-        source, labels = "toy", [0] * 64
-
-        def __len__(self):
-            return len(latents)
-
     if latents is None:
         latents = torch.randn(64, *family.sample_shape, generator=torch.Generator().manual_seed(3))
-    return RealSource(family, Pictures(), latents, 0)
+    return RealSource(family, ImageSet("toy", None, len(latents), [0] * 64, ""), latents, 0)
 
 
 def trainer_of(family=None, segments=1, points=40, real=None, sampler=None, train=None, student=None, **own) -> TSCD:

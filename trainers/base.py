@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from stepdistill import attention, checkpoint
 from stepdistill.conditions import drawn
 from stepdistill.config import Section
-from stepdistill.data import ImageSet, Order
+from stepdistill.data import ImageSet, Order, as_pixels
 from stepdistill.denoiser import Condition, take
 from stepdistill.digests import Digests, check_same
 from stepdistill.errors import UserError, first_line
@@ -142,8 +143,13 @@ class RealBatch:
 class RealSource:
     """Real samples (latents where there is a VAE) with their own conditions, in a seeded order.
 
-    ``subset``: the indices of the images that are drawn; all of them by default.  ``std``: standard deviations of the
-    latents (N, C, H, W), where each use draws a new sample; None where the latents are the samples.
+    In the place of an image that cannot be read stands the next one of ``subset`` that can, whenever that is noticed:
+    the batches are the same in every process and after a resume.
+
+    Args:
+        subset: the indices of the images that are drawn; all of them by default.
+        std: standard deviations of the latents (N, C, H, W), where each use draws a new sample; None where the latents
+            are the samples.
     """
 
     def __init__(
@@ -162,17 +168,44 @@ class RealSource:
         """Draw these images alone from now on."""
         self.subset, self.order = subset, Order(len(subset), self.seed)
 
-    def indices(self, position: int, count: int) -> list[int]:
-        """The images at ``position .. position + count - 1`` of the order."""
-        return [self.subset[i] for i in self.order.indices(position, count)]
-
     def batch(self, position: int, count: int, draw: Draw | None = None) -> RealBatch:
         """The images at ``position .. position + count - 1`` of the order; of several captions of one image one, drawn
-        by the seed and the position.  ``draw``: the noise of latents that are drawn."""
-        index = self.indices(position, count)
+        by the seed and the position.  ``draw``: the noise of latents that are drawn.
+
+        Raises:
+            UserError: none of the images can be read.
+        """
+        index, pixels = self._at(self.order.indices(position, count))
+        samples = self.samples(index, draw) if pixels is None else self._encoded(pixels)
         items = [drawn(item, self.seed, position + k) for k, item in enumerate(self.items(index))]
         condition = self.family.encode_conditions(items) if items else {}
-        return RealBatch(self.samples(index, draw), condition, items, index)
+        return RealBatch(samples, condition, items, index)
+
+    def _at(self, places: list[int]) -> tuple[list[int], Tensor | None]:
+        """The images at places of the subset, or those that stand for them; their pixels where there are no latents."""
+        if self.latents is not None:
+            return [self._next(place, lambda i: i not in self.images.unreadable) for place in places], None
+        pixels: dict[int, np.ndarray] = {}
+
+        def read(index: int) -> bool:
+            if index not in pixels and (image := self.images.pixels(index)) is not None:
+                pixels[index] = image
+            return index in pixels
+
+        index = [self._next(place, read) for place in places]
+        return index, as_pixels([pixels[i] for i in index])
+
+    def _next(self, place: int, good: Callable[[int], bool]) -> int:
+        for step in range(len(self.subset)):
+            if good(index := self.subset[(place + step) % len(self.subset)]):
+                return index
+        raise UserError(f"{self.images.source}: none of its images can be read; {self.images.unreadable_note}")
+
+    def readable(self, index: int) -> bool:
+        """Whether one image can be read."""
+        if self.latents is not None:
+            return index not in self.images.unreadable
+        return self.images.pixels(index) is not None
 
     def items(self, index: list[int]) -> list:
         """The labels or captions of images ``index``; [] where the teacher takes none."""
@@ -187,9 +220,12 @@ class RealSource:
         """Mean and standard deviation (len(index), C, H, W) of the samples ``index``; None for none."""
         device = self.family.device
         if self.latents is None:
-            return self.family.encode_images(self.images.batch(index).to(device)), None
+            return self._encoded(self.images.batch(index)), None
         std = None if self.std is None else self.std[index].float().to(device)
         return self.latents[index].float().to(device), std
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        return self.family.encode_images(pixels.to(self.family.device))
 
 
 class Trainer(abc.ABC):
@@ -251,6 +287,7 @@ class Trainer(abc.ABC):
         self.unwritten: list[dict[str, Any]] = []  # rows of metrics that the disk has not taken
         self._failure: UserError | None = None  # what could not be written; the run is saved, then ends with it
         self._stop: tuple[str, int] | None = None
+        self._unreadable = 0  # pictures that all processes know not to be readable
 
     # -- what a method says --------------------------------------------------------------------------------
 
@@ -361,6 +398,10 @@ class Trainer(abc.ABC):
     def divides_images(cls, settings: Section) -> bool:
         """Whether one of several students sees the real images of its own conditions alone."""
         return True
+
+    def image_sets(self) -> list[tuple[str, ImageSet]]:
+        """The real images that are read while training, each with the config's section that names them."""
+        return [] if self.real is None else [("data.images", self.real.images)]
 
     # -- batches -------------------------------------------------------------------------------------------
 
@@ -529,7 +570,7 @@ class Trainer(abc.ABC):
 
         Raises:
             Interrupted: SIGTERM, Ctrl-C or ``train.max_minutes``; saved before.
-            RunStopped: non-finite gradients in a row.
+            RunStopped: non-finite gradients in a row; more pictures than tolerated cannot be read, saved before.
         """
         self._seconds_before, self._started = self.seconds, time.monotonic() - self.seconds
         with self._signals():
@@ -608,6 +649,8 @@ class Trainer(abc.ABC):
             row[name] = _finite_mean(values)
         row |= {f"skipped/{role}": count for role, count in self.skipped.items() if count}
         row |= {f"not_finite/{name}": count for name, count in self.not_finite.items()}
+        if unreadable := sum(len(images.unreadable) for _, images in self.image_sets()):
+            row["unreadable"] = unreadable
         self._logged.clear()
         losses = {k.removeprefix("loss/"): v for k, v in row.items() if k.startswith("loss/")}
         shown = {k: "nan" if v is None else f"{v:.3g}" for k, v in losses.items()}
@@ -690,14 +733,41 @@ class Trainer(abc.ABC):
             self._stop = (f"train.max_minutes = {limit} reached", 0)
         asked, over = self._stop is not None, self.counters["student"] >= self.config.train.updates or self.spent()
         asked = (asked and not over) or self._failure is not None
+        sets = self.image_sets()
         if self.world > 1:
-            flag = torch.tensor(float(asked), device=self.family.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            asked = bool(flag)
+            unreadable = sum(len(images.unreadable) for _, images in sets)
+            flags = torch.tensor([float(asked), float(unreadable)], device=self.family.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            asked = bool(flags[0])
+            if flags[1] > self._unreadable:
+                self._share_unreadable()
         if asked:
             self.save()
             on_main(self.accelerator, self._raise_failure)
             raise Interrupted(*(self._stop or ("another process was stopped", 1)))
+        for key, images in sets:
+            if images.too_many_unreadable and not over:
+                self._stop_for(key, images)
+
+    def _share_unreadable(self) -> None:
+        """Every process knows which pictures the others could not read."""
+        sets = self.image_sets()
+        for found in gather_object([[images.unreadable for _, images in sets]]):
+            for (_, images), theirs in zip(sets, found, strict=True):
+                images.unreadable |= theirs
+        self._unreadable = sum(len(images.unreadable) for _, images in sets)
+
+    def _stop_for(self, key: str, images: ImageSet) -> None:
+        """End for pictures that cannot be read.
+
+        Raises:
+            RunStopped: always; saved before.
+        """
+        self.save()
+        raise RunStopped(
+            f"{key}: {images.unreadable_note}; {key}.max_unreadable allows {images.limit}: replace them, or raise it, "
+            f"and go on with --resume (saved at student update {self.counters['student']})"
+        )
 
     def _raise_failure(self) -> None:
         """

@@ -16,7 +16,7 @@ those that may."""
 
 
 class RunStopped(UserError):
-    """Training cannot go on: too many updates that are not finite, or none that is."""
+    """Training cannot go on: too many updates that are not finite, or none that is; pictures that cannot be read."""
 
 
 def too_many(role: str, skipped: int, taken: int, in_a_row: int, limit: int, frozen: bool) -> str | None:

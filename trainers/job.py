@@ -248,6 +248,8 @@ class Fit:
                 )
         if self.images is not None:
             lines += [f"images {self.images.source}: {self.images.described}", *self.images.notes]
+            if self.images.unreadable:
+                lines.append(f"skipped, up to {self.images.limit:,} are: {self.images.unreadable_note}")
         return lines
 
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from stepdistill.conditions import drawn
 from stepdistill.config import Section, UserPath
-from stepdistill.data import Order
+from stepdistill.data import ImageSet, Order
 from stepdistill.denoiser import Condition, cat_conditions
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
@@ -247,18 +247,21 @@ class PSO(DirectTrainer):
         """The images with the highest rewards, ``share`` of each label's (of all, where conditions are no labels)."""
         real, scores = self.real, []
         everything = torch.tensor(real.subset)
+        read: list[int] = []
         for index in tqdm(everything.split(batch), desc="rewards of the targets", unit="batch"):
-            index = index.tolist()
-            pixels = real.images.batch(index).to(self.family.device)
-            scores.append(self.judge(pixels, real.items(index), log=False).cpu())
-        scores = torch.cat(scores)
+            pixels, index = real.images.readable(index.tolist())
+            if pixels is not None:
+                read += index
+                scores.append(self.judge(pixels.to(self.family.device), real.items(index), log=False).cpu())
+        real.images.check_readable()
+        scores, everything = torch.cat(scores), torch.tensor(read)
         if not is_finite(scores):
             index = int(everything[(~scores.isfinite()).nonzero()[0]])
             raise UserError(
                 f"pso.best: the rewards of image {index} of {real.images.source} are not finite; mend the reward, or "
                 "remove it from pso.rewards"
             )
-        labels = torch.tensor(real.items(real.subset) if self.family.condition_kind == "label" else [0] * len(scores))
+        labels = torch.tensor(real.items(read) if self.family.condition_kind == "label" else [0] * len(scores))
         kept = []
         for label in labels.unique():
             (index,) = torch.where(labels == label)
@@ -280,7 +283,7 @@ class PSO(DirectTrainer):
         count = self.config.train.batch_size
         start = self.counters["real"] + self.rank * count
         self.counters["real"] += count * self.world
-        index = self.order.indices(start, count)
+        index = [self._readable_pair(number) for number in self.order.indices(start, count)]
         winner, loser = (self._pictures([self.pairs.order[i][side] for i in index]) for side in (0, 1))
         items = [] if self.family.condition_kind == "none" else [self.pairs.labels[i] for i in index]
         items = [drawn(item, self.order.seed, start + k) for k, item in enumerate(items)]
@@ -288,6 +291,18 @@ class PSO(DirectTrainer):
         self.noted(REAL, torch.cat([winner, loser]))
         self.note_conditions(condition)
         return PairBatch(condition, self.noise.randn_like(winner), items, winner, tuple(index), loser=loser)
+
+    def _readable_pair(self, number: int) -> int:
+        """The pair itself, or the next one of which both pictures can be read."""
+        for step in range(len(self.pairs)):
+            other = (number + step) % len(self.pairs)
+            if all(self.sources[part].readable(index) for part, index in self.pairs.order[other]):
+                return other
+        raise UserError("pso.pairs: there is no pair of which both pictures can be read")
+
+    def image_sets(self) -> list[tuple[str, ImageSet]]:
+        pairs = [] if self.settings.pairs is None else [("pso.pairs", images) for images in self.pairs.sets]
+        return [*super().image_sets(), *pairs]
 
     def _pictures(self, which: list[tuple[int, int]]) -> Tensor:
         """Samples (B, C, H, W), each named by its set and index; what is drawn of them is one draw for all, so that it

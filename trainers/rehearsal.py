@@ -100,7 +100,8 @@ def _shortened(job: Job, folder: str, waits: bool) -> Job:
 def _few(fit: Fit) -> Fit:
     images = fit.images
     if images is not None:
-        images = images.part((fit.subset or list(range(len(images))))[:FEW])
+        usable = [index for index in fit.subset or range(len(images)) if index not in images.unreadable]
+        images = images.part(usable[:FEW])
     return replace(fit, items=fit.items[:FEW], all_items=fit.items[:FEW], images=images, subset=None)
 
 

@@ -6,6 +6,7 @@ from stepdistill.trainers.base import RealSource
 from toys import MLP, ByLabel, assert_reaches_the_mixture, linear_betas, toy_family, toy_trainer
 
 from stepdistill.analytic import GaussianMixture
+from stepdistill.data import ImageSet
 from stepdistill.families.analytic import AnalyticFamily
 
 
@@ -34,15 +35,8 @@ def test_guided_fixed_point(scale, fixed_point):
 
 
 def real_source(family, count=32, labels=None):
-    class Pictures:
-        source = "toy"
-
-        def __len__(self):
-            return count
-
-    Pictures.labels = labels
     latents = torch.randn(count, *family.sample_shape, generator=torch.Generator().manual_seed(3))
-    return RealSource(family, Pictures(), latents, 0)
+    return RealSource(family, ImageSet("toy", None, count, labels, ""), latents, 0)
 
 
 def labelled_trainer(method="dmd2", **changes):

@@ -164,19 +164,20 @@ def test_one_student_of_a_recipe_is_the_recipe_to_the_bit(root, recipe_run, tmp_
 def seen(monkeypatch) -> dict[str, list[int]]:
     """The labels that each role is called with, and those of the real images."""
     found: dict[str, list[int]] = {}
-    call, samples = Role.__call__, RealSource.samples
+    call, batch = Role.__call__, RealSource.batch
 
     def spied_call(self, x_t, t, condition):
         assert len(condition["label"]) == len(x_t)
         found.setdefault(self.name, []).extend(condition["label"].tolist())
         return call(self, x_t, t, condition)
 
-    def spied_samples(self, index):
-        found.setdefault("real", []).extend(self.images.labels[i] for i in index)
-        return samples(self, index)
+    def spied_batch(self, position, count):
+        real = batch(self, position, count)
+        found.setdefault("real", []).extend(real.items)
+        return real
 
     monkeypatch.setattr(Role, "__call__", spied_call)
-    monkeypatch.setattr(RealSource, "samples", spied_samples)
+    monkeypatch.setattr(RealSource, "batch", spied_batch)
     return found
 
 

@@ -19,6 +19,7 @@ from toys import fit_to_teacher, students_samples, toy_family, toy_trainer, zero
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.config import merge
+from stepdistill.data import ImageSet
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.objectives.preference import gaussian_log_prob
@@ -658,21 +659,6 @@ def test_the_passes_made_are_those_planned(name, teacher, tmp_path, images, pair
 # -- what it does ------------------------------------------------------------------------------------------
 
 
-class Points:
-    """Real samples that are no pictures."""
-
-    labels = None
-
-    def __init__(self, values):
-        self.values = values
-
-    def __len__(self):
-        return len(self.values)
-
-    def batch(self, indices):
-        return self.values[indices]
-
-
 def test_the_reward_rises_and_the_samples_keep_their_spread():
     """A four-step model of a mixture, its own denoiser, and the x-coordinate for a judge."""
     mixture = GaussianMixture([[-0.6, 0.8], [0.6, 0.8], [0.0, -1.0]], 0.05)
@@ -724,7 +710,7 @@ def test_targets_move_a_one_step_model_that_a_diffusion_loss_blurs():
         own.teacher_denoiser = lambda: None
         trainer = toy_trainer(
             own,
-            RealSource(own, Points(targets[:, :, None, None]), None, 0),
+            RealSource(own, ImageSet("points", None, 1000, None, ""), targets[:, :, None, None], 0),
             method="pso",
             roles={"weights": "full"},
             pso={"mode": "targets", "loss": loss, "beta": 10.0},
