@@ -101,7 +101,7 @@ def evaluate_command(
     reference: Annotated[str | None, typer.Option(help="its statistics, or a folder of pictures with resize")] = None,
     seed: Annotated[int | None, typer.Option(help="1234, or the preset's")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="repeats with seed, seed + 1, ...: mean ± deviation")] = None,
-    prompts: Annotated[str | None, typer.Option(help="a file, one prompt a line")] = None,
+    prompts: Annotated[str | None, typer.Option(help="a .txt, .csv, .jsonl, ... file, or a folder")] = None,
     clip_model: Annotated[str | None, typer.Option(help="open_clip's model name, e.g. ViT-g-14")] = None,
     clip_weights: Annotated[str | None, typer.Option(help="a local weight file of the CLIP model")] = None,
     reward: Annotated[list[str] | None, typer.Option(help="its mean too, module:attribute; may be repeated")] = None,
