@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -13,9 +14,12 @@ from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 from stepdistill.eval import inference
 from stepdistill.eval.evaluate import Target
 from stepdistill.eval.of_run import run_targets
+from stepdistill.eval.pictures import grid
 from stepdistill.eval.stock import StockPipeline
 from stepdistill.pipelines import export_student
-from stepdistill.trainers.entries import RunEntry, read_entries
+from stepdistill.trainers import compare
+from stepdistill.trainers.compare import CompareSettings
+from stepdistill.trainers.entries import RunEntry
 from stepdistill.trainers.job import build_trainer, make_job, provenance
 
 from stepdistill.errors import UserError
@@ -180,6 +184,14 @@ def test_sample_takes_the_variant(folders, tmp_path):
     assert (done.code, "those there are: ema" in done.error) == (2, True)
 
 
+def test_a_grid_takes_the_variant(folders, tmp_path):
+    pictures = []
+    for index, (name, variant) in enumerate((("both", None), ("both", "ema"), ("alone", None))):
+        path = grid([Target("teacher", folders[name], 1, variant=variant)], tmp_path / f"{index}.png", 1, 3)
+        pictures.append(path.read_bytes())
+    assert pictures[0] != pictures[1] == pictures[2]
+
+
 def test_a_student_that_starts_from_the_teachers_folder_starts_from_its_variant(folders):
     for name, variant, expected in (("both", "ema", EMA), ("both", None, PLAIN), ("alone", "ema", EMA)):
         family = load_family(str(folders[name]), variant=variant)
@@ -209,14 +221,23 @@ def test_an_exported_student_says_the_variant_and_the_benchmark_takes_it(folders
     assert torch.equal(weight_of(named.teacher.denoiser), PLAIN)  # another teacher than the run's, as far as one knows
 
 
-def test_what_tunes_a_student_asks_for_no_variant_of_it(folders, tmp_path):
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(raw_config(folders["both"], "unused")))
-    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(raw_config(folders["both"], "unused", **PSO)))
+def test_a_comparison_takes_the_variant_and_what_tunes_a_student_none(folders, tmp_path, monkeypatch):
+    for name, method in (("base", {}), ("tune", PSO)):
+        raw = raw_config(folders["both"], "unused", **method)
+        raw["teacher"] |= {"revision": "v2", "null_label": 3}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
     shared = ["evaluation.extractor=fashion_mnist", "evaluation.reference=asset:fashion_mnist/reference.safetensors"]
     runs = {"base": "base.yaml", "tuned": RunEntry(config="tune.yaml", tunes="base")}
-    made = read_entries(runs, [], shared, 1000, tmp_path / "out", tmp_path)
+    settings = CompareSettings(output=str(tmp_path / "out"), runs=runs, overrides=shared, passes=1000)
+    made = settings.entries(tmp_path)
     assert made["base"].job.config.teacher.variant == "ema"
-    assert (made["tuned"].job.config.teacher.variant, made["tuned"].job.config.teacher.revision) == (None, None)
+    tuned = made["tuned"].job.config.teacher
+    assert (tuned.variant, tuned.revision, tuned.null_label) == (None, None, None)
+    monkeypatch.setattr(compare, "evaluate", Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        compare.measure(settings, made, "cpu")
+    (teacher,) = compare.evaluate.call_args.args[0]
+    assert (teacher.name, teacher.variant) == ("teacher", "ema")
 
 
 @pytest.mark.slow

@@ -133,8 +133,9 @@ def _read(name, title, seed, entry: RunEntry, overrides, passes: int, output: Pa
     path = folder / entry.config
     own = [*overrides, *entry.overrides, f"output={_as_yaml(output)}"]
     own += [] if seed is None else [f"seed={seed}"]
-    if base is not None:  # a student has neither its teacher's revision nor its variants
-        own += [f"teacher.path={_as_yaml(base.run.student)}", "teacher.revision=null", "teacher.variant=null"]
+    if base is not None:  # a student's folder says for itself what its teacher's config had to say
+        own += [f"teacher.path={_as_yaml(base.run.student)}"]
+        own += [f"teacher.{key}=null" for key in ("revision", "variant", "null_label")]
     raw = apply_overrides(read_yaml(path), own)
     recipe = is_recipe(raw)
     if base is None and not recipe:

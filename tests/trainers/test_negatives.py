@@ -275,6 +275,18 @@ def test_bf16_samples_are_close_to_float32s(root):
     assert torch.nn.functional.cosine_similarity(*(s.flatten() for s in samples), 0) > 0.99
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_teacher_in_half_precision_is_steered_too(root, dtype):
+    for weights in ("full", "shared"):
+        job = make_job(raw(root, "unused", weights, train={"precision": "bf16"}, teacher={"dtype": dtype}))
+        trainer = shaken(build_trainer(job, None))
+        batch = trainer.next_batch()
+        steered = trainer.make_sample(batch).detach()
+        assert steered.isfinite().all()
+        batch.steering = {}
+        assert (steered - trainer.make_sample(batch).detach()).abs().max() > 1e-3
+
+
 # -- whole runs ------------------------------------------------------------------------------------------------
 
 
