@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from stepdistill.errors import UserError
 
 from . import protocols
 from .curves import CURVE, in_thousands, logarithmic, read_curve
-from .page import escape, html_table, image, missing, read_text, svg, thin, write_page
-from .report import cost_cells, evaluation_table, metric_rows
+from .page import escape, guarded, html_table, image, missing, read_config, svg, thin, write_page
+from .report import cost_cells, evaluation_table, is_number, metric_rows
 
 PASSES = "network passes"
 REMEDY = "measure them under one: stepdistill evaluate A=RUN/student B=RUN/student --output both.json"
@@ -60,12 +58,15 @@ def write_comparison(runs: list[Path] | dict[str, Path], page: Path, together: T
     one_noise = together is not None or _one_noise(named)
     first = {titles[name]: name for name in reversed(named)}.values()  # of each title's training seeds
     sections = [
-        ("Runs", _runs(named)),
-        ("Evaluation", _own_numbers(named) if together is None else _numbers(together)),
-        ("Distance over training", _distances(named, titles, together)),
-        ("Losses over training", _losses(named, titles)),
+        ("Runs", guarded("metrics.jsonl", lambda: _runs(named))),
+        ("Evaluation", guarded("evaluation.json", lambda: _measured(named, together))),
+        ("Distance over training", guarded(CURVE, lambda: _distances(named, titles, together))),
+        ("Losses over training", guarded("metrics.jsonl", lambda: _losses(named, titles))),
         (f"Pictures, {'on the same noise' if one_noise else 'each on its own noise'}", _pictures(named, together)),
-        ("Where the configs differ", config_differences({n: _config(run) for n, run in named.items() if n in first})),
+        (
+            "Where the configs differ",
+            config_differences({n: read_config(run) for n, run in named.items() if n in first}),
+        ),
     ]
     return write_page(page, "Comparison of " + ", ".join(dict.fromkeys(titles.values())), sections)
 
@@ -84,8 +85,12 @@ def _named(runs: list[Path]) -> dict[str, Path]:
 
 def _runs(named: dict[str, Path]) -> str:
     rows: list[list[Any]] = [["run", "method", "student updates", "network passes", "minutes"]]
-    rows += [[name, _config(run).get("method", "-"), *cost_cells(run)] for name, run in named.items()]
+    rows += [[name, read_config(run).get("method", "-"), *cost_cells(run)] for name, run in named.items()]
     return html_table(rows)
+
+
+def _measured(named: dict[str, Path], together: Together | None) -> str:
+    return _own_numbers(named) if together is None else _numbers(together)
 
 
 def _numbers(together: Together) -> str:
@@ -124,8 +129,14 @@ def _own_numbers(named: dict[str, Path]) -> str:
 
 def _passes_and_seconds(run: Path) -> tuple[list[float], list[float]]:
     """Network passes and seconds of training at every row of metrics, both ascending from 0."""
-    rows = [row for row in metric_rows(run / "metrics.jsonl") if "passes" in row and "seconds" in row]
+    rows = _timed_rows(run)
     return [0.0, *(float(row["passes"]) for row in rows)], [0.0, *(float(row["seconds"]) for row in rows)]
+
+
+def _timed_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics that say their network passes and seconds."""
+    rows = metric_rows(run / "metrics.jsonl")
+    return [row for row in rows if is_number(row.get("passes")) and is_number(row.get("seconds"))]
 
 
 Lines = dict[str, list[tuple[list[float], list[float]]]]
@@ -161,11 +172,9 @@ def _losses(named: dict[str, Path], titles: dict[str, str]) -> str:
     """The losses that two runs or more have, over passes and over time."""
     series: dict[str, dict[str, tuple[list[float], list[float], list[float]]]] = {}
     for name, run in named.items():
-        for row in metric_rows(run / "metrics.jsonl"):
-            if "passes" not in row or "seconds" not in row:
-                continue
+        for row in _timed_rows(run):
             for key, value in row.items():
-                if key.startswith("loss/") and isinstance(value, int | float) and math.isfinite(value):
+                if key.startswith("loss/") and is_number(value):
                     own = series.setdefault(key, {}).setdefault(name, ([], [], []))
                     for column, number in zip(own, (row["passes"], row["seconds"] / 60, value), strict=True):
                         column.append(float(number))
@@ -232,16 +241,8 @@ def _own_grid(name: str, run: Path) -> str:
 
 def _one_noise(named: dict[str, Path]) -> bool:
     """Whether the runs' own grids start from the same noise."""
-    evaluations = [_config(run).get("evaluation") or {} for run in named.values()]
-    return len({own.get("seed") for own in evaluations}) == 1
-
-
-def _config(run: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(read_text(run / "config.yaml") or "")
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    evaluations = [read_config(run).get("evaluation") for run in named.values()]
+    return len({repr(own.get("seed")) if isinstance(own, dict) else None for own in evaluations}) == 1
 
 
 def config_differences(configs: dict[str, dict[str, Any]]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from stepdistill import files
 from stepdistill.errors import UserError
+from stepdistill.readers import parse_json, read_text
 from stepdistill.run import differences
 
 CURVE = "distances.json"
@@ -27,11 +28,13 @@ def read_curve(file: Path, protocol: dict[str, Any] | None = None) -> Curve:
         UserError: they were measured under another.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_text(file))
         there = content.get("protocol") if isinstance(content, dict) else None
         points = content["points"] if isinstance(content, dict) else content
         curve = [(float(passes), float(distance)) for passes, distance in points]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        return []
+    if not all(math.isfinite(number) for point in curve for number in point):
         return []
     odd = differences(there, protocol) if there and protocol else []
     if odd:

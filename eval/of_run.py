@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from stepdistill.pipelines.msd import is_msd_folder
 
 from stepdistill import assets
-from stepdistill.config import check
-from stepdistill.errors import UserError
+from stepdistill.config import check, read_mapping
+from stepdistill.errors import UserError, reading, shown
 from stepdistill.pipeline_folders import hub_folder, is_whole
-from stepdistill.settings import DataSettings
+from stepdistill.readers import read_json
+from stepdistill.settings import DataSettings, SamplerSettings, TeacherSettings
+from stepdistill.settings import EvaluationSettings as RunEvaluation
 from stepdistill.sources import prompts_of
 
 from .evaluate import EvaluationSettings, Target, evaluate
 from .pictures import grid, table
 from .processes import Processes
+
+SECTIONS = {
+    "teacher": TeacherSettings,
+    "data": DataSettings,
+    "sampler": SamplerSettings,
+    "evaluation": RunEvaluation,
+}
+"""The sections of a run's config that its evaluation reads."""
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """A run's config, the sections that an evaluation reads checked and with their defaults.
+
+    Raises:
+        UserError: not a run folder, or a config that is none of a run.
+    """
+    file = run / "config.yaml"
+    try:
+        raw = read_mapping(file)
+    except FileNotFoundError:
+        raise UserError(f"{run}: not a run folder (no config.yaml in it)") from None
+    checked = {name: check(model, raw.get(name, {}), f"{file}: {name}") for name, model in SECTIONS.items()}
+    with reading(file, "take it from the run's config again", "damaged; it is not a run's config"):
+        method, stages = raw["method"], [{"name": stage["name"]} for stage in raw.get("stages") or []]
+        own = raw.get(method) or {}
+        section = raw.get(own.get("base")) or own
+        if not all(isinstance(part, dict) for part in (own, section, raw.get("dmd2") or {})):
+            raise ValueError(f"the section of method {shown(method)} is no mapping")
+    named = {"stages": stages} if stages else {}
+    return {**raw, **{name: part.model_dump(mode="json") for name, part in checked.items()}, **named}
 
 
 def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
@@ -63,26 +93,30 @@ def own_scale(config: dict[str, Any]) -> float:
         section = config.get("dmd2") or section
     if section.get("fake_score_guidance") == "shared":
         return 1.0
-    return float(section.get("guidance_scale") or 1.0)
+    scale = section.get("guidance_scale") or 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise UserError(f"{config['method']}.guidance_scale = {shown(scale)}: a number is needed")
+    return float(scale)
 
 
 def protocol(config: dict[str, Any], samples: int, latency: bool = False) -> EvaluationSettings:
     """How a run's config wants pipelines measured, with ``samples`` of each."""
     own, labels = config["evaluation"], config["data"]["labels"]
-    return EvaluationSettings(
-        samples=samples,
-        batch_size=own["batch_size"],
-        seed=own["seed"],
-        extractor=own["extractor"],
-        reference=own["reference"],
-        labels="uniform" if labels == "all" else labels,
-        prompts=config["data"].get("prompts"),
-        prompt_column=config["data"].get("prompt_column"),
-        prompt_dataset=config["data"].get("prompt_dataset"),
-        prompt_images=config["data"]["images"] if config["data"].get("prompts_from_images") else None,
-        rewards=(config["pso"].get("rewards") or []) if config["method"] == "pso" else [],
-        latency=latency,
-    )
+    asked = {
+        "samples": samples,
+        "batch_size": own["batch_size"],
+        "seed": own["seed"],
+        "extractor": own["extractor"],
+        "reference": own["reference"],
+        "labels": "uniform" if labels == "all" else labels,
+        "prompts": config["data"].get("prompts"),
+        "prompt_column": config["data"].get("prompt_column"),
+        "prompt_dataset": config["data"].get("prompt_dataset"),
+        "prompt_images": config["data"]["images"] if config["data"].get("prompts_from_images") else None,
+        "rewards": (config["pso"].get("rewards") or []) if config["method"] == "pso" else [],
+        "latency": latency,
+    }
+    return check(EvaluationSettings, asked, "evaluation")
 
 
 def evaluate_run(
@@ -95,13 +129,8 @@ def evaluate_run(
     Raises:
         UserError: not a run folder, no student in it yet, or an evaluation setting that does not fit.
     """
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        own = config["evaluation"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{run}: not a run folder (no config.yaml in it)") from None
-    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
-        raise UserError(f"{run / 'config.yaml'}: damaged; it is not a run's config") from None
+    config = read_run(run)
+    own = config["evaluation"]
     if not is_whole(run / "student"):
         raise UserError(f"{run}: there is no whole student in it; finish the run, or: stepdistill export {run}")
     targets = run_targets(run, config)
@@ -138,7 +167,7 @@ def shown_prompts(data: dict[str, Any]) -> list[str] | None:
 
 def measured_text(file: Path, rows: list[dict[str, Any]]) -> str:
     """The table of an evaluation's rows, and the protocol's line from its file."""
-    protocol = json.loads(file.read_text(encoding="utf-8"))["protocol"]
+    protocol = read_json(file)["protocol"]
     return f"{table(rows, protocol['metric'])}\n{protocol['line']}"
 
 
@@ -147,7 +176,7 @@ def label_names(pipeline: Path) -> list[str] | None:
     if is_msd_folder(pipeline):
         pipeline = pipeline / "student-0"
     try:
-        config = json.loads((pipeline / "unet" / "config.json").read_text(encoding="utf-8"))
-        return (config.get("_stepdistill") or {}).get("label_names")
-    except (OSError, ValueError):
+        names = read_json(pipeline / "unet" / "config.json")["_stepdistill"]["label_names"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stepdistill import files
-from stepdistill.errors import UserError, reading
+from stepdistill.config import read_mapping
+from stepdistill.errors import UserError, first_line, reading
+from stepdistill.readers import parse_json, read_bytes
 
 MOST_POINTS = 1000
 """Points of a curve; longer ones are averaged in equal spans."""
@@ -81,19 +83,46 @@ def html_table(rows: list[list[Any]], header: bool = True, kind: str = "wide") -
     return f'<div class="{kind}"><table>{"".join(lines)}</table></div>'
 
 
+MOST_BYTES = 2**30
+"""Of a file that a page is made of."""
+
+
 def read_text(path: Path) -> str | None:
+    """A text file, what is not UTF-8 replaced; None where there is none that can be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return read_bytes(path, MOST_BYTES).decode("utf-8", errors="replace")
+    except (OSError, ValueError):
         return None
 
 
 def read_json(path: Path) -> Any:
-    text = read_text(path)
+    """A JSON file's value, None where there is none."""
     try:
-        return None if text is None else json.loads(text)
+        return parse_json(read_text(path) or "")
     except ValueError:
         return None
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """A run's ``config.yaml``, {} where there is none that can be read."""
+    try:
+        return read_mapping(run / "config.yaml")
+    except (OSError, UserError):
+        return {}
+
+
+def guarded(what: str, build: Callable[[], str]) -> str:
+    """What ``build`` gives; where a file of the run is not what it should be, a note that says so.
+
+    Raises:
+        UserError: ``build`` raised one.
+    """
+    try:
+        return build()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of tables and figures
+        return f'<p class="note">{escape(what)} cannot be shown: {escape(first_line(error))}.</p>'
 
 
 def thin(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:

@@ -63,7 +63,7 @@ def table_cells(rows: list[dict[str, Any]], metric: str = "frechet") -> list[lis
 def _cell(cell, row: dict[str, Any]) -> str:
     try:
         return cell(row)
-    except (KeyError, TypeError):  # this row was not measured for that column
+    except (KeyError, TypeError, ZeroDivisionError):  # this row was not measured for that column
         return "-"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError, reading
+from stepdistill.readers import MOST_TEXT, read_bytes, read_json
 from stepdistill.run import differences
 
 if TYPE_CHECKING:
@@ -124,17 +125,76 @@ def check_ours(file: Path) -> None:
     if not file.exists() or read(file) is not None:
         return
     with reading(file, "name another --output"):
-        text = file.read_bytes()
+        text = read_bytes(file, MOST_TEXT)
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(text)
-        raise UserError(f"{file}: is no evaluation of stepdistill's, so it is not written over; name another --output")
+        raise UserError(
+            f"{file}: is no evaluation of stepdistill's, or damaged, so it is not written over; name another --output, "
+            "or delete it"
+        )
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """Protocol and rows of an ``evaluation.json``; None where there is none that can be read."""
+    """Protocol and rows of an ``evaluation.json``; None where there is none, or none whose content is of its kind."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        rows = [row for row in content["rows"] if isinstance(row, dict)]
-        return dict(content.get("protocol") or {}), rows
+        content = read_json(file)
+        protocol, rows = content.get("protocol") or {}, content["rows"]
+        _check_protocol(protocol)
+        for row in rows:
+            _check_row(row)
+        return protocol, rows
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+TEXTS = ("metric", "kernel_metric", "extractor", "extractor_fingerprint", "resize", "crop", "size", "clip_size", "clip")
+TEXTS += ("line", "device", "prompts_fingerprint")
+ROW_TEXTS = ("path", "fingerprint")
+ROW_NUMBERS = ("passes_per_image", "frechet", "kid_mean", "kid_std", "precision", "recall", "diversity", "clip_score")
+ROW_NUMBERS += ("steps", "samples", "guidance_scale", "seconds", "images_per_second")
+
+
+def _check_protocol(protocol: dict[str, Any]) -> None:
+    """
+    Raises:
+        TypeError, AttributeError: a value of another kind than a protocol has.
+    """
+    _require(protocol, dict)
+    for key in TEXTS:
+        _require(protocol.get(key), str, None)
+    settings, reference = protocol.get("settings") or {}, protocol.get("reference") or {}
+    for key in ("samples", "batch_size", "seed", "neighbours"):
+        _require(settings.get(key), int, None)
+    for key, kind in (("source", str), ("fingerprint", str), ("n", int), ("features", int)):
+        _require(reference.get(key), kind, None)
+    for seed in protocol.get("seeds") or []:
+        _require(seed, int)
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """
+    Raises:
+        TypeError, AttributeError, KeyError: a value of another kind than a row has.
+    """
+    _require(row["name"], str)
+    for key in ROW_TEXTS:
+        _require(row.get(key), str, None)
+    std, rewards, latency = (row.get(key) or {} for key in ("std", "rewards", "latency"))
+    numbers = [*(row.get(key) for key in ROW_NUMBERS), *rewards.values(), *(std.get("rewards") or {}).values()]
+    numbers += [value for key, value in std.items() if key != "rewards"]
+    if latency:
+        numbers += [latency["seconds"], *latency["shares"].values()]
+    for number in numbers:
+        _require(number, int, float, None)
+    for count in row.get("parameters") or []:
+        _require(count, int)
+
+
+def _require(value: Any, *kinds: type | None) -> None:
+    """
+    Raises:
+        TypeError: a value of none of the kinds; None stands for itself, and True is no number.
+    """
+    named = tuple(type(None) if kind is None else kind for kind in kinds)
+    if not isinstance(value, named) or isinstance(value, bool):
+        raise TypeError(f"a {type(value).__name__}")

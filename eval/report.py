@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stepdistill.errors import UserError
+from stepdistill.readers import parse_json
 
-from .page import escape, html_table, image, missing, read_json, read_text, svg, thin, write_page
+from . import protocols
+from .page import escape, guarded, html_table, image, missing, read_config, read_json, read_text, svg, thin, write_page
 from .pictures import table_cells
-from .protocols import protocol_line
 
 MOST_SAMPLES = 12
 """Sample grids that a page shows, spread evenly over the run."""
+MOST_STUDENTS = 1000
 NOT_CURVES = {"iteration", "seconds", "passes"}
 
 
@@ -34,13 +35,13 @@ def write_report(run: str | Path) -> Path:
             f"run {run}: holds no config.yaml, environment.json or metrics.jsonl, so it is not a run; name the "
             "output folder of a distillation"
         )
-    config = read_text(run / "config.yaml")
+    settings = read_config(run)
     sections = [
-        ("What was run", _facts(run, config)),
-        ("Evaluation", _evaluation(run)),
-        ("Comparison, on the same noise", _comparison(run)),
-        *_training(run, config),
-        ("Config", _config(config)),
+        ("What was run", guarded("What was run", lambda: _facts(run, settings))),
+        ("Evaluation", guarded("evaluation.json", lambda: _evaluation(run))),
+        ("Comparison, on the same noise", guarded("grid.png", lambda: _comparison(run))),
+        *_training(run, settings),
+        ("Config", _config(read_text(run / "config.yaml"))),
     ]
     return write_page(run / "report.html", run.resolve().name, sections)
 
@@ -48,13 +49,8 @@ def write_report(run: str | Path) -> Path:
 # -- sections ----------------------------------------------------------------------------------------------
 
 
-def _facts(run: Path, config: str | None) -> str:
+def _facts(run: Path, settings: dict[str, Any]) -> str:
     """Method, teacher, steps, seed, versions, command: from the config and the environment, as far as they say."""
-    try:
-        settings = yaml.safe_load(config or "") or {}
-    except yaml.YAMLError:
-        settings = {}
-    settings = settings if isinstance(settings, dict) else {}
     environment = read_json(run / "environment.json")
     environment = environment if isinstance(environment, dict) else {}
     rows = []
@@ -91,15 +87,11 @@ def _at(settings: dict, key: str) -> Any:
     return value
 
 
-def _training(run: Path, config: str | None) -> list[tuple[str, str]]:
+def _training(run: Path, settings: dict[str, Any]) -> list[tuple[str, str]]:
     """Curves and samples: of the run, or of every stage and student of it with what each cost."""
-    try:
-        settings = yaml.safe_load(config or "") or {}
-    except yaml.YAMLError:
-        settings = {}
-    parts = _parts(run, settings) if isinstance(settings, dict) else []
+    parts = _parts(run, settings)
     if not parts:
-        tuned = _tuned(run)
+        tuned = guarded("metrics.jsonl", lambda: _tuned(run))
         first = [("Reward and distance to the untuned model", tuned)] if tuned else []
         return [*first, ("Curves", _curves(run)), ("Samples over time", _samples(run))]
     rows = [["part", "method", "student updates", "network passes", "minutes"]]
@@ -113,7 +105,8 @@ def _training(run: Path, config: str | None) -> list[tuple[str, str]]:
 
 def _parts(run: Path, settings: dict[str, Any]) -> list[tuple[str, Path, str]]:
     """(name, run folder, method) of a recipe's stages, of several students, of both; [] for one run."""
-    stages = [stage for stage in settings.get("stages") or [] if isinstance(stage, dict)]
+    listed_stages = settings.get("stages")
+    stages = [stage for stage in listed_stages if _is_stage(stage)] if isinstance(listed_stages, list) else []
     method = str(settings.get("method", "-"))
 
     def listed(own: list[dict], folder: Path, before: str = "") -> list[tuple[str, Path, str]]:
@@ -127,10 +120,16 @@ def _parts(run: Path, settings: dict[str, Any]) -> list[tuple[str, Path, str]]:
         return listed(stages, run)
     found = listed([stage for stage in stages if stage.get("shared")], run / "shared", "shared, ")
     own = [stage for stage in stages if not stage.get("shared")]
-    for k in range(int(msd.get("students") or 0)):
+    students = msd.get("students")
+    for k in range(students if isinstance(students, int) and students <= MOST_STUDENTS else 0):
         folder = run / f"student-{k}"
         found += listed(own, folder, f"student {k}, ") if own else [(f"student {k}", folder, method)]
     return found
+
+
+def _is_stage(stage: Any) -> bool:
+    """Whether it is a mapping with a name that a folder of the run can have."""
+    return isinstance(stage, dict) and re.fullmatch(r"[\w.-]+", str(stage.get("name"))) is not None
 
 
 def _tuned(run: Path) -> str:
@@ -149,36 +148,39 @@ def metric_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a ``metrics.jsonl``; lines that are cut short are passed over."""
     rows = []
     for line in (read_text(path) or "").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
+        with contextlib.suppress(ValueError):
+            row = parse_json(line)
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 
 def cost_cells(run: Path) -> list[Any]:
     """Student updates, network passes and minutes so far, each ``-`` where the run does not say."""
     last = (metric_rows(run / "metrics.jsonl") or [{}])[-1]
-    minutes = f"{last['seconds'] / 60:.1f}" if "seconds" in last else "-"
-    passes = f"{last['passes']:,}" if "passes" in last else "-"
+    minutes = f"{last['seconds'] / 60:.1f}" if is_number(last.get("seconds")) else "-"
+    passes = f"{last['passes']:,}" if is_number(last.get("passes")) else "-"
     return [last.get("updates/student", "-"), passes, minutes]
 
 
+def is_number(value: Any) -> bool:
+    """Whether a row's value can be drawn: finite, and of a size that a float has."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def _evaluation(run: Path) -> str:
-    content = read_json(run / "evaluation.json")
-    if not isinstance(content, dict) or not content.get("rows"):
+    found = protocols.read(run / "evaluation.json")
+    if found is None or not found[1]:
         return missing("evaluation.json, or it cannot be read (make it with: stepdistill evaluate)")
-    protocol = content.get("protocol") or {}
-    return evaluation_table(protocol, content["rows"], str(content.get("date", "")))
+    date = (read_json(run / "evaluation.json") or {}).get("date", "")
+    return evaluation_table(*found, str(date))
 
 
 def evaluation_table(protocol: dict[str, Any], rows: list[dict[str, Any]], date: str = "") -> str:
     """The rows as a table, the protocol's line below."""
     cells = table_cells(rows, str(protocol.get("metric", "frechet")))
     spread = ", ± over seeds" if any(row.get("std") for row in rows) else ""
-    said = [protocol.get("line") or protocol_line(protocol), f"on {protocol.get('device', '?')}", date]
+    said = [protocol.get("line") or protocols.protocol_line(protocol), f"on {protocol.get('device', '?')}", date]
     note = f"Lower is better; ratio and speed are against the first row{spread}. " + "; ".join(filter(None, said)) + "."
     return f'{html_table(cells)}<p class="note">{escape(note)}</p>'
 
@@ -191,7 +193,7 @@ def _comparison(run: Path) -> str:
 
 
 def _samples(run: Path, most: int = MOST_SAMPLES) -> str:
-    files = sorted((run / "samples").glob("*.png"))
+    files = sorted(path for path in (run / "samples").glob("*.png") if path.is_file())
     if not files:
         return missing("samples/*.png")
     if len(files) > most:
@@ -219,25 +221,22 @@ def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Every scalar of a ``metrics.jsonl`` as (iterations, values), null as NaN; lines cut short are passed over."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for row in metric_rows(path):
-        try:
-            iteration = float(row["iteration"])
-        except (ValueError, KeyError, TypeError):
+        if not is_number(row.get("iteration")):
             continue
         for name, value in row.items():
-            value = math.nan if value is None else value
-            if (
-                name not in NOT_CURVES
-                and not name.startswith("updates/")
-                and isinstance(value, int | float)
-                and not isinstance(value, bool)
-            ):
+            number = isinstance(value, float) or is_number(value)
+            if number and name not in NOT_CURVES and not name.startswith("updates/"):
                 xs, ys = curves.setdefault(name, ([], []))
-                xs.append(iteration)
+                xs.append(float(row["iteration"]))
                 ys.append(float(value))
     return curves
 
 
 def _curves(run: Path) -> str:
+    return guarded("metrics.jsonl", lambda: _all_curves(run))
+
+
+def _all_curves(run: Path) -> str:
     found = read_metrics(run / "metrics.jsonl")
     curves = {name: own for name, own in found.items() if not name.startswith("probe/")}
     if not curves:

@@ -212,7 +212,7 @@ def _say(model: type[BaseModel], error: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key} = {shown(error['input'])}: {message}"
+    return f"{f'{key} = ' if key else ''}{shown(error['input'])}: {message}"
 
 
 def _keys_beside(model: type[BaseModel], location: list[str]) -> list[str]:

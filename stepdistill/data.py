@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import time
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,8 +22,9 @@ from tqdm import tqdm
 
 from stepdistill import files
 from stepdistill.conditions import Conditions, are_labels, check_number, labels_of_names, listed, order_note, shortened
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 from stepdistill.pictures import UnreadablePicture, fit
+from stepdistill.readers import array_names, read_arrays
 
 
 class Order:
@@ -339,19 +339,12 @@ def read_npz(
 
     ``key`` is the config's, for errors.
     """
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise ValueError("it is a single array; write one with numpy.savez")
-        with file:
-            if "images" not in file:
-                raise UserError(f"{path}: no array named 'images' (it holds {', '.join(file.files) or 'none'})")
-            images, labels = file["images"], file["labels"] if "labels" in file else None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; set {key} to an existing .npz") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a readable .npz file ({error})") from None
-    return read_array_images(images, labels, shape, resize, str(path), background)
+    with reading(path, f"set {key} to an existing .npz", "not a readable .npz file"):
+        arrays = read_arrays(path, "images", "labels")
+    if "images" not in arrays:
+        held = ", ".join(array_names(path)) or "none"
+        raise UserError(f"{path}: no array named 'images' (it holds {held}); write one with numpy.savez")
+    return read_array_images(arrays["images"], arrays.get("labels"), shape, resize, str(path), background)
 
 
 def write_npz(path: str | Path, images: np.ndarray, labels: np.ndarray | None = None) -> Path:

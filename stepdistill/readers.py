@@ -146,6 +146,12 @@ def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
         return {name: file[name] for name in wanted}
 
 
+def array_names(path: str | Path) -> list[str]:
+    """The names of the arrays in an ``.npz``."""
+    with zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
 def _checked_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     """Bytes of one array, once its header is known to fit the file."""
     with archive.open(info) as member:

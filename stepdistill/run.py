@@ -26,13 +26,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from stepdistill import files
-from stepdistill.config import dump_yaml
+from stepdistill.config import dump_yaml, read_mapping
 from stepdistill.digests import Digests
-from stepdistill.errors import UserError, reading, writing
+from stepdistill.errors import UserError, reading, shown, writing
 from stepdistill.pipeline_folders import holds_parts, is_whole
 from stepdistill.readers import read_json
 
@@ -117,7 +116,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         for key in sorted(a.keys() | b.keys()):
             found += differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
         return found
-    return [] if a == b else [f"{path} ({a!r} there, {b!r} now)"]
+    return [] if a == b else [f"{path} ({shown(a)} there, {shown(b)} now)"]
 
 
 def check_place(folder: Path) -> None:
@@ -167,10 +166,8 @@ def holds_run(
             f"output = {folder}: the folder holds a run; add --resume to go on with it, or choose another with "
             "output=FOLDER"
         )
-    try:
-        odd = differences(compared(yaml.safe_load(saved.read_text(encoding="utf-8"))), compared(config))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError, TypeError):
-        raise UserError(f"{saved}: damaged; choose another output folder") from None
+    with reading(saved, "choose another output folder", "damaged"):
+        odd = differences(compared(read_mapping(saved)), compared(config))
     if odd:
         raise UserError(
             f"output = {folder}: its {what} differs: {'; '.join(odd[:3])}; give it the same, or choose another folder "

@@ -22,8 +22,9 @@ from stepdistill.trainers.recipe import Recipe, is_recipe, make_recipe
 
 from stepdistill import checkpoint, files
 from stepdistill.config import Section, UserPath, apply_overrides, read_yaml
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading
 from stepdistill.pipeline_folders import is_whole
+from stepdistill.readers import read_json
 from stepdistill.run import RunFolder, comparable, holds_run
 from stepdistill.settings import Steps
 
@@ -199,10 +200,14 @@ def write_cost(made: Contestant, peak: float | None) -> dict[str, Any]:
     """
     passes, seconds, parameters = 0, 0.0, 0
     for job in made.jobs:
-        tensors, meta = checkpoint.load(checkpoint.latest(RunFolder(job.config.output).checkpoints))
-        passes += passes_of(meta)
-        seconds += meta["seconds"]
-        parameters = sum(tensor.numel() for tensor in tensors["student"].values())
+        last = checkpoint.latest(RunFolder(job.config.output).checkpoints)
+        if last is None:
+            raise UserError(f"{job.config.output}: no whole checkpoint of the run that is finished; make it again")
+        tensors, meta = checkpoint.load(last)
+        with reading(f"checkpoint {last}", "make the run again", "is damaged"):
+            passes += passes_of(meta)
+            seconds += meta["seconds"]
+            parameters = sum(tensor.numel() for tensor in tensors["student"].values())
     cost = {
         "passes": passes,
         "minutes": seconds / 60,
@@ -234,7 +239,9 @@ def peak_memory() -> float | None:
 def read_cost(made: Contestant) -> dict[str, Any]:
     """What :func:`write_cost` wrote; {} where it did not, or it cannot be read."""
     try:
-        found = json.loads((made.run.path / COST).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
+        found = read_json(made.run.path / COST)
+        numbers = [found[key] for key in ("passes", "minutes", "parameters", "students")]
+    except (OSError, ValueError, KeyError):
         return {}
+    numbers += [] if found.get("peak_gib") is None else [found["peak_gib"]]
+    return {"peak_gib": None, **found} if all(type(number) in (int, float) for number in numbers) else {}
