@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from stepdistill.trainers.base import ConditionSource
+from stepdistill.trainers.base import ConditionSource, RealSource
 from stepdistill.trainers.job import make_job
 from torch import nn
 
 from stepdistill.analytic import GaussianMixture
+from stepdistill.data import ImageSet
 from stepdistill.denoiser import Prediction
 from stepdistill.families.analytic import AnalyticFamily
 from stepdistill.objectives.score_divergence import score_terms
@@ -89,6 +90,12 @@ def toy_trainer(family: AnalyticFamily | None = None, real=None, run=None, **cha
     items = list(range(family.num_labels))
     conditions = ConditionSource(family, items, config.seed)
     return job.method(config, job.settings, family, roles, sampler, conditions, real, run)
+
+
+def real_source(family: AnalyticFamily, count: int = 32, labels: list[int] | None = None) -> RealSource:
+    """Seeded samples in place of pictures."""
+    latents = torch.randn(count, *family.sample_shape, generator=torch.Generator().manual_seed(3))
+    return RealSource(family, ImageSet("toy", None, count, labels, ""), latents, 0)
 
 
 class Gaussians:

@@ -10,7 +10,7 @@ from stepdistill.trainers.disback import DisBackSettings, candidate_updates, cho
 from stepdistill.trainers.dmd2 import DMD2
 from stepdistill.trainers.job import make_job, resume
 from torch import nn
-from toys import assert_reaches_the_mixture, sigma_points, toy_config, toy_family, toy_trainer
+from toys import assert_reaches_the_mixture, real_source, sigma_points, toy_config, toy_family, toy_trainer
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.errors import UserError
@@ -171,6 +171,18 @@ def test_loss_spaced_nodes_are_at_equal_steps_of_loss():
     assert choose(candidates, 9.0, len(candidates)) == candidates
 
 
+def test_a_path_is_chosen_from_the_loss_of_the_teacher_itself():
+    """The probe's loss before the first update, and not from 0 or from the first candidate's."""
+    trainer = short(spacing="loss", recorded=12)
+    trainer.prepare()
+    again = short(spacing="loss", recorded=12)
+    again.probe = again._make_probe()
+    assert trainer.start_loss == again.probe_loss()
+    assert len(trainer.candidates) > 4
+    assert trainer.path == choose(trainer.candidates, trainer.start_loss, 3)
+    assert trainer.path != choose(trainer.candidates, 0.0, 3)
+
+
 def test_chosen_nodes_keep_their_order_when_the_loss_does_not_fall():
     candidates = [Node(update, loss, "") for update, loss in enumerate([1.0, 3.0, 1.0, 3.0, 2.0], 1)]
     for count in range(1, 6):
@@ -260,6 +272,26 @@ def test_recording_trains_the_fake_score_alone():
     trainer.prepare()
     assert updated == ["fake_score"] * 6
     assert trainer.student_turn()  # the base method's loop starts with the student
+
+
+def test_the_probe_takes_nothing_from_the_runs_own_samples_and_noise():
+    """Of a student that starts from real samples: those that follow are what they are without a probe."""
+    family = toy_family(GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.05, labels=[0, 1]))
+    found = []
+    for probe in (1, 20):
+        trainer = toy_trainer(
+            family,
+            real_source(family, labels=[0] * 32),
+            method="disback",
+            disback={"nodes": 1, "updates": 1, "probe": probe},
+            dmd2={"multistep_input": "real"},
+            sampler={"steps": 4},
+            data={"images": {"folder": "unused"}},
+        )
+        trainer.prepare()
+        assert trainer.counters["real"] == trainer.counters["conditions"] == 8
+        found.append(trainer.noise.get_state())
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("recorded", [5, 6, 7])

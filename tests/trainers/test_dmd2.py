@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from stepdistill.trainers.base import RealSource
-from toys import MLP, ByLabel, assert_reaches_the_mixture, linear_betas, toy_family, toy_trainer
+from toys import MLP, ByLabel, assert_reaches_the_mixture, linear_betas, real_source, toy_family, toy_trainer
 
 from stepdistill.analytic import GaussianMixture
-from stepdistill.data import ImageSet
 from stepdistill.families.analytic import AnalyticFamily
 
 
@@ -32,11 +30,6 @@ def test_guided_fixed_point(scale, fixed_point):
     other = 0.7 + scale * 0.5
     trainer, x0, condition = guided_trainer(other, scale)
     assert trainer.distribution_matching(x0, condition).abs().mean() > 0.1
-
-
-def real_source(family, count=32, labels=None):
-    latents = torch.randn(count, *family.sample_shape, generator=torch.Generator().manual_seed(3))
-    return RealSource(family, ImageSet("toy", None, count, labels, ""), latents, 0)
 
 
 def labelled_trainer(method="dmd2", **changes):
@@ -82,6 +75,21 @@ def test_fake_score_turn_gives_gradients_to_fake_score_and_head_alone():
     sum(w * loss for w, loss in losses.values()).backward()
     assert all(p.grad is None for p in trainer.trained["student"].values())
     assert all(p.grad is not None for p in trainer.trained["fake_score"].values())
+
+
+def test_the_head_learns_in_the_fake_scores_turn_and_not_in_the_students():
+    """By their optimizer's steps: after the student's update alone it is what it was."""
+    trainer = gan_trainer()
+    head = trainer.extra["discriminator"]
+
+    def weights():
+        return {k: p.detach().clone() for k, p in head.named_parameters()}
+
+    before = weights()
+    samples = trainer.update_student()
+    assert all(torch.equal(before[k], v) for k, v in weights().items())
+    trainer.update_fake_score(samples)
+    assert all(not torch.equal(before[k], v) for k, v in weights().items())
 
 
 def test_discriminator_loss_trains_the_encoder_and_not_the_decoder():

@@ -147,6 +147,46 @@ def test_swiftbrush_reads_eps_off_networks_of_any_kind(kind):
     torch.testing.assert_close(found, sigma**2 * (teacher - fake_score))
 
 
+def test_swiftbrush_leads_away_from_negatives_in_place_of_the_teachers_null_condition():
+    """NASA-T: the teacher alone; the fake score is guided from its null condition as ever."""
+    alpha, sigma = coefficients()
+    trainer = trainer_of("swiftbrush", swiftbrush=at_level(guidance_scale=3.0), roles={"weights": "full"})
+    negative = torch.tensor([1, 0, 0, 1])
+    x0, condition = SAMPLES.reshape(4, 2, 1, 1), {"label": LABELS}
+    result = trainer.variational_score(x0, condition, {"label": negative})[..., 0, 0]
+    teacher = TEACHER[negative] + 3.0 * (TEACHER[LABELS] - TEACHER[negative])
+    torch.testing.assert_close(result, alpha * sigma * (guided(FAKE_SCORE, 3.0) - teacher))
+
+
+@pytest.mark.parametrize("weight", [0.25, 4.0])
+def test_every_loss_of_the_student_counts_by_its_weight(weight):
+    """Enhancement's squared error to where it began, beside the matching gradient; and a reward, the first value."""
+    rewards = [{"reward": "judges:FirstValue", "hinge": 100.0, "weight": 3.0}]
+    trainer = trainer_of("enhance", enhance={"mse_weight": weight, "rewards": rewards})
+    expected = normalised(FAKE_SCORE[LABELS], TEACHER[LABELS]) + weight * 2 * (SAMPLES - FAKE_SCORE[LABELS])
+    expected -= 3.0 * torch.tensor([2.0, 0.0])  # of the mean over four samples of -x, times their eight elements
+    torch.testing.assert_close(sample_gradient(trainer), expected)
+
+
+@pytest.mark.parametrize("method", ["dmd2", "swiftbrush", "sim"])
+def test_a_deterministic_students_rollout_begins_with_the_batchs_noise(method):
+    """It draws none of its own."""
+    own = {"sampler": {"steps": 4, "transition": "ode"}, "roles": {"weights": "full"}}
+    trainer, exits = trainer_of(method, **own), set()
+    times = [torch.full((4,), time) for time in (999, 749, 499, 249)]
+    for _ in range(20):
+        made = batch()
+        x_t, t = trainer.student_input(made)
+        x = made.noise
+        for now, following in pairwise(times):
+            if now[0] <= t[0]:
+                break
+            x = Teacher.schedule.step(FAKE_SCORE[LABELS].float().reshape(4, 2, 1, 1), x, now, following)
+        torch.testing.assert_close(x_t, x)
+        exits.add(int(t[0]))
+    assert exits == {999, 749, 499, 249}
+
+
 # -- DisBack's walk --------------------------------------------------------------------------------------------
 
 WALKED = {
@@ -251,3 +291,25 @@ def test_gathered_micro_batches_count_as_one_batch(accumulation, tmp_path):
     gradient = (fake_score - teacher) / (student - teacher).abs().mean(1, keepdim=True)
     assert row["grad_norm/student"] == pytest.approx((gradient / 4).norm().item(), rel=1e-5)
     assert row["grad_norm/fake_score"] == pytest.approx(((fake_score - student) / 2).norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_gathered_micro_batches_of_a_recording_count_as_one_batch(accumulation, tmp_path):
+    """DisBack's degradation, its one update by the norm of the gradient."""
+    run = RunFolder(tmp_path / "run")
+    trainer = trainer_of(
+        "disback",
+        run=run,
+        disback={"nodes": 1, "updates": 1, "probe": 16},
+        train={"batch_size": 8 // accumulation, "gradient_accumulation": accumulation, "log_every": 1},
+    )
+    run.create(trainer.config, 0)
+    student = torch.tensor([[-0.5, 0.25], [2.0, 1.0]], dtype=F64)
+    with torch.no_grad():
+        trainer.roles.student.network.values[:2].copy_(student)
+    trainer.prepare()
+    (row,) = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert row["grad_norm/fake_score"] == pytest.approx(((FAKE_SCORE[:2] - student) / 2).norm().item(), rel=1e-5)
+    error = (FAKE_SCORE[:2] - student).square().mean().item()
+    assert row["loss/degradation"] == pytest.approx(error, rel=1e-5)
+    assert trainer.start_loss == pytest.approx(error, rel=1e-5)  # of 16 samples, eight at a time
