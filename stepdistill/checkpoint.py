@@ -32,9 +32,16 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dic
         UserError: it cannot be written; earlier checkpoints are untouched.
     """
     target = root / f"step-{step:08d}"
-    if target in folders(root):
-        return target
     files.tidy(root)
+    if target not in folders(root):
+        _write(target, tensors, meta)
+    for old in [*_parts(root), *folders(root)[:-keep]]:
+        if problem := files.remove_folder(old):
+            print(f"note: {old}: an old checkpoint that cannot be deleted ({problem}); delete it by hand")
+    return target
+
+
+def _write(target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     try:
         with files.replacing_folder(target) as temporary:
             digests = {}
@@ -45,13 +52,9 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dic
             state = {"files": digests, "meta": meta}
             files.write_json(temporary / STATE, {**state, DIGEST: _digest(state)})
     except UserError as error:
-        last = latest(root)
+        last = latest(target.parent)
         remains = f"the last whole checkpoint is {last}" if last else "there is no checkpoint yet"
         raise UserError(f"{error}; {remains}; go on with --resume") from None
-    for old in [*_parts(root), *folders(root)[:-keep]]:
-        if problem := files.remove_folder(old):
-            print(f"note: {old}: an old checkpoint that cannot be deleted ({problem}); delete it by hand")
-    return target
 
 
 def _parts(root: Path) -> list[Path]:

@@ -226,7 +226,12 @@ class RunFolder:
         with writing(f"output = {self.path}", "choose another with output=FOLDER"):
             self.path.mkdir(parents=True, exist_ok=True)
         self.write_config(config)
-        files.write_json(self.path / ENVIRONMENT, {**environment(seed), "teacher": teacher or {}})
+        self.write_environment(seed, teacher)
+
+    def write_environment(self, seed: int, teacher: Digests | None = None) -> None:
+        """Record what the run was started with, unless that is recorded."""
+        if not (self.path / ENVIRONMENT).exists():
+            files.write_json(self.path / ENVIRONMENT, {**environment(seed), "teacher": teacher or {}})
 
     @property
     def teacher(self) -> Digests:

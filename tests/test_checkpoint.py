@@ -105,6 +105,13 @@ def test_no_space_left_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, erro
     assert torch.equal(loaded["student"]["b"], tensors(1)["student"]["b"])
 
 
+def test_an_old_one_that_a_kill_left_beside_the_newest_goes_when_the_run_ends(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, tensors(), META, keep=2)
+    checkpoint.save(tmp_path, 2, tensors(), META, keep=1)
+    assert names(tmp_path) == ["step-00000002"]
+
+
 def test_no_space_left_for_the_very_first(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "full")

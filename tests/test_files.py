@@ -118,6 +118,79 @@ def test_a_lock_is_free_once_its_holder_is_killed(tmp_path):
         pass
 
 
+def test_a_lock_goes_with_its_holder_and_so_does_a_folder_made_for_it(tmp_path):
+    with files.Lock(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / ".lock").exists()
+    assert os.listdir(tmp_path) == []
+    with files.Lock(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "work").write_text("")
+    assert os.listdir(tmp_path / "a" / "b") == ["work"]
+
+
+def test_whoever_waits_for_a_lock_gets_it(tmp_path):
+    (tmp_path / "seen").write_text("")
+    add = (
+        "import time\nfrom pathlib import Path\nfrom stepdistill.files import Lock\n"
+        f"seen = Path({str(tmp_path / 'seen')!r})\n"
+        f"with Lock({str(tmp_path / 'run')!r}, wait=60):\n"
+        "    before = seen.read_text(); time.sleep(0.05); seen.write_text(before + 'x')\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", add]) for _ in range(4)]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    assert (tmp_path / "seen").read_text() == "xxxx"
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_leftovers_are_those_of_writers_that_are_gone(tmp_path):
+    host, own = files._host(), os.getpid()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    old = tmp_path / f".a.elsewhere-{own}-00000000.tmp"
+    for name in (
+        f".a.{host}-{gone.pid}-00000000.tmp",
+        f".a.{host}-{own}-00000000.tmp",  # of an earlier process with this number
+        f".a.{host}-{os.getppid()}-00000000.tmp",
+        ".a.elsewhere-1-00000000.tmp",
+        old.name,
+        ".mine.tmp",
+        "a.tmp",
+    ):
+        (tmp_path / name).write_text("")
+    os.utime(old, (0, 0))
+    with files.replacing(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+        files.tidy(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [f".a.{host}-{os.getppid()}-00000000.tmp", ".a.elsewhere-1-00000000.tmp", ".mine.tmp", "a", "a.tmp"]
+    )
+
+
+def test_the_old_folder_is_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name.endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UserError, match="cannot be written"), files.replacing_folder(folder) as temporary:
+        (temporary / "a").write_text("new")
+    assert contents(folder) == {"old"}
+    assert os.listdir(tmp_path) == ["student"]
+
+
+def test_a_rust_library_s_word_on_the_disk_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="free some space"), files.replacing(tmp_path / "tokenizer.json"):
+        raise Exception("No space left on device (os error 28)")
+    with pytest.raises(ValueError, match="a mistake"), files.replacing(tmp_path / "tokenizer.json"):
+        raise ValueError("a mistake")
+
+
 def test_a_removed_folder_is_never_half_there(tmp_path, monkeypatch):
     folder = tmp_path / "step-1"
     folder.mkdir()

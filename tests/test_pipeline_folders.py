@@ -22,9 +22,10 @@ def teachers(tmp_path_factory):
 
 
 def stamp(folder):
-    """As an export does."""
+    """As an export does; gives the folder."""
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "_stepdistill": {"version": "0.1.0", "steps": 1}}))
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["pixels", "latents"])

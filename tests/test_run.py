@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 
 import pytest
@@ -42,6 +44,12 @@ def test_a_new_folder_and_an_empty_one_are_free(tmp_path, resume):
     assert run.check(config_for(run.path), resume) is False
     (run.path / "cache").mkdir()  # a run killed while it cached latents
     assert run.check(config_for(run.path), resume) is False
+    (run.path / ".lock").write_text("process 1 on a since then\n")  # of one killed before it wrote its config
+    (run.path / ".config.yaml.host-1-0123abcd.tmp").write_text("seed: ")
+    (run.path / "samples").mkdir()  # earlier versions made it before the config
+    assert run.check(config_for(run.path), resume) is False
+    (run.path / "samples" / "mine.png").write_text("")
+    assert "not empty and holds no run" in refused(run, config_for(run.path), resume)
 
 
 def test_prompts_of_its_pictures_may_change_and_may_not_be_there(run):
@@ -154,6 +162,68 @@ def test_rows_after_the_checkpoint_and_a_last_line_cut_short_are_dropped(run, cu
     assert run.metrics.read_text().splitlines() == before[:3]
     run.append({"iteration": 4})
     assert rows(run) == [1, 2, 3, 4]
+
+
+DAMAGES = {
+    "text": b"half a r",
+    "bytes": b"\xff\xfe",
+    "a row without its iteration": b'{"loss": 1}',
+    "no object": b"[3]",
+    "an iteration that is no number": b'{"iteration": "2"}',
+    "nothing": b"",
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("where", [0, 2, 4])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_good_rows_behind_a_damaged_line_stay(run, damage, where):
+    for iteration in (1, 2, 3, 4):
+        run.append({"iteration": iteration, "loss": 1 / 3})
+    good = run.metrics.read_bytes().splitlines(keepends=True)
+    before = b"".join([*good[:where], DAMAGES[damage] + b"\n", *good[where:]])
+    run.metrics.write_bytes(before)
+    note = run.keep_metrics_until(3)
+    assert run.metrics.read_bytes() == b"".join(good[:3])
+    assert note == f"{run.metrics}: 1 damaged lines are left out; the file as it was is metrics.jsonl.damaged"
+    assert (run.path / "metrics.jsonl.damaged").read_bytes() == before
+    assert run.keep_metrics_until(3) is None
+    run.metrics.write_bytes(before)
+    run.keep_metrics_until(3)
+    assert (run.path / "metrics.jsonl.damaged-2").read_bytes() == before
+
+
+def test_a_last_row_without_its_end_of_line_is_a_row(run):
+    run.append({"iteration": 1})
+    run.metrics.write_bytes(run.metrics.read_bytes().rstrip())
+    assert run.keep_metrics_until(1) is None
+    run.append({"iteration": 2})
+    assert rows(run) == [1, 2]
+
+
+def test_what_is_no_number_is_null_in_a_row(run):
+    run.append({"iteration": 1, "loss": float("nan"), "grad_norm": float("-inf")})
+    assert run.metrics.read_text() == '{"iteration": 1, "loss": null, "grad_norm": null}\n'
+
+
+def test_a_row_that_the_disk_does_not_take_leaves_no_half_of_it(run, monkeypatch):
+    run.append({"iteration": 1})
+    before = run.metrics.read_bytes()
+    write = io.FileIO.write
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if len(data) < 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(self, data[:10])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run.metrics), "open", lambda path, mode, buffering: Full(path, mode))
+        with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
+            run.append({"iteration": 2, "loss": 1.0})
+    assert run.metrics.read_bytes() == before
+    run.append({"iteration": 2})
+    assert rows(run) == [1, 2]
 
 
 def test_without_a_checkpoint_all_rows_go_and_no_file_is_no_trouble(run):

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -575,7 +576,7 @@ class Trainer(abc.ABC):
         self._seconds_before, self._started = self.seconds, time.monotonic() - self.seconds
         with self._signals():
             self._failure = None
-            if self.counters["iteration"] == 0:
+            if self.counters["student"] % self.config.train.sample_every == 0 and not self._has_samples():
                 self.save_samples()
             self._write_rows()
             self.prepare()
@@ -679,6 +680,14 @@ class Trainer(abc.ABC):
             print(f"note: train.trackers: no more rows for them ({first_line(error)})")
             self.accelerator.trackers = []
 
+    @property
+    def _samples_file(self) -> Path:
+        return self.run.samples / f"{self.counters['student']:06d}.png"
+
+    def _has_samples(self) -> bool:
+        """Whether the grid of this update is there; a run that was stopped may lack it."""
+        return self.run is None or self._samples_file.exists()
+
     @torch.no_grad()
     def save_samples(self) -> None:
         """A grid of the student's pictures on noise and conditions that stay the same over the run.
@@ -698,7 +707,7 @@ class Trainer(abc.ABC):
             samples = self.sampler.sample(self.roles.student, noise, condition, fixed.randn_like)
         self.roles.meter.forward = passes
         try:
-            save_grid(self.family.decode(samples), self.run.samples / f"{self.counters['student']:06d}.png")
+            save_grid(self.family.decode(samples), self._samples_file)
         except UserError as error:
             self._failure = self._failure or error
 

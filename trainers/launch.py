@@ -202,6 +202,7 @@ def _train(
     if exists:
         resumed = resume(trainer, run)
         on_main(accelerator, lambda: run.write_config(config))  # what may change (train.updates) counts from here
+        on_main(accelerator, lambda: run.write_environment(config.seed, trainer.teacher_digests))
         if main_process and resumed:
             print(f"resumed at student update {trainer.counters['student']}")
     try:
