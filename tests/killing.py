@@ -245,7 +245,7 @@ def _content(path: Path) -> object:
         if path.name == "state.json":
             state = json.loads(path.read_text())
             state["meta"].pop("seconds")
-            return state
+            return {key: value for key, value in state.items() if key != "sha256"}  # its own, seconds included
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
