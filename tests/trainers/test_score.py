@@ -294,6 +294,30 @@ def test_gathered_micro_batches_count_as_one_batch(accumulation, tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
+def test_enhancement_holds_the_other_steps_in_the_students_update(accumulation, tmp_path):
+    """The squared error to where the stage began, by its weight, beside the matching gradient."""
+    run = RunFolder(tmp_path / "run")
+    trainer = trainer_of(
+        "enhance",
+        run=run,
+        enhance={"hold_weight": 0.3},
+        dmd2={"fake_score_updates": 1},
+        sampler={"steps": 4},
+        train={"batch_size": 8 // accumulation, "gradient_accumulation": accumulation},
+    )
+    run.create(trainer.config, 0)
+    student = torch.tensor([[-0.5, 0.25], [2.0, 1.0]], dtype=F64)
+    with torch.no_grad():
+        trainer.roles.student.network.values[:2].copy_(student)
+    trainer.repeat("enhance", "student", 1, trainer.iteration, trainer.write_row)
+    (row,) = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    teacher, start = TEACHER[:2], FAKE_SCORE[:2]
+    gradient = (start - teacher) / (student - teacher).abs().mean(1, keepdim=True) / 4 + 0.3 * (student - start) / 2
+    assert row["grad_norm/student"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    assert row["loss/hold"] == pytest.approx((student - start).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
 def test_gathered_micro_batches_of_a_recording_count_as_one_batch(accumulation, tmp_path):
     """DisBack's degradation, its one update by the norm of the gradient."""
     run = RunFolder(tmp_path / "run")
