@@ -18,7 +18,7 @@ from stepdistill import assets, readers
 from stepdistill.errors import UserError, reading
 from stepdistill.files import write_tensors
 from stepdistill.matching import CalibratedFeatures, MatchingNetwork, is_matching
-from stepdistill.plugins import import_attribute
+from stepdistill.plugins import import_attribute, made_by
 
 SMALLEST, LARGEST = 16, 64
 """The picture sides, in pixels, that :class:`FeatureNetwork` is made for."""
@@ -303,7 +303,7 @@ def _load_torchscript(path: Path) -> nn.Module:
 def _import_module(spec: str) -> nn.Module:
     found = import_attribute(spec, "extractor")
     if not isinstance(found, nn.Module) and callable(found):
-        found = found()
+        found = made_by(found, spec, "extractor")
     if not isinstance(found, nn.Module):
         raise UserError(f"extractor {spec!r}: is a {type(found).__name__}; it must be a torch.nn.Module, or give one")
     return found

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from stepdistill import assets
 from stepdistill.config import Section, UserPath
-from stepdistill.errors import UserError
-from stepdistill.plugins import import_attribute
+from stepdistill.errors import UserError, running
+from stepdistill.plugins import import_attribute, made_by
 
 
 class ClipSettings(Section):
@@ -165,7 +165,8 @@ def _matching_scorer(settings: ClipSettings, device: str | torch.device) -> Clip
 
 def _own_scorer(settings: ClipSettings, device: str | torch.device) -> ClipScorer:
     found = import_attribute(settings.model, "clip")
-    found = found if isinstance(found, ClipScorer) or not callable(found) else found()
+    if callable(found) and not isinstance(found, ClipScorer):
+        found = made_by(found, settings.model, "clip")
     if not isinstance(found, ClipScorer):
         raise UserError(f"clip {settings.model!r}: not a stepdistill.clip.ClipScorer, nor a function that gives one")
     print(f"CLIP: {found.tag}")
@@ -173,17 +174,25 @@ def _own_scorer(settings: ClipSettings, device: str | torch.device) -> ClipScore
     return replace(found, model=_frozen(model), device=device)
 
 
-def check_clip(settings: ClipSettings) -> None:
-    """Refuse a model whose file, folder or module is not there; loads nothing.
+def check_clip(settings: ClipSettings, shape: tuple[int, int, int], items: list) -> None:
+    """Refuse a model whose file, folder or module is not there; your own is loaded and tried.
+
+    Args:
+        shape: (C, H, W) of the pictures; items: prompts of two of them; what is no prompt is not tried.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or fails.
     """
     if settings.model.endswith(".safetensors"):
         if not Path(assets.resolve(settings.model)).is_file():
             raise UserError(f"clip: {settings.model}: no such file")
     elif ":" in settings.model and not settings.model.startswith(("local-dir:", "hf-hub:")):
-        import_attribute(settings.model, "clip")
+        scorer = _own_scorer(settings, "cpu")
+        if items and all(isinstance(item, str) for item in items):
+            with running(f"clip {settings.model!r}: called on two pictures it"):
+                cosine = scorer.cosine(torch.zeros(2, *shape), items)
+            if not isinstance(cosine, Tensor) or cosine.shape != (2,) or not cosine.isfinite().all():
+                raise UserError(f"clip {settings.model!r}: gave no finite number for each of two pictures; mend it")
     else:
         _check_weights(settings)
 

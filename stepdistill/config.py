@@ -73,7 +73,7 @@ def expanded(path: str) -> str:
     if re.match(r"~[\w.-]*(/|$)", place):
         raise ValueError(f"{place.split('/')[0]} is no user's home on this machine; write the path out")
     if any(len(os.fsencode(part)) > 255 for part in place.split("/")) or len(os.fsencode(place)) > 4000:
-        raise ValueError("a name in the path is longer than 255 bytes, or the path than 4,000; shorten it")
+        raise ValueError("a name longer than 255 bytes, or a path longer than 4,000; shorten it")
     return prefix + place
 
 

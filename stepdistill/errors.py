@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,35 @@ def reading(what: str | Path, remedy: str, problem: str = "cannot be read") -> I
         raise UserError(f"{what}: no such file; {remedy}") from None
     except Exception as error:
         raise UserError(f"{what}: {problem} ({first_line(error)}); {remedy}") from None
+
+
+def raised_at(error: BaseException) -> str:
+    """``file.py:12``: where an exception was raised, in the last code that is no installed library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "no file"
+
+
+def described(value: object) -> str:
+    """What a value is, in errors: ``a dict``, or a tensor's dtype and shape."""
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" if shape is None else f"{value.dtype} of shape {tuple(shape)}"
+
+
+@contextlib.contextmanager
+def running(what: str, remedy: str = "mend it, or name another") -> Iterator[None]:
+    """Whatever a user's own code raises, its exit included, becomes one line that says where it was raised.
+
+    Raises:
+        UserError: anything was raised inside.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{what} failed at {raised_at(error)} ({reason}); {remedy}") from None
 
 
 def is_full(error: BaseException) -> bool:

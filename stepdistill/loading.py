@@ -182,6 +182,7 @@ def load_network(
     variant: str | None = None,
     subfolder: str | None = None,
     with_others: bool = False,
+    remedy: str = "its config or its weights are another network's",
 ) -> Network:
     """A model of diffusers or transformers, every weight found and of its shape.
 
@@ -189,6 +190,7 @@ def load_network(
         place: its folder, or that of ``subfolder``; or a hub id.
         what: its name in errors.
         variant: of the weights, where the folder has it.
+        remedy: the end of what is said of weights that do not fit.
         with_others: the weights of another network around this one may stand beside its own.
 
     Raises:
@@ -221,6 +223,6 @@ def load_network(
         names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in found.get(kind) or [])
         if names:
             count = f" ({len(names)} such tensors)" if len(names) > 1 else ""
-            raise UserError(f"{what} {problem} {names[0]}{count}; its config or its weights are another network's")
+            raise UserError(f"{what} {problem} {names[0]}{count}; {remedy}")
     check_module(loaded, what, "write it again from whole weights")
     return loaded

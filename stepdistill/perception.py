@@ -18,9 +18,9 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from stepdistill import assets
 from stepdistill.data import Order, read_npz
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, described, running
 from stepdistill.objectives.segmentation import dice_loss, focal_loss
-from stepdistill.plugins import import_attribute
+from stepdistill.plugins import import_attribute, made_by
 
 
 class PerceptualModel(Protocol):
@@ -203,10 +203,24 @@ def load_perceptual(spec: str, device: str | torch.device = "cpu") -> Perceptual
     """
     found = import_attribute(spec, "perceptual model")
     if isinstance(found, type) or (callable(found) and not hasattr(found, "loss")):
-        try:
-            found = found()
-        except TypeError as error:
-            raise UserError(f"perceptual model {spec!r}: called without arguments it fails ({error})") from None
+        found = made_by(found, spec, "perceptual model")
     if not callable(getattr(found, "loss", None)):
         raise UserError(f"perceptual model {spec!r}: has no method loss(pixels, real, indices)")
     return found.eval().requires_grad_(False).to(device) if isinstance(found, nn.Module) else found
+
+
+def perceptual_loss(model: PerceptualModel, spec: str, pixels: Tensor, real: Tensor, indices: list[int]) -> Tensor:
+    """The model's loss (B,) of pixels (B, C, H, W) against real pictures.
+
+    Raises:
+        UserError: it fails, or gives something else than (B,) floating-point numbers with a gradient.
+    """
+    with running(f"perceptual model {spec!r}: called on {len(pixels)} pictures it"):
+        found = model.loss(pixels, real, indices)
+    if not isinstance(found, Tensor) or found.shape != (len(pixels),) or not found.is_floating_point():
+        raise UserError(
+            f"perceptual model {spec!r}: gave {described(found)} for {len(pixels)} pictures; (B,) is needed"
+        )
+    if pixels.requires_grad and not found.requires_grad:
+        raise UserError(f"perceptual model {spec!r}: its loss has no gradient to the pictures")
+    return found

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line, running
 
 
 def import_attribute(spec: str, what: str) -> Any:
@@ -22,8 +22,20 @@ def import_attribute(spec: str, what: str) -> Any:
     if os.getcwd() not in sys.path:  # the last place to look, and a process of ours does not start with it
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(where), attribute)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{what} {spec!r}: module {where!r} cannot be imported ({error})") from None
-    except AttributeError:
-        raise UserError(f"{what} {spec!r}: module {where!r} has no {attribute!r}") from None
+        module = importlib.import_module(where)
+    except (Exception, SystemExit) as error:  # whatever the module's code raises
+        reason = first_line(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{what} {spec!r}: module {where!r} cannot be imported ({reason})") from None
+    if not hasattr(module, attribute):
+        raise UserError(f"{what} {spec!r}: module {where!r} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def made_by(found: Any, spec: str, what: str) -> Any:
+    """What a class or function without arguments gives when it is called.
+
+    Raises:
+        UserError: it fails.
+    """
+    with running(f"{what} {spec!r}: called without arguments it"):
+        return found()

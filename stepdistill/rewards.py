@@ -14,8 +14,6 @@ transformers, open_clip and the pictures' own transforms, not with the released 
 from __future__ import annotations
 
 import inspect
-import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,16 +21,17 @@ from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, pad, resize
 
 from stepdistill.clip import ClipScorer, ClipSettings, check_clip, load_clip
 from stepdistill.config import Section, UserPath
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, described, reading, running
+from stepdistill.loading import load_network
 from stepdistill.objectives.feedback import hinge_loss
-from stepdistill.plugins import import_attribute
+from stepdistill.plugins import import_attribute, made_by
+from stepdistill.readers import read_json, read_weights
 
 NEEDS = {
     "aesthetic": {
@@ -129,13 +128,26 @@ class Reward:
             pixels: (B, 1 or 3, H, W) in [-1, 1], not clamped; items: the B prompts or labels, [] without conditions.
 
         Raises:
-            UserError: the reward is not (B,), or it needs prompts and these items are not.
+            UserError: the reward fails, is not (B,), or it needs prompts and these items are not.
         """
-        found = self.score(pixels, items)
-        if not isinstance(found, Tensor) or found.shape != (len(pixels),):
-            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-            raise UserError(f"reward {self.name}: gave {what} for {len(pixels)} pictures; one number a picture, (B,)")
+        with running(f"reward {self.name}: called on {len(pixels)} pictures it"):
+            found = self.score(pixels, items)
+        if not isinstance(found, Tensor) or found.shape != (len(pixels),) or not found.is_floating_point():
+            raise UserError(
+                f"reward {self.name}: gave {described(found)} for {len(pixels)} pictures; one number a picture, (B,), "
+                "is needed"
+            )
         return found
+
+    def try_on(self, shape: tuple[int, int, int], items: list, device: str | torch.device = "cpu") -> None:
+        """Ask for the rewards of two pictures (C, H, W) of noise.
+
+        Raises:
+            UserError: as :meth:`__call__`, or a reward is not finite.
+        """
+        pixels = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)
+        if not self(pixels, items).isfinite().all():
+            raise UserError(f"reward {self.name}: gave a reward that is not finite for pictures of noise; mend it")
 
     def loss(self, pixels: Tensor, items: list) -> Tensor:
         """``weight`` times :func:`~stepdistill.objectives.feedback.hinge_loss`, a scalar."""
@@ -182,22 +194,30 @@ class AestheticHead(nn.Module):
             return self.layers(nn.functional.normalize(embeddings.float(), dim=-1)).squeeze(-1)
 
 
-def check_models(value: Any) -> None:
-    """Refuse rewards and CLIP models, wherever they stand in a section, that are not there; loads nothing.
+def check_models(value: Any, shape: tuple[int, int, int], items: list) -> None:
+    """Refuse rewards and CLIP models, wherever they stand in a section, that are not there or whose files cannot be
+    read; your own (``module:attribute``) are loaded and tried.
+
+    Args:
+        shape: (C, H, W) of the pictures; items: prompts or labels of two of them, [] for none.
 
     Raises:
-        UserError: a file, folder or module is missing.
+        UserError: a file, folder or module is missing or no such model.
     """
     if isinstance(value, ClipSettings):
-        check_clip(value)
+        check_clip(value, shape, items)
     elif isinstance(value, list):
         for own in value:
-            check_models(own)
+            check_models(own, shape, items)
     elif isinstance(value, Section):
         if isinstance(value, RewardSettings):
             _check_reward(value)
+            if ":" in value.reward:
+                load_reward(value).try_on(shape, items)
+            elif value.weights is not None and Path(value.weights).is_file():
+                _read_weights(value.weights, value.reward)
         for _, own in value:
-            check_models(own)
+            check_models(own, shape, items)
 
 
 def _check_reward(settings: RewardSettings) -> None:
@@ -302,13 +322,8 @@ def _check_width(scorer: ClipScorer, head: AestheticHead, settings: RewardSettin
 
 def _read_weights(path: str, name: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a file by ``torch.save``, on the CPU; no code in it is run."""
-    try:
-        if path.endswith(".safetensors"):
-            state = load_file(path)
-        else:  # only a zip, torch.save's format since 1.6, can be mapped instead of read
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # unpickling raises many kinds; the user needs the file and the reason
-        raise UserError(f"reward {name}: weights {path} cannot be read ({_reason(error)}); replace the file") from None
+    with reading(f"reward {name}: weights {path}", "replace the file"):
+        state = read_weights(path)
     if name == "hps" and isinstance(state, dict) and "state_dict" in state:
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -406,31 +421,13 @@ def _pick_score_model(folder: str) -> Any:
     remedy = f"download {NEEDS['pick_score']['weights']}, to that path"
     if not Path(folder).is_dir():
         raise UserError(f"reward pick_score: weights {folder} is no folder; {remedy}")
-    try:
-        kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"reward pick_score: {folder} has no config.json of a model ({_reason(error)}); {remedy}"
-        ) from None
+    what = f"reward pick_score: {folder}"
+    with reading(what, remedy, "has no config.json of a model"):
+        kind = read_json(Path(folder) / "config.json")["model_type"]
     if kind != "clip":
-        raise UserError(f"reward pick_score: {folder} is a model of type {kind}, not clip; {remedy}")
-    try:
-        model, found = CLIPModel.from_pretrained(
-            folder,
-            local_files_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except Exception as error:  # transformers raises many kinds; the user needs the folder and the reason
-        raise UserError(f"reward pick_score: transformers cannot load {folder} ({_reason(error)}); {remedy}") from None
-    wrong = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
-    if wrong:  # transformers gives these random values, and goes on
-        raise UserError(
-            f"reward pick_score: {folder} has no {wrong[0]} as its config.json wants it ({len(wrong)} such tensors); "
-            f"{remedy}"
-        )
-    return model
+        raise UserError(f"{what} is a model of type {kind}, not clip; {remedy}")
+    with reading(what, remedy, "cannot be loaded"):
+        return load_network(CLIPModel, folder, what, remedy=remedy)
 
 
 def _pick_score_tokenizer(settings: RewardSettings, text: Any) -> Any:
@@ -484,7 +481,7 @@ def _own(settings: RewardSettings, device: str | torch.device):
     if inspect.isclass(found) or (inspect.isroutine(found) and _takes_nothing(found)):
         if not _takes_nothing(found):
             raise UserError(f"reward {settings.reward!r}: a class that needs arguments; name a function that makes one")
-        found = found()
+        found = made_by(found, settings.reward, "reward")
     if not callable(found) or inspect.isclass(found):
         raise UserError(
             f"reward {settings.reward!r}: not an nn.Module or another callable of pixels and items, nor a class or "

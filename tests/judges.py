@@ -48,3 +48,74 @@ class Constant(nn.Module):
 def scalar(pixels, items):
     """Not a reward: one number for the whole batch."""
     return torch.zeros(())
+
+
+def raises(pixels, items):
+    """Not a reward: it fails."""
+    return {}["here"]
+
+
+def leaves(pixels, items):
+    """Not a reward: it ends the process."""
+    raise SystemExit(7)
+
+
+def nothing(pixels, items):
+    """Not a reward: it gives nothing."""
+
+
+def counts(pixels, items):
+    """Not a reward: integers."""
+    return torch.arange(len(pixels))
+
+
+def not_numbers(pixels, items):
+    """Not a reward: NaN."""
+    return pixels.flatten(1).mean(1) * float("nan")
+
+
+def of_pixels_alone(pixels):
+    """Not a reward: it takes no items."""
+    return pixels.flatten(1).mean(1)
+
+
+def detached(pixels, items):
+    """A reward without a gradient."""
+    return pixels.detach().flatten(1).mean(1)
+
+
+class Extractor(nn.Module):
+    """An extractor of three features that fails on every picture."""
+
+    num_features = 3
+
+    def forward(self, images):
+        raise RuntimeError("no pictures, please")
+
+
+class NoArguments:
+    """Made without arguments, and fails."""
+
+    def __init__(self):
+        raise RuntimeError("no weights here")
+
+
+class WrongLoss:
+    """A perceptual model that gives one number for all pictures."""
+
+    def loss(self, pixels, real, indices):
+        return (pixels - real).square().mean()
+
+
+class DetachedLoss:
+    """A perceptual model without a gradient."""
+
+    def loss(self, pixels, real, indices):
+        return (pixels - real).square().flatten(1).mean(1).detach()
+
+
+class OtherLoss:
+    """A perceptual model that takes other arguments."""
+
+    def loss(self, pixels):
+        return pixels.flatten(1).mean(1)

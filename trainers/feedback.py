@@ -30,7 +30,7 @@ from torch import Tensor
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
 from stepdistill.objectives.feedback import hinge_loss
-from stepdistill.perception import load_perceptual
+from stepdistill.perception import load_perceptual, perceptual_loss
 from stepdistill.rewards import Reward, RewardSettings, load_rewards
 from stepdistill.settings import RunSettings
 
@@ -61,6 +61,8 @@ def reward_losses(trainer: Trainer, rewards: list[Reward], pixels: Tensor, items
     losses: Losses = {}
     for reward in rewards:
         score = trainer.noted(f"{REWARD}{reward.name}", reward(pixels, items))
+        if pixels.requires_grad and not score.requires_grad:
+            raise UserError(f"reward {reward.name}: has no gradient to the pictures; nothing would be learned by it")
         trainer.log(f"reward/{reward.name}", score.mean())
         losses[f"reward_{reward.name}"] = (reward.weight, hinge_loss(score, reward.hinge))
     return losses
@@ -127,7 +129,8 @@ class Feedback(DirectTrainer):
         if self.perceptual is not None:
             real = self.next_real_batch()
             pixels = self.decode(self.regraded(real))
-            value = self.perceptual.loss(pixels, self.decode(real.real), list(real.indices))
+            spec, truth = self.settings.perceptual.model, self.decode(real.real)
+            value = perceptual_loss(self.perceptual, spec, pixels, truth, list(real.indices))
             self.noted(f"{REWARD}perceptual", value.reshape(-1))
             losses["perceptual"] = (self.settings.perceptual.weight, value.mean())
         return losses

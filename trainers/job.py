@@ -150,14 +150,15 @@ def condition_items(
     return labels
 
 
-def check_named(job: Job) -> None:
-    """Refuse rewards and CLIP models of the method's sections that are not on this machine; loads nothing.
+def check_named(job: Job, family: Family) -> None:
+    """Refuse rewards and CLIP models of the method's sections that are not on this machine; your own are tried.
 
     Raises:
-        UserError: one is missing.
+        UserError: one is missing, or is none.
     """
+    items = {"none": [], "label": [*family.labels[:1]] * 2, "prompt": ["a picture"] * 2}[family.condition_kind]
     for name in job.method.sections():
-        check_models(getattr(job.config, name))
+        check_models(getattr(job.config, name), family.image_shape, items)
 
 
 def check_judge(config: RunSettings, family: Family) -> None:
@@ -169,7 +170,9 @@ def check_judge(config: RunSettings, family: Family) -> None:
     own = config.evaluation
     if own.enabled and own.extractor is not None:
         reference = ReferenceStatistics.load(assets.resolve(own.reference))
-        reference.check(load_extractor(own.extractor, "cpu"), family.image_shape)
+        extractor = load_extractor(own.extractor, "cpu")
+        reference.check(extractor, family.image_shape)
+        extractor(torch.zeros(2, *family.image_shape, dtype=torch.uint8))
 
 
 def check_teacher_steps(job: Job, family: Family) -> None:

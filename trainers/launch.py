@@ -249,7 +249,7 @@ def checked_sampler(job: Job, family: Family) -> FewStepSampler:
     sampler = job.method.make_sampler(job.config, family)
     student_scheduler(family, sampler)
     check_teacher_steps(job, family)
-    check_named(job)
+    check_named(job, family)
     check_judge(job.config, family)
     return sampler
 
