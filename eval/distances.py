@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from stepdistill.data import ImageSet
 from stepdistill.errors import UserError, reading
+from stepdistill.finiteness import first_not_finite
 from stepdistill.readers import parse_json, read_arrays
+from stepdistill.seeds import generator
 
 from .features import Extractor, read_tensors, write_tensors
 
@@ -174,12 +176,15 @@ class ReferenceStatistics:
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
             raise UserError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} are not moments; replace it")
         none = torch.zeros(0, len(mean), dtype=torch.float16)
-        return cls(0, mean, cov, none, "", "", (0, 0, 0), "the file does not say", path.name)
+        reference = cls(0, mean, cov, none, "", "", (0, 0, 0), "the file does not say", path.name)
+        with reading(path, "replace it", "not whole statistics"):
+            reference.check_whole()
+        return reference
 
     def check_whole(self) -> None:
         """
         Raises:
-            ValueError: a fact or a tensor of another type or shape.
+            ValueError: a fact or a tensor of another type or shape, or a number that is not finite.
         """
         width = len(self.mean) if self.mean.ndim == 1 else 0
         if width < 1 or self.cov.shape != (width, width) or self.features.shape[1:] != (width,):
@@ -187,6 +192,9 @@ class ReferenceStatistics:
             raise ValueError(f"mean, covariance and features of shapes {', '.join(map(str, shapes))}")
         if not all(tensor.is_floating_point() for tensor in (self.mean, self.cov, self.features)):
             raise ValueError("its tensors are no floating-point numbers")
+        tensors = {"mean": self.mean, "covariance": self.cov, "features": self.features}
+        if (odd := first_not_finite(tensors.items())) is not None:
+            raise ValueError(f"its {odd} holds a NaN or an infinity")
         words = (self.extractor, self.extractor_fingerprint, self.resize, self.source)
         numbers = (self.n, *self.shape)
         if not all(isinstance(word, str) for word in words) or len(self.shape) != 3:
@@ -262,8 +270,7 @@ def make_reference(
             bar.update(len(index))
     features = torch.cat(chunks)
     mean, cov = mean_and_covariance(features)
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.randperm(len(features), generator=generator)[:kid_features]
+    kept = torch.randperm(len(features), generator=generator(seed))[:kid_features]
     return ReferenceStatistics(
         n=len(features),
         mean=mean,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from stepdistill import files
 from stepdistill.errors import UserError, reading
+from stepdistill.finiteness import first_not_finite
 
 from .features import read_tensors
 from .latency import counted_passes
@@ -90,7 +91,8 @@ def draw(target: Target, stock: StockPipeline, steps: int, guidance: float | Non
     """Draw this process's share of the batches of ``seed`` that are not there yet, each into its file.
 
     Raises:
-        UserError: pixels that are not numbers, or pictures that do not fit the extractor, reference or settings.
+        UserError: pixels, features or scores that are not numbers, or pictures that do not fit the extractor, reference
+            or settings.
     """
     from .evaluate import drawn_batch, plural
 
@@ -127,11 +129,6 @@ def look(target: Target, pixels: Tensor, conditions: list | None, seconds: float
     Raises:
         UserError: as :func:`draw`.
     """
-    if not pixels.isfinite().all():
-        raise UserError(
-            f"{target.name} ({target.path}): drew pixels that are not numbers; its weights are broken, "
-            "or its dtype too narrow"
-        )
     wanted = tools.settings.drawn_side
     if wanted is not None and tuple(pixels.shape[-2:]) != (wanted, wanted):
         raise UserError(
@@ -148,6 +145,9 @@ def look(target: Target, pixels: Tensor, conditions: list | None, seconds: float
         scores = tools.scorer(scored, conditions)
     given = 2 * pixels.to(tools.device) - 1
     rewards = {reward.name: reward(given, conditions or []).float().cpu() for reward in tools.rewards}
+    judged = {"the CLIP score": scores} | {f"reward {name}": values for name, values in rewards.items()}
+    if odd := first_not_finite((name, values) for name, values in judged.items() if values is not None):
+        raise UserError(f"{odd}: gave numbers that are not finite for pictures of {target.name}; leave it out")
     return Looked(features, scores, rewards, seconds, passes)
 
 

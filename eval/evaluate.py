@@ -8,6 +8,7 @@ a work folder beside the output until its row is written (:mod:`.drawing`), so a
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from stepdistill import assets, files
@@ -30,6 +31,7 @@ from stepdistill.clip import ClipScorer, ClipSettings, load_clip
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError, writing
 from stepdistill.rewards import Reward, RewardSettings, load_rewards
+from stepdistill.seeds import SEEDS, DistinctSeeds, Seed, generator
 from stepdistill.settings import ImagesSettings, PromptColumnSettings
 from stepdistill.sources import given_prompts
 
@@ -44,6 +46,8 @@ from .references import load_reference
 from .stock import StockPipeline, pipeline_folder
 from .treatment import Treatment
 
+STREAMS = 2
+"""Generators for each batch: where samples start, and noise between steps."""
 PACKAGES = ("stepdistill", "torch", "diffusers", "torchmetrics")
 
 
@@ -91,7 +95,7 @@ class EvaluationSettings(Section):
 
     samples: int = Field(5000, ge=2, le=10**7, description="pictures drawn from each target")
     batch_size: int = Field(250, ge=1, le=65_536, description="pictures at a time; a part of the protocol, as noise is")
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     seeds: int = Field(
         1, ge=1, le=1000, description="repeats, with seed, seed + 1, ...; means and standard deviations of them"
     )
@@ -143,6 +147,12 @@ class EvaluationSettings(Section):
             raise ValueError("names no label; leave it out for all of them")
         return labels
 
+    @model_validator(mode="after")
+    def _seeds(self):
+        if self.seed + self.seeds > SEEDS:
+            raise ValueError(f"seed = {self.seed}: the last of {self.seeds} seeds is above {SEEDS - 1:,}; take a lower")
+        return self
+
 
 @dataclass(frozen=True)
 class _Tools:
@@ -180,9 +190,20 @@ def unit_noise(seed: int, batch: int, count: int, shape: tuple[int, ...]) -> Ten
 
 
 def step_generator(seed: int, batch: int, stream: int = 1) -> torch.Generator:
-    """A CPU generator seeded by (seed, batch, stream): stream 0 starts samples, 1 is for noise between steps."""
-    state = np.random.SeedSequence((seed, batch, stream)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    """A CPU generator of (seed, batch, stream): stream 0 starts samples, 1 is for noise between steps.
+
+    No two of one seed are alike.
+    """
+    return generator(_batch_seeds(seed)[STREAMS * batch + stream])
+
+
+@functools.lru_cache
+def _batch_seeds(seed: int) -> DistinctSeeds:
+    def hashed(index: int) -> int:
+        state = np.random.SeedSequence((seed, *divmod(index, STREAMS))).generate_state(1, np.uint64)[0]
+        return int(state >> np.uint64(1))
+
+    return DistinctSeeds(hashed)
 
 
 def conditions_for(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stepdistill import assets, readers
 from stepdistill.errors import UserError, reading
 from stepdistill.files import write_tensors
+from stepdistill.finiteness import is_finite
 from stepdistill.matching import CalibratedFeatures, MatchingNetwork, is_matching
 from stepdistill.plugins import import_attribute, made_by
 
@@ -201,7 +202,12 @@ class Extractor:
                 f"extractor {self.name}: gave {got} for {len(images)} pictures; it must give "
                 f"({len(images)}, {self.num_features})"
             )
-        return features.float().cpu()
+        features = features.float().cpu()
+        if not is_finite(features):
+            raise UserError(
+                f"extractor {self.name}: gave features that are not numbers; its weights are broken, name another"
+            )
+        return features
 
     def to(self, device: str | torch.device) -> Extractor:
         """Move the network."""

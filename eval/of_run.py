@@ -166,9 +166,10 @@ def shown_prompts(data: dict[str, Any]) -> list[str] | None:
 
 
 def measured_text(file: Path, rows: list[dict[str, Any]]) -> str:
-    """The table of an evaluation's rows, and the protocol's line from its file."""
+    """The table of an evaluation's rows, and the protocol's line and notes from its file."""
     protocol = read_json(file)["protocol"]
-    return f"{table(rows, protocol['metric'])}\n{protocol['line']}"
+    notes = "".join(f"\nnote: {note}" for note in protocol["notes"])
+    return f"{table(rows, protocol['metric'])}\n{protocol['line']}{notes}"
 
 
 def label_names(pipeline: Path) -> list[str] | None:

@@ -131,7 +131,7 @@ def grid(
         generator = step_generator(seed, 0)
         drawn = [stock.generate(conditions, row, steps, generator, guidance) for row in noise.split(columns)]
         pixels = torch.cat(drawn)
-        blocks.append((f"{target.name}, {plural(steps)}", unit_uint8(pixels.nan_to_num()).cpu()))
+        blocks.append((f"{target.name}, {plural(steps)}", unit_uint8(pixels).cpu()))
         if names is None and conditions is not None:
             names = [_column_name(condition, label_names) for condition in conditions]
     return _save(_compose(blocks, columns, names), Path(path))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from stepdistill.config import Section, UserPath
 from stepdistill.data import ImageSet, Order, mirrored, read_idx, read_npz, write_npz
 from stepdistill.errors import UserError
+from stepdistill.seeds import RunSeed
 
 from .distances import make_reference, pixels_uint8
 from .features import FeatureNetwork, as_extractor
@@ -51,7 +52,7 @@ class FeatureConfig(Section):
     output: UserPath = Field(description="the folder for features.safetensors, reference.safetensors and images.npz")
     name: str = Field("features", pattern=r"^[A-Za-z0-9_.-]+$", description="what metrics call the extractor")
     source: str = Field(description="what the data is called in reports")
-    seed: int = Field(0, ge=0)
+    seed: RunSeed = 0
     train: LabelledImages
     test: LabelledImages
     resolution: int = Field(16, ge=16, le=64)

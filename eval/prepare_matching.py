@@ -23,6 +23,7 @@ from stepdistill.data import ImageSet, Order, read_array_images
 from stepdistill.errors import UserError
 from stepdistill.files import write_tensors
 from stepdistill.matching import MatchingNetwork
+from stepdistill.seeds import RunSeed
 
 from .distances import make_reference
 from .features import as_extractor
@@ -37,7 +38,7 @@ class MatchingConfig(Section):
     source: str = Field(description="what the data is called in reports")
     data: UserPath = Field(description="a folder written by stepdistill teacher emoji: what the network learns from")
     reference_data: UserPath | None = Field(None, description="another one, whose training split the reference is of")
-    seed: int = Field(0, ge=0)
+    seed: RunSeed = 0
     num_features: int = Field(128, ge=2, le=65_536)
     width: int = Field(32, ge=8, le=1024, multiple_of=8)
     steps: int = Field(3000, ge=1, le=10**9)

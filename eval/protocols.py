@@ -22,7 +22,7 @@ def seeds_of(settings: EvaluationSettings) -> list[int]:
 
 
 def describe(tools: _Tools) -> dict[str, Any]:
-    """All that the numbers depend on but the target, and :func:`protocol_line` of it."""
+    """All that the numbers depend on but the target, and :func:`protocol_line` and :func:`notes_of` of it."""
     from .latency import device_name
 
     reference, prompts, settings = tools.reference, tools.prompts, tools.settings
@@ -31,6 +31,7 @@ def describe(tools: _Tools) -> dict[str, Any]:
         "kernel_metric": tools.extractor.kernel_metric,
         "extractor": tools.extractor.name,
         "extractor_fingerprint": tools.extractor.fingerprint,
+        "features": tools.extractor.num_features,
         "resize": tools.extractor.resize,
         "crop": tools.treatment.crop,
         "size": tools.treatment.resize,
@@ -49,7 +50,32 @@ def describe(tools: _Tools) -> dict[str, Any]:
         "device": device_name(tools.device),
         "versions": tools.versions,
     }
-    return {**described, "line": protocol_line(described)}
+    return {**described, "line": protocol_line(described), "notes": notes_of(described)}
+
+
+def too_few(count: int, features: int, what: str) -> str | None:
+    """What to tell of a distance over fewer pictures than its covariance needs; None where they are enough, or where
+    their number is not known (0)."""
+    if count > features or count == 0:
+        return None
+    return (
+        f"{count:,} {what} are too few for a distance over {features:,} features: their covariance is singular and the "
+        f"distance far too large; at least {features + 1:,} are needed"
+    )
+
+
+def notes_of(protocol: dict[str, Any]) -> list[str]:
+    """What makes the numbers of a protocol less than they look, a sentence each."""
+    settings, reference, features = protocol["settings"], protocol["reference"], protocol["features"]
+    samples, asked = settings["samples"], settings["kid_subset_size"]
+    notes = [too_few(samples, features, "samples"), too_few(reference["n"], features, "pictures of the reference")]
+    size = min(asked, samples, reference["features"])
+    if settings["kid"] and 0 < size < asked:
+        notes.append(
+            f"the kernel distance is over subsets of {size:,} in place of {asked:,}, for there are {samples:,} samples "
+            f"and {reference['features']:,} features of the reference; {asked:,} of both are needed"
+        )
+    return [note for note in notes if note is not None]
 
 
 def protocol_line(protocol: dict[str, Any]) -> str:
@@ -169,6 +195,8 @@ def _check_protocol(protocol: dict[str, Any]) -> None:
         _require(reference.get(key), kind, None)
     for seed in protocol.get("seeds") or []:
         _require(seed, int)
+    for note in protocol.get("notes") or []:
+        _require(note, str)
 
 
 def _check_row(row: dict[str, Any]) -> None:

@@ -182,7 +182,8 @@ def evaluation_table(protocol: dict[str, Any], rows: list[dict[str, Any]], date:
     spread = ", ± over seeds" if any(row.get("std") for row in rows) else ""
     said = [protocol.get("line") or protocols.protocol_line(protocol), f"on {protocol.get('device', '?')}", date]
     note = f"Lower is better; ratio and speed are against the first row{spread}. " + "; ".join(filter(None, said)) + "."
-    return f'{html_table(cells)}<p class="note">{escape(note)}</p>'
+    notes = "".join(f'<p class="note">Note: {escape(own)}.</p>' for own in protocol.get("notes") or [])
+    return f'{html_table(cells)}<p class="note">{escape(note)}</p>{notes}'
 
 
 def _comparison(run: Path) -> str:

@@ -21,6 +21,7 @@ from stepdistill import assets
 from stepdistill.data import label_ranges
 from stepdistill.errors import UserError, reading
 from stepdistill.families.unet2d import class_labels, stamp_of
+from stepdistill.finiteness import is_finite
 from stepdistill.loading import load_pipeline
 from stepdistill.pipeline_folders import hub_folder
 
@@ -170,8 +171,8 @@ class StockPipeline:
             Pixels (B, C, H, W), float32, in [0, 1].
 
         Raises:
-            UserError: noise or conditions that do not fit this pipeline, guidance that it does not have, or a number
-                of steps that its scheduler refuses.
+            UserError: noise or conditions that do not fit this pipeline, guidance that it does not have, a number of
+                steps that its scheduler refuses, or pixels that are not numbers.
         """
         self._check(conditions, noise, guidance_scale)
         given = {
@@ -191,7 +192,12 @@ class StockPipeline:
         remedy = "give other steps, or look at the configs of its parts"
         with reading(f"pipeline {self.path}", remedy, f"cannot be sampled in {steps} steps"):
             images = self.pipeline(**accepted, **further).images
-        return images.float().clamp(0, 1) if images.isfinite().all() else images.float()
+        if not is_finite(images):
+            raise UserError(
+                f"pipeline {self.path}: drew pixels that are not numbers; its weights are broken, or its dtype too "
+                "narrow"
+            )
+        return images.float().clamp(0, 1)
 
     def _check(self, conditions: list | None, noise: Tensor, guidance_scale: float | None) -> None:
         if tuple(noise.shape[1:]) != self.noise_shape:

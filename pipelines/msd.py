@@ -34,6 +34,8 @@ from stepdistill.loading import load_pipeline
 from stepdistill.partition import FILE, Router
 from stepdistill.pipeline_folders import MANIFEST, check_replaceable, is_whole, missing
 from stepdistill.readers import read_json, regular
+from stepdistill.seeds import SEEDS
+from stepdistill.seeds import generator as seeded
 
 
 def is_msd_folder(path: str | Path) -> bool:
@@ -255,12 +257,12 @@ class MSDPipeline:
 
     @staticmethod
     def _generators(generator, count: int) -> list[torch.Generator]:
-        """One generator a sample, seeded by the one that was given."""
+        """One generator a sample, no two alike, seeded by the one that was given."""
         if isinstance(generator, list):
             return generator
         device = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
-        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        first = int(torch.randint(SEEDS, (), generator=generator, device=device))
+        return [seeded((first + index) % SEEDS, device) for index in range(count)]
 
 
 def _together(images: list) -> Any:

@@ -23,6 +23,8 @@ benchmark_app = typer.Typer(help="Measure what a step costs.", no_args_is_help=T
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(benchmark_app, name="benchmark")
 
+MOST_SEED = 2**32 - 1
+"""More would be another seed again (stepdistill.seeds)."""
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override the config's keys")]
 
 
@@ -99,7 +101,7 @@ def evaluate_command(
     samples: Annotated[int | None, typer.Option(min=2, help="pictures from each")] = None,
     extractor: Annotated[str | None, typer.Option(help="asset:NAME, a file, inception, dinov2:PATH, a:b")] = None,
     reference: Annotated[str | None, typer.Option(help="its statistics, or a folder of pictures with resize")] = None,
-    seed: Annotated[int | None, typer.Option(help="1234, or the preset's")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="1234, or the preset's")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="repeats with seed, seed + 1, ...: mean ± deviation")] = None,
     prompts: Annotated[str | None, typer.Option(help="a .txt, .csv, .jsonl, ... file, or a folder")] = None,
     clip_model: Annotated[str | None, typer.Option(help="open_clip's model name, e.g. ViT-g-14")] = None,
@@ -237,7 +239,7 @@ def sample(
     guidance_scale: Annotated[float | None, typer.Option(help="its maker's by default")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="what to lead away from, inside the attention")] = None,
     negative_scale: Annotated[float, typer.Option(min=0, help="how much; with --negative-prompt")] = 0.2,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
     variant: Annotated[str | None, typer.Option(help="of the pipeline's weights, e.g. fp16")] = None,
     output: Annotated[Path, typer.Option(help="the picture to write")] = Path("samples.png"),
 ) -> None:
@@ -247,6 +249,7 @@ def sample(
     from stepdistill import assets
     from stepdistill.eval.stock import StockPipeline, is_pipeline
     from stepdistill.pipelines import NegativePrompts
+    from stepdistill.seeds import generator as seeded
     from stepdistill.trainers import launch
     from stepdistill.trainers.grids import save_grid
 
@@ -257,7 +260,7 @@ def sample(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stock = StockPipeline.load(path, device, variant=variant)
     conditions = _given_conditions(stock, prompt, label, count)
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = seeded(seed)
     noise = torch.randn(count, *stock.noise_shape, generator=generator)
     steps = steps or stock.default_steps or 25
     steer = {}

@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepdistill.seeds import generator
+
 
 class Noise:
     """Seeded draws for process ``rank`` of ``world``."""
 
     def __init__(self, seed: int, device: torch.device | str = "cpu", rank: int = 0, world: int = 1):
         self.device, self.rank, self.world = torch.device(device), rank, world
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = generator(seed, self.device)
 
     def _own(self, whole: Tensor) -> Tensor:
         return whole.chunk(self.world)[self.rank] if self.world > 1 else whole

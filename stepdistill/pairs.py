@@ -8,6 +8,7 @@ absent; what is there is not made again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from stepdistill.files import write_tensors
 from stepdistill.finiteness import is_finite
 from stepdistill.readers import digest_of, parse_json, read_tensors, regular
 from stepdistill.sampler import ddim_times, ode_sample
+from stepdistill.seeds import DistinctSeeds, generator
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,7 @@ def _is_whole(file: Path, fingerprint: str, recipe: PairRecipe, index: int) -> b
 @torch.no_grad()
 def _write(family, items, recipe, folder, index, batch, fingerprint, bar, autocast_dtype) -> None:
     count, device = _size(recipe, index), family.device
-    generator = torch.Generator().manual_seed(hash_seed(recipe.seed, index))
-    noise = torch.randn(count, *family.sample_shape, generator=generator)
+    noise = torch.randn(count, *family.sample_shape, generator=generator(shard_seeds(recipe.seed)[index]))
     order = Order(max(1, len(items)), recipe.seed).indices(index * recipe.shard, count)
     own = [items[i] for i in order] if items else []
     denoiser, parts = family.teacher_denoiser() or family.denoiser(None, autocast_dtype), []
@@ -128,9 +129,14 @@ def _write(family, items, recipe, folder, index, batch, fingerprint, bar, autoca
     write_tensors(_file(folder, index), {"noise": noise, "x0": torch.cat(parts)}, metadata)
 
 
-def hash_seed(seed: int, index: int) -> int:
-    """A 63-bit seed of (seed, index)."""
-    return int.from_bytes(hashlib.sha256(f"pairs {seed} {index}".encode()).digest()[:8], "big") >> 1
+@functools.lru_cache
+def shard_seeds(seed: int) -> DistinctSeeds:
+    """The seed of each shard's noise."""
+
+    def hashed(index: int) -> int:
+        return int.from_bytes(hashlib.sha256(f"pairs {seed} {index}".encode()).digest()[:8], "big") >> 1
+
+    return DistinctSeeds(hashed)
 
 
 class PairSet:

@@ -29,6 +29,7 @@ from stepdistill.config import Section
 from stepdistill.errors import UserError, reading
 from stepdistill.files import write_json
 from stepdistill.readers import read_json
+from stepdistill.seeds import Seed
 
 FILE = "router.json"
 FIT_MOST = 50_000
@@ -45,7 +46,7 @@ class PartitionSettings(Section):
         "order", description="of labels: order, table, random; of prompts: medians, kmeans"
     )
     table: list[list[int]] | None = Field(None, description="the labels of each student")
-    seed: int = Field(0, ge=0, description="of random and kmeans")
+    seed: Seed = Field(0, description="of random and kmeans")
 
     @model_validator(mode="after")
     def _whole(self):

@@ -13,6 +13,7 @@ from stepdistill.latents import Posterior
 from stepdistill.pictures import Colour
 from stepdistill.roles import RolesSettings
 from stepdistill.sampler import Final, Transition
+from stepdistill.seeds import RunSeed, Seed
 
 
 class TeacherSettings(Section):
@@ -227,7 +228,7 @@ class EvaluationSettings(Section):
     enabled: bool = True
     samples: int = Field(5000, ge=2, le=10**7)
     batch_size: int = Field(250, ge=1, le=65_536)
-    seed: int = Field(1234, ge=0)
+    seed: Seed = 1234
     extractor: UserPath | None = Field(None, description="feature network: asset:NAME, a file, or inception")
     reference: UserPath | None = Field(None, description="reference statistics: asset:NAME or a file")
     teacher_steps: list[Steps] = Field([], description="teacher step counts measured beside its full number")
@@ -241,7 +242,7 @@ class RunSettings(Section):
 
     method: str
     output: UserPath = Field(description="the run folder")
-    seed: int = Field(0, ge=0)
+    seed: RunSeed = 0
     teacher: TeacherSettings
     data: DataSettings = DataSettings()
     roles: RolesSettings = RolesSettings()

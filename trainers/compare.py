@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -36,11 +36,11 @@ from stepdistill import assets, files
 from stepdistill.clip import ClipSettings
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
+from stepdistill.finiteness import is_finite
 from stepdistill.pipeline_folders import hub_folder, is_free
 from stepdistill.run import RunFolder, check_place
+from stepdistill.seeds import RunSeed
 from stepdistill.settings import EvaluationSettings, RunSettings
-
-Seed = Annotated[int, Field(ge=0)]
 
 
 class CompareSettings(Section):
@@ -51,7 +51,7 @@ class CompareSettings(Section):
         min_length=1, description="name to config, relative to this file, or to what stepdistill.trainers.entries says"
     )
     overrides: list[str] = Field([], description="key=value for every run")
-    seeds: list[Seed] = Field(
+    seeds: list[RunSeed] = Field(
         [], max_length=1000, description="each run at each of these; the configs' own seed by default"
     )
     passes: int = Field(ge=1, description="network passes of every run")
@@ -120,7 +120,10 @@ class DistanceCurve:
                     else {}
                 )
                 x0 = trainer.sampler.sample(trainer.roles.student, noise, condition, _drawn_by(generator))
-                features.append(self.extractor(unit_uint8((family.decode(x0) + 1) / 2)))
+                pixels = family.decode(x0)
+                if not is_finite(pixels):
+                    raise UserError(f"the student's pictures are not finite after {trainer.passes:,} network passes")
+                features.append(self.extractor(unit_uint8((pixels + 1) / 2)))
         meter.forward, meter.backward = kept
         return self.reference.frechet(torch.cat(features))
 
@@ -324,7 +327,7 @@ def report(settings: CompareSettings, entries: dict[str, Contestant], device: st
         {name: made.title for name, made in entries.items()},
     )
     page = write_comparison({name: made.run.path for name, made in entries.items()}, output / "report.html", together)
-    over = aligned(curves_table(seeds, columns, level["frechet"]))
+    over = aligned(curves_table(seeds, columns, level["frechet"])) + "".join(f"\nnote: {own}" for own in said["notes"])
     return (
         f"{metric}, {settings.samples} samples, over network passes (teacher {level['frechet']:.3f})\n{over}\n\n"
         f"finished, {settings.final_samples} samples\n{table(rows, metric)}\n\n{aligned(cells)}\n"

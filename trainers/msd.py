@@ -31,6 +31,7 @@ from stepdistill.files import Lock
 from stepdistill.partition import FILE, PartitionSettings, Router, make_router
 from stepdistill.pipeline_folders import is_whole
 from stepdistill.run import CACHE, PAIRS, RunFolder, holds_run
+from stepdistill.seeds import LARGEST
 
 MSD = "msd"
 SHARED = "shared"
@@ -142,7 +143,7 @@ def make_multi_student(raw: dict[str, Any], where: str = "config") -> MultiStude
     for k in range(settings.students):
         student = _of_student(common, k, output)
         if STAGES in common:
-            student[STAGES] = own
+            student[STAGES] = [{**stage, "seed": seed_of(stage, k)} if "seed" in stage else stage for stage in own]
             students.append(make_recipe(student, where, before.stages if before else None))
         else:
             students.append(make_job(student, where))
@@ -164,12 +165,27 @@ def _split_shared(listed: list[dict[str, Any]], where: str) -> tuple[list, list]
     return shared, listed[len(shared) :]
 
 
+def seed_of(raw: dict[str, Any], k: int) -> Any:
+    """Student k's seed in a raw config or stage; what is no integer stays, and is refused with its key later.
+
+    Raises:
+        UserError: it is above the seeds that there are.
+    """
+    seed = raw.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed > LARGEST:
+        return seed
+    if seed + SEED_STEP * k > LARGEST:
+        raise UserError(
+            f"seed = {seed}: student {k}'s would be {seed + SEED_STEP * k:,}, above {LARGEST:,}; take a lower seed"
+        )
+    return seed + SEED_STEP * k
+
+
 def _of_student(common: dict[str, Any], k: int, output: Path) -> dict[str, Any]:
     """The raw config of student k's run or recipe."""
-    seed = common.get("seed", 0)
     changed = {
         "output": str(output / f"student-{k}"),
-        "seed": seed + SEED_STEP * k if isinstance(seed, int) else seed,
+        "seed": seed_of(common, k),
         "data": {"part": {"router": str(output / FILE), "student": k}},
         "evaluation": {"enabled": False},
     }

@@ -29,6 +29,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.pairs import PairRecipe, PairSet, make_pairs
 from stepdistill.run import PAIRS
+from stepdistill.seeds import RunSeed
 from stepdistill.settings import RunSettings
 
 
@@ -38,7 +39,7 @@ class RegressionSettings(Section):
     shard: int = Field(1000, ge=1, le=10**6, description="pairs a file")
     pair_batch: int = Field(64, ge=1, le=65_536, description="pairs made at a time")
     guidance_scale: float = Field(1.0, ge=0, description="of the teacher's samples; baked into the student")
-    seed: int | None = Field(None, ge=0, description="of the pairs' noise; the run's by default")
+    seed: RunSeed | None = Field(None, description="of the pairs' noise; the run's by default")
     distance: Literal["mse", "lpips"] = "mse"
     lpips_size: int = Field(224, ge=16, le=4096, description="smaller pictures are enlarged to this side for LPIPS")
     decoder: UserPath | None = Field(

@@ -233,6 +233,7 @@ def try_export(job: Job, trainer: Trainer, folder: Path) -> None:
     facts = provenance(job, trainer)
     export_student(family, role, sampler, folder, facts, also_steps=job.config.sampler.also_steps)
     stock = StockPipeline.load(folder, family.device)
+    stock.path = "of the untouched student"
     check_timesteps(copy.deepcopy(stock.first.scheduler), sampler)
     items = (
         [trainer.conditions.items[i % len(trainer.conditions.items)] for i in range(2)]
@@ -242,10 +243,6 @@ def try_export(job: Job, trainer: Trainer, folder: Path) -> None:
     noise = torch.randn(2, *family.sample_shape, generator=torch.Generator().manual_seed(0))
     steps, guidance = sampler.steps, stock.default_guidance
     pixels = stock.generate(items or None, noise, steps, torch.Generator().manual_seed(1), guidance)
-    if not pixels.isfinite().all():
-        raise UserError(
-            "the untouched student, exported, draws pictures that are not finite; look at the teacher's weights"
-        )
     expected = _sampled(family, role, sampler, items, noise)
     difference = (pixels.to(expected) - expected).abs().max().item()
     exact = role.autocast_dtype is None and all(p.dtype == torch.float32 for p in family.network.parameters())

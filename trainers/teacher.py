@@ -30,6 +30,7 @@ from stepdistill.objectives.denoising import denoising_loss
 from stepdistill.pipeline_folders import check_replaceable
 from stepdistill.precision import computing
 from stepdistill.readers import read_tensors
+from stepdistill.seeds import RunSeed
 
 
 class TeacherData(Section):
@@ -84,7 +85,7 @@ class TeacherConfig(LoopSettings):
 
     kind: Literal["class_conditional"] = "class_conditional"
     output: UserPath = Field(description="the stock diffusers folder to write")
-    seed: int = Field(0, ge=0)
+    seed: RunSeed = 0
     data: TeacherData = TeacherData()
     network: TeacherNetwork = TeacherNetwork()
     label_dropout: float = Field(0.1, ge=0, le=1)

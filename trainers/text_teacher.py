@@ -40,6 +40,7 @@ from stepdistill.objectives.denoising import capped_snr_weight, denoising_loss
 from stepdistill.pipeline_folders import check_replaceable
 from stepdistill.readers import read_tensors
 from stepdistill.run import differences
+from stepdistill.seeds import RunSeed
 
 from .grids import save_grid
 from .teacher import Channels, LoopSettings, autocast, fit, teacher_scheduler
@@ -121,7 +122,7 @@ class TextTeacherConfig(Section):
     kind: Literal["text_to_image"]
     output: UserPath = Field(description="the stock diffusers folder to write")
     data: UserPath = Field(description="a folder written by stepdistill teacher emoji")
-    seed: int = Field(0, ge=0)
+    seed: RunSeed = 0
     bf16: bool = Field(False, description="autocast to bfloat16 in training")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the weights that are written")
     vae: VAESettings = VAESettings(warmup=100)

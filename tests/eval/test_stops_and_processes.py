@@ -126,10 +126,10 @@ def child(root: Path) -> None:
     processes = Processes.launched()
     stock_generate, calls = StockPipeline.generate, []
 
-    def generate(self, *arguments):
-        calls.append(len(arguments[1]))
-        pixels = stock_generate(self, *arguments)
-        return pixels * float("nan") if (root / "broken").exists() and processes.rank == 1 else pixels
+    def generate(self, conditions, noise, *arguments):
+        calls.append(len(noise))
+        broken = (root / "broken").exists() and processes.rank == 1
+        return stock_generate(self, conditions, noise * float("nan") if broken else noise, *arguments)
 
     StockPipeline.generate = generate
     given = json.loads((root / "given.json").read_text())
