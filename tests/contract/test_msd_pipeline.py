@@ -136,6 +136,12 @@ def test_noise_is_drawn_for_the_batch_as_a_stock_pipeline_draws_it(name, made):
     assert torch.equal(images, again)
 
 
+def seeds_by(generator: torch.Generator, count: int) -> list[int]:
+    """What several students' samples are seeded with."""
+    first = int(torch.randint(2**32, (), generator=generator))
+    return [(first + index) % 2**32 for index in range(count)]
+
+
 def test_one_generator_seeds_the_noise_between_steps_of_every_sample(made):
     own = made["label-4"]
     items, noise, _ = inputs(own)
@@ -143,8 +149,8 @@ def test_one_generator_seeds_the_noise_between_steps_of_every_sample(made):
     one, again, other = (load(own)(**given, generator=torch.Generator().manual_seed(s)).images for s in (7, 7, 8))
     assert torch.equal(one, again)
     assert (one - other).abs().flatten(1).amax(1).min() > 1e-3
-    # draws for each sample: what the group's size is changes nothing but the seeds' order
-    seeds = torch.randint(2**62, (len(items),), generator=torch.Generator().manual_seed(7)).tolist()
+    # a seed for each sample, counted up from a draw
+    seeds = seeds_by(torch.Generator().manual_seed(7), len(items))
     torch.testing.assert_close(one, own.sample(items, noise, seeds), **CLOSE)
 
 
@@ -494,7 +500,7 @@ def test_the_distance_is_of_all_samples_together(name, made, measure, tmp_path):
     for batch, count in enumerate((8, 8, 4)):
         items = [(8 * batch + i) % several.LABELS for i in range(count)]
         noise = unit_noise(0, batch, count, own.family.sample_shape)
-        seeds = torch.randint(2**62, (count,), generator=step_generator(0, batch)).tolist()
+        seeds = seeds_by(step_generator(0, batch), count)
         pixels.append(own.sample(items, noise, seeds))
         routes += own.route(items)
     extractor, reference = load_extractor(measure["extractor"]), ReferenceStatistics.load(measure["reference"])
