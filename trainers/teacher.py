@@ -26,11 +26,15 @@ from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError, reading
 from stepdistill.families.unet2d import UNet2DFamily, build_teacher_network
 from stepdistill.files import replacing_folder, write_tensors
+from stepdistill.finiteness import is_finite
 from stepdistill.objectives.denoising import denoising_loss
 from stepdistill.pipeline_folders import check_replaceable
 from stepdistill.precision import computing
 from stepdistill.readers import read_tensors
 from stepdistill.seeds import RunSeed
+
+NON_FINITE_LIMIT = 10
+"""Skipped steps in a row that end a training."""
 
 
 class TeacherData(Section):
@@ -130,20 +134,33 @@ def fit(
     """Minimise ``loss_at(step)``; ``network`` ends with the averaged weights, in eval mode.  Gives the steps done.
 
     Goes on from ``partial`` if it is there.  ``generator`` is all that ``loss_at`` draws from beside ``step``.
-    ``at_save``: called at every save but the last with the step and the average.
+    ``at_save``: called at every save but the last with the step and the average.  A step whose gradient is not finite
+    is skipped.
+
+    Raises:
+        UserError: too many of them in a row.
     """
     network.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     ema = {name: p.detach().clone() for name, p in network.named_parameters()}
     start = _resume(partial, network, ema, optimizer, generator)
     bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=title, unit="step")
-    running = None
+    running, in_a_row = None, 0
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(settings, step)
         loss = loss_at(step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+        in_a_row = 0 if is_finite(norm) else in_a_row + 1
+        if in_a_row:
+            optimizer.zero_grad()
+            if in_a_row == NON_FINITE_LIMIT:
+                raise UserError(
+                    f"{title}: stopped at step {step}: {in_a_row} non-finite gradients in a row; lower lr, or look at "
+                    f"the data; what was saved last is in {partial}"
+                )
+            continue
         optimizer.step()
         optimizer.zero_grad()
         decay = min(settings.ema_decay, (1 + step) / (10 + step))

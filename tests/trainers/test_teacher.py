@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from stepdistill.trainers import teacher
 from stepdistill.trainers.teacher import TeacherConfig, train_teacher
 
 from stepdistill.config import check
+from stepdistill.errors import UserError
 from stepdistill.families import load_family
 
 
@@ -29,8 +32,6 @@ VARIANTS = {"plain": {}, "mirrored, bfloat16": {"bf16": True, "mirror": True}}
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch, name):
-    from stepdistill.trainers import teacher
-
     whole = train_teacher(config(tmp_path, "whole", **VARIANTS[name]))
     saved = teacher._save_partial
 
@@ -67,3 +68,23 @@ def test_bfloat16_and_mirrored_pictures_change_the_training_and_not_the_dtype(tm
     assert not torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.allclose(weights[0], weights[1], atol=0.02)
+
+
+@pytest.mark.parametrize(("broken", "ends"), [(range(3, 5), True), (range(3, 99), False)])
+def test_a_gradient_that_is_not_finite_spoils_no_teacher(tmp_path, monkeypatch, broken, ends):
+    calls, loss = [], teacher.denoising_loss
+
+    def sometimes(*arguments):
+        calls.append(0)
+        return loss(*arguments) * (float("nan") if len(calls) - 1 in broken else 1)
+
+    monkeypatch.setattr(teacher, "denoising_loss", sometimes)
+    made = config(tmp_path, "teacher", steps=20)
+    if ends:
+        network = load_family(str(train_teacher(made))).network
+        assert all(value.isfinite().all() for value in network.state_dict().values())
+        return
+    with pytest.raises(UserError, match=r"stopped at step 12: 10 non-finite gradients in a row; lower lr") as stop:
+        train_teacher(made)
+    partial = str(stop.value).rpartition("what was saved last is in ")[2]
+    assert all(value.isfinite().all() for value in load_file(partial).values())
