@@ -176,10 +176,10 @@ class _Tools:
     versions: dict[str, str]
 
 
-def prompts_to_draw(settings: EvaluationSettings) -> list[str] | None:
-    """The prompts that the settings name; None: none."""
+def prompts_to_draw(settings: EvaluationSettings, notes: list[str] | None = None) -> list[str] | None:
+    """The prompts that the settings name (None: none); ``notes`` gets what a user should know of them, a line each."""
     prompts = given_prompts(
-        settings.prompts, settings.prompt_dataset, settings.prompt_column, settings.prompt_images, section=""
+        settings.prompts, settings.prompt_dataset, settings.prompt_column, settings.prompt_images, notes, ""
     )
     return prompts and [str(prompt) for prompt in prompts]
 
@@ -382,7 +382,10 @@ def _load_tools(
 ) -> _Tools:
     extractor = load_extractor(settings.extractor, device)
     treatment = Treatment(settings.resize, settings.quantise, settings.reference_files)
-    prompts = prompts_to_draw(settings)
+    notes: list[str] = []
+    prompts = prompts_to_draw(settings, notes)
+    for note in notes if processes.main else []:
+        print(f"note: prompts: {note}")
     if settings.distinct_prompts and prompts is not None and len(prompts) < settings.samples:
         raise UserError(
             f"prompts{f' {settings.prompts}' if settings.prompts else ''}: has {len(prompts)} prompts, this protocol "

@@ -184,6 +184,11 @@ class ImageSet:
             raise UserError(self.unreadable_note)
 
     @property
+    def skipped_note(self) -> list[str]:
+        """A line on the pictures that are skipped, where there are any."""
+        return [f"skipped, up to {self.limit:,} are: {self.unreadable_note}"] if self.unreadable else []
+
+    @property
     def too_many_unreadable(self) -> bool:
         return len(self.unreadable) > self.limit
 

@@ -17,6 +17,8 @@ from stepdistill.folders import list_pictures, read_folder
 from stepdistill.latents import Posterior
 from stepdistill.pictures import Colour
 
+DEFAULT_PROMPTS = "prompt"
+
 
 class PreferenceSettings(Section):
     """Where pairs are.
@@ -32,7 +34,9 @@ class PreferenceSettings(Section):
     revision: str | None = None
     winner_column: str = Field("winner", description="pictures; Pick-a-Pic: jpg_0")
     loser_column: str = Field("loser", description="pictures; Pick-a-Pic: jpg_1")
-    prompt_column: str | None = Field("prompt", description="captions or labels; null for none; Pick-a-Pic: caption")
+    prompt_column: str | None = Field(
+        DEFAULT_PROMPTS, description="captions or labels; null for none; Pick-a-Pic: caption"
+    )
     preference_column: str | None = Field(
         None,
         description="how much winner_column's picture is preferred: above 0.5 it is, below the other, 0.5 is a tie, "
@@ -73,6 +77,15 @@ class PreferencePairs:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def lines(self) -> list[str]:
+        """What a user should know of the pairs."""
+        first, second = self.sets
+        left_out = len(first) - len(self.order)
+        ties = f", {left_out:,} are ties or without a condition" if left_out else ""
+        lines = [f"pairs {first.source}: {len(self.order):,} of {len(first):,}{ties}", *first.notes]
+        return [*lines, *(note for images in (first, second) for note in images.skipped_note)]
 
 
 def read_preferences(
@@ -135,6 +148,7 @@ def _folder(
         raise UserError(
             f"pso.pairs.folder = {root}: in one of winner and loser alone: {listed(odd)}; pair or remove them"
         )
+    column = None if settings.prompt_column == DEFAULT_PROMPTS else settings.prompt_column
     first, second = (
         read_folder(
             root / part,
@@ -143,11 +157,11 @@ def _folder(
             None,
             settings.background,
             needed,
-            None,
+            column,
             "pso.pairs",
             settings.max_unreadable,
         )
-        for part, needed in (("winner", conditions), ("loser", NONE))
+        for part, needed, column in (("winner", conditions, column), ("loser", NONE, None))
     )
     first.look()
     second.look()

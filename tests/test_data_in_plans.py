@@ -53,7 +53,7 @@ def test_a_plan_and_a_run_show_the_first_prompts_and_count_the_long_ones(root, t
         f'6 prompts: "a cat", "# a dog", "{LONG}"',
         "1 begin with '#' and are prompts like all others, such as \"# a dog\"",
         "2 are repeated",
-        f'2 are longer than the text encoder reads, and are cut: "{LONG}"',
+        f'2 prompts are longer than the text encoder reads, and are cut: "{LONG}"',
     ]
     dry = distill(root, tmp_path, "text", "--dry-run", data={"prompts": str(tmp_path / "p.txt")})
     assert dry.code == 0, dry.err
@@ -98,6 +98,41 @@ def test_a_run_on_captions_of_its_own_images_is_shown_and_evaluated(root, tmp_pa
     assert (tmp_path / "run" / "grid.png").is_file()
 
 
+def test_captions_that_are_cut_are_counted(root, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name, caption in (("a", "a cat"), ("b", LONG)):
+        Image.new("RGB", (16, 16)).save(tmp_path / "set" / f"{name}.png")
+        (tmp_path / "set" / f"{name}.txt").write_text(caption)
+    (tmp_path / "p.txt").write_text("a cat\n")
+    changes = {"data": {"images": {"folder": str(tmp_path / "set")}, "prompts": str(tmp_path / "p.txt")}, **GAN}
+    job = make_job(raw(root, tmp_path, "text", **changes))
+    family = load_teacher(job.config)
+    assert check_fit(job, family).lines(family) == [
+        '1 prompts: "a cat"',
+        f'images {tmp_path / "set"}: 2 pictures, the first is of "a cat"',
+        f'1 captions are longer than the text encoder reads, and are cut: "{LONG}"',
+    ]
+
+
+def test_negative_prompts_are_shown(root, tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n")
+    (tmp_path / "away.csv").write_text("text,other\nblurry,x\n# dark,y\n,z\n")
+    changes = {
+        "data": {"prompts": str(tmp_path / "p.txt")},
+        "method": "swiftbrush",
+        "swiftbrush": {"negatives": {"prompts": str(tmp_path / "away.csv")}},
+    }
+    config = raw(root, tmp_path, "text", **changes)
+    del config["dmd2"]
+    job = make_job(config)
+    family = load_teacher(job.config)
+    assert check_fit(job, family).lines(family)[1:] == [
+        '2 negative prompts: "blurry", "# dark"',
+        "1 of 3 rows are empty and are passed over",
+        "1 begin with '#' and are prompts like all others, such as \"# dark\"",
+    ]
+
+
 def test_images_for_their_captions_alone_are_used(root, tmp_path):
     """A method without real images reads the captions and no picture."""
     (tmp_path / "set").mkdir()
@@ -138,5 +173,6 @@ def test_the_shipped_pick_a_pic_config_reads_such_a_dataset(root, tmp_path):
     config.write_text(yaml.safe_dump(apply_overrides(read_yaml(CONFIGS / "pso" / "sd15_pairs.yaml"), overrides)))
     result = stepdistill("distill", config)
     assert result.code == 0, result.err
+    assert f"pairs {tmp_path}/set: 2 of 3, 1 are ties or without a condition" in result.out
     assert (tmp_path / "run" / "student" / "model_index.json").is_file()
     assert len(list((tmp_path / "run" / "cache").glob("latents-*.safetensors"))) == 2  # of each side its own

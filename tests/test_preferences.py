@@ -77,6 +77,16 @@ def test_a_folder_with_a_sub_folder_for_each_label(tmp_path):
     assert pairs.labels == [0, 0, 1]
 
 
+def test_a_folder_with_metadata_of_the_winners(tmp_path):
+    for name in ("a.png", "b.png"):
+        write(tmp_path, "winner", name, 200)
+        write(tmp_path, "loser", name, 10)
+    rows = '{"file_name": "a.png", "text": "a", "alt": "A"}\n{"file_name": "b.png", "text": "b", "alt": "B"}\n'
+    (tmp_path / "winner" / "metadata.jsonl").write_text(rows)
+    assert folder(tmp_path, PROMPTS).labels == ["a", "b"]
+    assert folder(tmp_path, PROMPTS, prompt_column="alt").labels == ["A", "B"]
+
+
 def test_a_folder_without_captions_has_no_conditions(tmp_path):
     write(tmp_path, "winner", "a.png", 200)
     write(tmp_path, "loser", "a.png", 100)

@@ -339,6 +339,16 @@ class Trainer(abc.ABC):
         """
 
     @classmethod
+    def check_data(cls, settings: Section, family: Family) -> list[str]:
+        """Read what data the method's own sections name, before anything is written; what a user should know of it, a
+        line each.
+
+        Raises:
+            UserError: it is not there, or does not fit the teacher.
+        """
+        return []
+
+    @classmethod
     def make_sampler(cls, config: RunSettings, family: Family) -> FewStepSampler:
         """The student's sampler on the teacher's schedule.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,8 @@ def teacher_notes(family: Family, sampler: FewStepSampler) -> list[str]:
 @dataclass(frozen=True)
 class Fit:
     """What a job trains on: its condition items (of all students: ``all_items``), its real images and which of them,
-    the hash of the router that gave it its part, and what a user should know of the prompts."""
+    the hash of the router that gave it its part, and what a user should know of the prompts and of the method's own
+    data."""
 
     items: list
     all_items: list
@@ -235,6 +236,7 @@ class Fit:
     subset: list[int] | None = None
     router: str | None = None
     notes: tuple[str, ...] = ()
+    method_lines: tuple[str, ...] = ()
 
     def lines(self, family: Family) -> list[str]:
         """What is trained on, a line each: the first prompts, how many are cut, the images, and notes on both."""
@@ -242,18 +244,22 @@ class Fit:
         if family.condition_kind == "prompt":
             shown = ", ".join(shortened(item) for item in self.items[:3])
             lines += [f"{len(self.items):,} prompts: {shown}", *self.notes, *content_notes(self.items)]
-            looked_at = self.items[:PROMPTS_MEASURED]
-            if cut := family.prompts_cut(looked_at):
-                of = "" if len(looked_at) == len(self.items) else f" of the first {len(looked_at):,}"
-                lines.append(
-                    f"{len(cut):,}{of} are longer than the text encoder reads, and are cut: "
-                    f"{shortened(self.items[cut[0]])}"
-                )
+            lines += _cut(family, self.items, "prompts")
         if self.images is not None:
             lines += [f"images {self.images.source}: {self.images.described}", *self.images.notes]
-            if self.images.unreadable:
-                lines.append(f"skipped, up to {self.images.limit:,} are: {self.images.unreadable_note}")
-        return lines
+            lines += self.images.skipped_note
+            if family.condition_kind == "prompt":
+                lines += _cut(family, [label for label in self.images.labels if label], "captions")
+        return [*lines, *self.method_lines]
+
+
+def _cut(family: Family, texts: list[str], what: str) -> list[str]:
+    """A line on texts that the teacher's encoder does not read to their end, where there are any."""
+    cut = family.prompts_cut(texts[:PROMPTS_MEASURED])
+    if not cut:
+        return []
+    of = f" of the first {PROMPTS_MEASURED:,}" if len(texts) > PROMPTS_MEASURED else ""
+    return [f"{len(cut):,} {what}{of} are longer than the text encoder reads, and are cut: {shortened(texts[cut[0]])}"]
 
 
 def check_fit(job: Job, family: Family, router: Router | None = None) -> Fit:
@@ -270,6 +276,7 @@ def check_fit(job: Job, family: Family, router: Router | None = None) -> Fit:
     if config.roles.network is not None:
         with torch.device("meta"):
             family.altered_network(config.roles.network)
+    method_lines = method.check_data(settings, family)
     items, images, notes, captions = [], None, [], config.data.prompts_from_images
     if not captions:
         items = condition_items(config, family, notes)
@@ -278,7 +285,8 @@ def check_fit(job: Job, family: Family, router: Router | None = None) -> Fit:
         images = load_images(config.data.images, family.image_shape, family.conditions)
     if captions:
         items = condition_items(config, family, notes, images)
-    fit = Fit(items, items, images, None if images is None else images.usable, None, tuple(notes))
+    subset = None if images is None else images.usable
+    fit = Fit(items, items, images, subset, None, tuple(notes), tuple(method_lines))
     if config.data.part is None:
         return fit
     return _part(job, family, fit, router or Router.load(Path(config.data.part.router)))
@@ -312,7 +320,7 @@ def _part(job: Job, family: Family, fit: Fit, router: Router) -> Fit:
         subset = [usable[index] for index in own([images.labels[index] for index in usable])]
         if not subset:
             raise UserError(f"data.images: none of its images is of student {part.student}'s conditions; add some")
-    return Fit(mine, items, images, subset, router.hash, fit.notes)
+    return replace(fit, items=mine, subset=subset, router=router.hash)
 
 
 def make_accelerator(**arguments: Any) -> Accelerator:

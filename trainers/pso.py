@@ -167,7 +167,12 @@ class PSO(DirectTrainer):
     def check_family(cls, settings: PSOSettings, family: Family) -> None:
         if settings.pairs is not None:
             check_posterior(settings.pairs.posterior, "pso.pairs.posterior", family)
-            read_preferences(settings.pairs, family.image_shape, family.conditions)
+
+    @classmethod
+    def check_data(cls, settings: PSOSettings, family: Family) -> list[str]:
+        if settings.pairs is None:
+            return []
+        return read_preferences(settings.pairs, family.image_shape, family.conditions).lines
 
     @classmethod
     def rollout_of(cls, config: RunSettings, settings: PSOSettings) -> tuple[int, Transition]:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from stepdistill import attention
 from stepdistill.clip import ClipSettings, load_clip
+from stepdistill.conditions import shortened
 from stepdistill.config import Section, UserPath
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
@@ -42,7 +43,7 @@ from stepdistill.families.base import Family
 from stepdistill.objectives.alignment import clamped_cosine_loss
 from stepdistill.objectives.surrogate import surrogate_loss
 from stepdistill.objectives.variational import variational_score_gradient
-from stepdistill.prompts import read_prompts
+from stepdistill.prompts import content_notes, read_prompts
 from stepdistill.settings import RunSettings
 
 
@@ -70,10 +71,10 @@ class NegativesSettings(Section):
             raise ValueError(f"scale = {list(self.scale)}: low then high, from 0")
         return self
 
-    def read(self) -> list[str]:
-        """The negative prompts, each of several of one row too."""
+    def read(self, notes: list[str] | None = None) -> list[str]:
+        """The negative prompts, each of several of one row too; ``notes`` gets what a user should know of them."""
         key = "swiftbrush.negatives"
-        prompts = read_prompts(self.prompts, f"{key}.prompts", self.column, f"{key}.column")
+        prompts = read_prompts(self.prompts, f"{key}.prompts", self.column, f"{key}.column", notes)
         return [text for prompt in prompts for text in getattr(prompt, "every", (prompt,))]
 
 
@@ -121,10 +122,17 @@ class SwiftBrush(ScoreTrainer):
         super().check_family(settings, family)
         if settings.clip is not None and family.condition_kind != "prompt":
             raise UserError("swiftbrush.clip: this teacher takes no prompts; remove the section")
-        if settings.negatives is not None:
-            if not family.takes_negatives:
-                raise UserError(f"swiftbrush.negatives: teachers of family {family.name} take none; remove the section")
-            settings.negatives.read()
+        if settings.negatives is not None and not family.takes_negatives:
+            raise UserError(f"swiftbrush.negatives: teachers of family {family.name} take none; remove the section")
+
+    @classmethod
+    def check_data(cls, settings: SwiftBrushSettings, family: Family) -> list[str]:
+        if settings.negatives is None:
+            return []
+        notes: list[str] = []
+        prompts = settings.negatives.read(notes)
+        shown = ", ".join(shortened(prompt) for prompt in prompts[:3])
+        return [f"{len(prompts):,} negative prompts: {shown}", *notes, *content_notes(prompts)]
 
     @classmethod
     def passes_per_update(cls, config: RunSettings, settings: SwiftBrushSettings) -> float:
