@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,7 +248,7 @@ def network_file(spec: str) -> Path | None:
     if Path(spec).suffix == ".safetensors":
         return Path(assets.resolve(spec))
     shipped = assets.ROOT / spec / "features.safetensors"
-    return shipped if shipped.is_file() else None
+    return shipped if re.fullmatch(r"\w+", spec) and shipped.is_file() else None
 
 
 def reference_beside(spec: str) -> Path | None:

@@ -34,6 +34,7 @@ from stepdistill.families.random_sizes import PIPELINE_SIZES, random_pipeline
 from stepdistill.pipeline_folders import hub_folder
 
 from .latency import PARTS, Clock, Latency, device_name, measure_latency
+from .page import read_config
 from .stock import StockPipeline
 
 ALL = "all"
@@ -225,19 +226,32 @@ def _cross(stock: StockPipeline) -> list[nn.Module]:
 
 
 def of_folders(student: str, teacher: str | None, device: str, dtype: torch.dtype, **settings: Any) -> Inference:
-    """A student's folder and its teacher's, the one that the student's provenance names by default.
+    """A student's folder and its teacher's: by default the one that its run's config names, or its provenance.
 
     Raises:
         UserError: no such folder, or a student that does not say its teacher.
     """
     own = StockPipeline.load(assets.resolve(student), device, dtype)
-    facts = {"teacher": teacher} if teacher else own.provenance
+    facts = {"teacher": teacher} if teacher else own.provenance | _teacher_of_run(Path(student).parent)
     if facts.get("teacher") is None:
         raise UserError(f"{student}: does not say what it was distilled from; name its teacher by --teacher")
     steps = settings.pop("steps", None) or own.default_steps or 1
     folder = hub_folder(assets.resolve(facts["teacher"]), facts.get("teacher_revision"))
+    if teacher is None and not Path(folder).is_dir():
+        raise UserError(
+            f"{student}: was distilled from {facts['teacher']}, which is no folder here nor in the hub's cache; name "
+            "it by --teacher"
+        )
     other = StockPipeline.load(folder, device, dtype, variant=facts.get("teacher_variant"))
     return Inference(own, other, steps, student_guidance=own.default_guidance, **settings)
+
+
+def _teacher_of_run(run: Path) -> dict[str, Any]:
+    """Where the teacher of a run is, as its provenance has it but with the whole path; {} where it is no run."""
+    section = read_config(run).get("teacher")
+    if not isinstance(section, dict) or not isinstance(section.get("path"), str):
+        return {}
+    return {"teacher": section["path"], **{f"teacher_{key}": section.get(key) for key in ("revision", "variant")}}
 
 
 def of_random(size: str, device: str, dtype: torch.dtype, **settings: Any) -> Inference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def evaluate_run(
     config = read_run(run)
     own = config["evaluation"]
     if not is_whole(run / "student"):
-        raise UserError(f"{run}: there is no whole student in it; finish the run, or: stepdistill export {run}")
+        again = shlex.join(["stepdistill", "export", str(run)])
+        raise UserError(f"{run}: there is no whole student in it; finish the run, or: {again}")
     targets = run_targets(run, config)
     lines = []
     if own["extractor"] is not None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from stepdistill.config import Section, UserPath
 from stepdistill.data import ImageSet, Order, mirrored, read_idx, read_npz, write_npz
 from stepdistill.errors import UserError
+from stepdistill.pipeline_folders import without_places
 from stepdistill.seeds import RunSeed
 
 from .distances import make_reference, pixels_uint8
@@ -125,7 +126,7 @@ def train_features(config: FeatureConfig, device: str = "cpu") -> FeatureNetwork
     network.notes = {
         "accuracy": score,
         "seconds": round(time.perf_counter() - started, 1),
-        "config": config.model_dump(mode="json", exclude={"output"}),
+        "config": without_places(config.model_dump(mode="json", exclude={"output"})),
     }
     network.cpu().save(Path(config.output) / "features.safetensors")
     return network

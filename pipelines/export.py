@@ -19,7 +19,7 @@ from stepdistill.pipelines.schedulers import student_scheduler
 from stepdistill import __version__, files
 from stepdistill.digests import write_record
 from stepdistill.families.base import Family
-from stepdistill.pipeline_folders import check_replaceable
+from stepdistill.pipeline_folders import check_replaceable, without_places
 from stepdistill.roles import Role
 from stepdistill.sampler import FewStepSampler
 
@@ -47,7 +47,7 @@ def export_student(
         UserError: the sampler cannot be expressed, or the folder cannot be written.
     """
     facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times)}
-    facts |= {"call": call_of(family, sampler), **provenance}
+    facts |= {"call": call_of(family, sampler), **without_places(provenance)}
     if also_steps:
         facts["also_steps"] = list(also_steps)
     network = family.fresh_network(role.network)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stepdistill import __version__
 from stepdistill.errors import UserError
 from stepdistill.loading import load_pipeline
-from stepdistill.pipeline_folders import check_replaceable
+from stepdistill.pipeline_folders import check_replaceable, without_places
 
 DENOISERS = ("unet", "transformer")
 
@@ -85,6 +85,7 @@ def merge_students(a: str, b: str, weight: float, output: str | Path) -> Path:
         "weight": weight,
         "of": [{"path": path, "method": facts.get("method")} for path, facts in zip((a, b), made, strict=True)],
     }
+    facts = without_places(facts)
     stamped(network, facts)
     stamped(pipeline.scheduler, facts)
     return write_pipeline(pipeline, output, facts, inputs=(a, b))

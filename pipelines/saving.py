@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stepdistill.finiteness import check_module
+from stepdistill.pipeline_folders import remove_places
 
 
 def save_in_one_dtype(
@@ -51,6 +52,7 @@ def save_in_one_dtype(
     for name, network in networks.items():
         if isinstance(network, PreTrainedModel):
             _load_in_float32(folder / name / "config.json")
+    remove_places(folder)
 
 
 def _in_dtype(network: nn.Module, dtype: torch.dtype) -> nn.Module:

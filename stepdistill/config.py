@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -63,8 +64,8 @@ def expanded(path: str) -> str:
     """
     if not path.strip():
         raise ValueError("the path is empty; name a file or folder, or remove the key")
-    if "\0" in path or any("\ud800" <= c <= "\udfff" for c in path):
-        raise ValueError("the path has characters that no file name can have; correct it")
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in path):
+        raise ValueError("the path has control characters, or others that no file name can have; correct it")
     whole = os.path.expandvars(path)
     if missing := re.search(r"\$(\w+|\{\w+\})", whole):
         raise ValueError(f"{missing[0]} is not set in the environment; set it, or write the path out")

@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
 from stepdistill.digests import check_folder
 from stepdistill.errors import UserError, reading, shown
 from stepdistill.finiteness import check_module
-from stepdistill.pipeline_folders import INDEX
+from stepdistill.pipeline_folders import INDEX, check_stamp
 from stepdistill.readers import read_json, regular
 from stepdistill.variants import choose_variant, variants_of
 
@@ -132,7 +132,11 @@ def load_pipeline(
                 check_config(folder / name, f"{what}: its {name}")
             else:
                 given[name] = load_network(network, folder / name, f"{what}: its {name}", dtype, variant)
-        return DiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=dtype, **given)
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=dtype, **given)
+    for name, part in pipeline.components.items():
+        if isinstance(part, ConfigMixin):
+            check_stamp(part.config, f"{what}: its {name}")
+    return pipeline
 
 
 def _network_class(library: str, class_name: str) -> type[nn.Module] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from stepdistill import assets, files
 from stepdistill.digests import RECORD
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, reading, shown
 
 INDEX = "model_index.json"
 MANIFEST = "msd.json"
@@ -121,6 +121,90 @@ def _mapping(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+# -- what it says of itself -----------------------------------------------------------------------------------
+
+
+def check_stamp(config: Mapping[str, Any], what: str) -> None:
+    """Refuse a config whose entry of stepdistill's is not what stepdistill writes.
+
+    Raises:
+        UserError: a part of it is of another type.
+    """
+    stamp = config.get(STAMP)
+    if stamp is None:
+        return
+    with reading(what, "export it again, or remove the entry", f"the entry {STAMP} is damaged"):
+        for key, check in STAMPED.items():
+            value = stamp.get(key)
+            if value is not None and not check(value):
+                raise ValueError(f"{key} = {shown(value)}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10_000
+
+
+def _is_call(value: Any) -> bool:
+    """Whether it can be passed to a pipeline: numbers by names of arguments."""
+    if not isinstance(value, dict) or not all(re.fullmatch(r"[a-z][a-z_]*", str(key)) for key in value):
+        return False
+    steps, numbers = value.get("num_inference_steps", 1), value.values()
+    return _is_count(steps) and all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers)
+
+
+STAMPED = {
+    "steps": _is_count,
+    "call": _is_call,
+    "also_steps": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "null_label": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+    "label_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "msd": lambda value: isinstance(value, dict),
+    "vae": lambda value: isinstance(value, dict),
+    **{
+        key: lambda value: isinstance(value, str)
+        for key in ("version", "method", "teacher", "teacher_revision", "teacher_variant", "attention", "precision")
+    },
+}
+"""What a config's entry of stepdistill's may hold."""
+
+
+# -- places on this machine ----------------------------------------------------------------------------------
+
+
+def without_places(value: Any) -> Any:
+    """Facts as an exported folder says them: of a path on this machine its last name, of a hub's cache the hub id."""
+    if isinstance(value, dict):
+        return {key: without_places(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(entry) for entry in value]
+    return _without_place(value) if isinstance(value, str) else value
+
+
+def _without_place(text: str) -> str:
+    if text.startswith(assets.PREFIX) or "\n" in text:
+        return text
+    if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", text):
+        return f"{cached[1]}/{cached[2]}"
+    prefix, place = re.match(r"([\w-]{2,}:)?(.*)", text).groups()
+    local = re.match(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]", place) or ("/" in place and Path(place).exists())
+    if not local:
+        return text
+    return (prefix or "") + (re.split(r"[/\\]", place.rstrip("/\\"))[-1] or "folder")
+
+
+def remove_places(folder: Path) -> None:
+    """Take out of a saved pipeline's configs where on a machine its parts were loaded from."""
+    for file in folder.rglob("*.json"):
+        config = _mapping(file) or {}
+        named = {key: _without_place(config[key]) for key in NAMED if isinstance(config.get(key), str)}
+        if any(config[key] != name for key, name in named.items()):
+            file.write_text(json.dumps({**config, **named}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+NAMED = ("_name_or_path", "name_or_path")
+"""Keys under which diffusers and transformers write where something came from."""
 
 
 # -- writing over one ----------------------------------------------------------------------------------------

@@ -430,7 +430,7 @@ def test_the_output_of_stages_and_of_several_students_takes_variables(tmp_path, 
             "network = 1000000000000000000000000000000: ",
         ),
         ({"output": "x" * 300}, "output: a name longer than 255 bytes"),
-        ({"output": "a\ud800"}, "output: the path has characters that no file name can have"),
+        ({"output": "a\ud800"}, "output: the path has control characters, or others that no file name can have"),
         ({"train": {"updates": "9" * 10_000}}, "train.updates = '99999"),
     ],
 )

@@ -211,12 +211,18 @@ def test_an_exported_student_says_the_variant_and_the_benchmark_takes_it(folders
     assert (facts["teacher_variant"], facts["teacher_revision"]) == ("ema", "v2")
     plain = make_job(raw_config(folders["plain"], tmp_path / "other", teacher={"path": str(folders["plain"])}))
     assert not {"teacher_variant", "teacher_revision"} & provenance(plain, build_trainer(plain, None)).keys()
-    student = export_student(trainer.family, trainer.roles.student, trainer.sampler, tmp_path / "student", facts)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+    student = export_student(trainer.family, trainer.roles.student, trainer.sampler, run / "student", facts)
     asked, hub_folder = [], inference.hub_folder
     monkeypatch.setattr(inference, "hub_folder", lambda *place: asked.append(place) or hub_folder(*place))
     case = inference.of_folders(str(student), None, "cpu", torch.float32, teacher_steps=2)
     assert torch.equal(weight_of(case.teacher.denoiser), EMA)
     assert asked == [(str(folders["both"]), "v2")]
+    (run / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"was distilled from both, which is no folder here .*; name it by --teacher"):
+        inference.of_folders(str(student), None, "cpu", torch.float32)
     named = inference.of_folders(str(student), str(folders["both"]), "cpu", torch.float32, teacher_steps=2)
     assert torch.equal(weight_of(named.teacher.denoiser), PLAIN)  # another teacher than the run's, as far as one knows
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from stepdistill.eval import protocols
 from stepdistill.eval.comparison import Together, write_comparison
 from stepdistill.eval.curves import CURVE, Curve, curves_table, draw_curves, read_curve, write_curve
@@ -35,12 +35,15 @@ from stepdistill.trainers.tables import aligned, markdown, summary
 from stepdistill import assets, files
 from stepdistill.clip import ClipSettings
 from stepdistill.config import Section, UserPath
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, shown
 from stepdistill.finiteness import is_finite
 from stepdistill.pipeline_folders import hub_folder, is_free
 from stepdistill.run import RunFolder, check_place
 from stepdistill.seeds import RunSeed
 from stepdistill.settings import EvaluationSettings, RunSettings
+
+FILES = {"compare.json", "compare.png", "evaluation.json", "grid.png", "report.html", "table.md", "teacher.json"}
+"""What a comparison writes beside its runs' folders."""
 
 
 class CompareSettings(Section):
@@ -61,6 +64,19 @@ class CompareSettings(Section):
     precision_recall: bool = Field(False, description="of the finished students too")
     diversity: bool = Field(False, description="of the finished students too")
     clip: ClipSettings | None = Field(None, description="how well their pictures fit their prompts too")
+
+    @field_validator("runs")
+    @classmethod
+    def _names(cls, runs):
+        for name in runs:
+            if not name.isprintable() or set(name) & set("/\\") or name != name.strip(" .") or not 0 < len(name) <= 100:
+                raise ValueError(
+                    f"{shown(name)} cannot be the name of a run's folder; use 1 to 100 characters without slashes that "
+                    "neither start nor end with a dot or a space"
+                )
+            if name.lower() in FILES:
+                raise ValueError(f"{name!r} is a file of the comparison; give the run another name")
+        return runs
 
     @model_validator(mode="after")
     def _seeds(self):

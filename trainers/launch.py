@@ -4,6 +4,7 @@ or several students."""
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import signal
 import subprocess
@@ -593,9 +594,8 @@ def evaluate_and_report(enabled: bool, run: RunFolder) -> None:
         command = [sys.executable, "-P", "-m", "stepdistill", "evaluate", str(run.path)]
         done = subprocess.run(command, check=False, env=alone())
         if done.returncode:
-            raise UserError(
-                f"the evaluation ended with exit code {done.returncode}; try: stepdistill evaluate {run.path}"
-            )
+            again = shlex.join(["stepdistill", "evaluate", str(run.path)])
+            raise UserError(f"the evaluation ended with exit code {done.returncode}; try: {again}")
     write_report(run.path)
     _last_screen(run)
 
@@ -603,7 +603,8 @@ def evaluate_and_report(enabled: bool, run: RunFolder) -> None:
 def _last_screen(run: RunFolder) -> None:
     several = is_msd_folder(run.student)
     what = "several students, each a stock diffusers folder" if several else "a stock diffusers folder"
-    call = f'{"MSD" if several else "Diffusion"}Pipeline.from_pretrained("{run.student}")'
+    folder = json.dumps(str(run.student), ensure_ascii=False)
+    call = f"{'MSD' if several else 'Diffusion'}Pipeline.from_pretrained({folder})"
     data = read_yaml(run.path / "config.yaml").get("data") or {}
     asks = data.get("shown") or ["PROMPT"] * any(
         data.get(key) for key in ("prompts", "prompt_dataset", "prompts_from_images")
@@ -615,6 +616,6 @@ Done.
   student    {run.student}  ({what}: {call})
   report     {run.path / "report.html"}{grid}
 Next:
-  stepdistill sample {run.student} --count 40{prompt}         more pictures
+  stepdistill sample {shlex.quote(str(run.student))} --count 40{prompt}         more pictures
   stepdistill distill CONFIG method=... output=...   the same with another method (stepdistill methods)
   stepdistill distill CONFIG teacher.path=... output=...   your own teacher""")

@@ -37,7 +37,7 @@ OWN = ("name", "take", "of", "shared")
 class StageSettings(Section):
     """What a stage says besides a run's own keys."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its folder is NN-name")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="its folder is NN-name")
     take: Literal["nothing", "student", "both", "under"] = Field("student", description="from the stage named in of")
     of: str | None = Field(None, description="an earlier stage; the last one by default")
     shared: bool = Field(False, description="of several students (msd): run once, on every condition, before them")

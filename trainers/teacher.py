@@ -28,7 +28,7 @@ from stepdistill.families.unet2d import UNet2DFamily, build_teacher_network
 from stepdistill.files import replacing_folder, write_tensors
 from stepdistill.finiteness import is_finite
 from stepdistill.objectives.denoising import denoising_loss
-from stepdistill.pipeline_folders import check_replaceable
+from stepdistill.pipeline_folders import check_replaceable, without_places
 from stepdistill.precision import computing
 from stepdistill.readers import read_tensors
 from stepdistill.seeds import RunSeed
@@ -219,7 +219,7 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
             "null_label": family.null_label,
             "label_names": data.label_names,
             "trained_by": "stepdistill teacher train",
-            "config": config.model_dump(mode="json", exclude={"output", "save_every"}),
+            "config": without_places(config.model_dump(mode="json", exclude={"output", "save_every"})),
             "finished": time.strftime("%Y-%m-%d"),
         }
     )

@@ -37,7 +37,7 @@ from stepdistill.families import small
 from stepdistill.families.stable_diffusion import StableDiffusionFamily, encode_prompts
 from stepdistill.files import replacing_folder, write_tensors
 from stepdistill.objectives.denoising import capped_snr_weight, denoising_loss
-from stepdistill.pipeline_folders import check_replaceable
+from stepdistill.pipeline_folders import check_replaceable, without_places
 from stepdistill.readers import read_tensors
 from stepdistill.run import differences
 from stepdistill.seeds import RunSeed
@@ -274,7 +274,7 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
             "trained_by": "stepdistill teacher train",
             "steps": steps,
             "vae_psnr": round(psnr, 2),
-            "config": config.model_dump(mode="json", exclude={"output", "data"}),
+            "config": without_places(config.model_dump(mode="json", exclude={"output", "data"})),
             "finished": time.strftime("%Y-%m-%d"),
         }
     )
