@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,8 +13,10 @@ from toys import toy_family, toy_trainer, zero_snr
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.config import merge
+from stepdistill.data import Order
 from stepdistill.errors import UserError
 from stepdistill.objectives.distribution_matching import distribution_matching_gradient
+from stepdistill.pairs import PairRecipe, PairSet
 from stepdistill.sampler import ddim_times
 
 
@@ -137,30 +140,65 @@ def test_merge_ratio_zero_is_the_student_below(teacher, tmp_path):
         torch.testing.assert_close(exported[key], value, rtol=0, atol=1e-6)
 
 
-def test_the_perceptual_part_starts_from_a_noised_real_picture(teacher, tmp_path):
-    import numpy as np
-
+def perceptual_trainer(teacher, tmp_path, model="judges:Difference", **own):
+    """Six pictures, two of each label; no rewards, four steps."""
     pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(6) % 3)
-    trainer = trainer_of(
+    return trainer_of(
         teacher,
         tmp_path,
         "feedback",
-        feedback={"rewards": [], "perceptual": {"model": "judges:Difference", "weight": 2.0, "noised_steps": 1}},
+        feedback={"rewards": [], "perceptual": {"model": model, "weight": 2.0, **own}},
         data={"images": {"npz": str(tmp_path / "images.npz")}},
         sampler={"steps": 4},
     )
-    seen = []
-    own = trainer.next_real_batch
-    trainer.next_real_batch = lambda: seen.append(own()) or seen[-1]
-    losses, found = gradients(trainer, trainer.next_batch())
-    (batch,) = seen
+
+
+def test_the_perceptual_part_starts_from_a_noised_real_picture(teacher, tmp_path):
+    trainer = perceptual_trainer(teacher, tmp_path)
+    batch = trainer.next_batch()
+    state, counters = trainer.noise.get_state(), dict(trainer.counters)
+    losses, found = gradients(trainer, batch)
+    trainer.noise.set_state(state)
+    trainer.counters.update(counters)
+    batch = trainer.next_real_batch()
+    assert torch.equal(batch.real, trainer.real.samples(trainer.real.order.indices(0, 4)))
     t = torch.full((4,), 249)
     x_t = trainer.family.schedule.add_noise(batch.real, batch.noise, t)
     x0 = trainer.roles.student(x_t, t, batch.condition).x0
     torch.testing.assert_close(losses["perceptual"][1], (x0 - batch.real).square().mean())
     assert losses["perceptual"][0] == 2.0
     assert max(g.abs().max() for g in found) > 0
+
+
+def test_a_real_picture_noised_further_goes_on_by_the_students_own_steps(teacher, tmp_path):
+    """To one of its last three times, each move with noise of its own; a graph to the last step alone."""
+    trainer, firsts = perceptual_trainer(teacher, tmp_path, noised_steps=3), set()
+    batch, times = trainer.next_real_batch(), [torch.full((4,), time) for time in (999, 749, 499, 249)]
+    schedule, student = trainer.family.schedule, trainer.roles.student
+    for _ in range(12):
+        state = trainer.noise.get_state()
+        result = trainer.regraded(batch)
+        trainer.noise.set_state(state)
+        first = trainer.noise.shared_randint(1, 3)
+        x = schedule.add_noise(batch.real, batch.noise, times[first])
+        for index in range(first, 3):
+            x0 = student(x, times[index], batch.condition).x0.detach()
+            x = schedule.add_noise(x0, trainer.noise.randn(*x.shape), times[index + 1])
+        expected = student(x, times[3], batch.condition).x0
+        torch.testing.assert_close(result, expected)
+        grads = [torch.autograd.grad(y.sum(), list(trainer.trained["student"].values())) for y in (result, expected)]
+        for own, wanted in zip(*grads, strict=True):
+            torch.testing.assert_close(own, wanted)
+        firsts.add(first)
+    assert firsts == {1, 2, 3}
+
+
+def test_the_perceptual_model_is_told_which_pictures_they_are(teacher, tmp_path):
+    trainer = perceptual_trainer(teacher, tmp_path, "judges:Index")
+    for start in (0, 4):
+        _, loss = trainer.student_losses(trainer.next_batch())["perceptual"]
+        assert loss.item() == pytest.approx(sum(trainer.real.order.indices(start, 4)) / 4)
 
 
 BAD_FEEDBACK = {
@@ -332,6 +370,25 @@ def test_regression_reaches_the_teachers_deterministic_map(tmp_path):
         said = trainer.roles.student(noise, torch.full((9,), 999), {}).x0
     torch.testing.assert_close(said, x0, rtol=0, atol=0.03)
     assert len(list((tmp_path / "run" / "pairs").iterdir())) == 2
+
+
+def test_a_batch_is_pairs_in_a_seeded_order_and_the_loss_their_squared_error(teacher, tmp_path):
+    own = {"count": 10, "shard": 4, "guidance_scale": 2.0, "seed": 9}
+    trainer = trainer_of(teacher, tmp_path, "regression", regression=own)
+    batches = [trainer.next_batch() for _ in range(2)]
+    assert trainer.recipe(trainer.config).seed == 9
+    pairs = PairSet(tmp_path / "run" / "pairs", trainer.family, [0, 1, 2], PairRecipe(10, 4, 3, 2.0, 9))
+    order = Order(10, trainer.config.seed + 4).indices(0, 8)
+    for batch, index in zip(batches, (order[:4], order[4:]), strict=True):
+        assert batch.indices == tuple(index)
+        assert torch.equal(batch.noise, pairs.noise[index])
+        assert torch.equal(batch.real, pairs.x0[index])
+        assert batch.condition["label"].tolist() == batch.items == [pairs.items[i] for i in index]
+    batch = batches[1]
+    weight, loss = trainer.student_losses(batch)["regression"]
+    x0 = trainer.roles.student(batch.noise, torch.full((4,), 999), batch.condition).x0
+    torch.testing.assert_close(loss, (x0 - batch.real).square().mean())
+    assert weight == 1.0
 
 
 def test_lpips_without_its_weights_says_where_they_belong(teacher, tmp_path, monkeypatch):
