@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 from diffusers.optimization import get_constant_schedule_with_warmup
-from stepdistill.trainers.base import Interrupted, RunStopped, learning_rate
-from toys import toy_trainer
+from stepdistill.trainers.base import ConditionSource, Interrupted, RealSource, RunStopped, learning_rate
+from toys import toy_family, toy_trainer
 
 from stepdistill import checkpoint
+from stepdistill.analytic import GaussianMixture
+from stepdistill.data import ImageSet, Order
 from stepdistill.run import RunFolder
 from stepdistill.settings import OptimizerSettings
 
@@ -251,3 +253,128 @@ def test_passes_of_all_processes_are_counted_whatever_their_number_was_before():
     older = {**trainer.state()[1], "passes": [3, 4]}
     trainer.restore(trainer.state()[0], older, "here")
     assert trainer.passes == 2 * (3 + 4)
+
+
+# -- optimizers ------------------------------------------------------------------------------------------------
+
+
+def test_every_roles_optimizer_is_made_of_its_own_settings():
+    own = {
+        "student": {"lr": 1e-3, "betas": [0.1, 0.98], "eps": 1e-7, "weight_decay": 0.02},
+        "fake_score": {"lr": 2e-3, "betas": [0.2, 0.97], "eps": 1e-6, "weight_decay": 0.03},
+    }
+    trainer = toy_trainer(optimizer=own)
+    for role, settings in own.items():
+        (group,) = trainer.optimizers[role].param_groups
+        assert {key: group[key] for key in settings} == {**settings, "betas": tuple(settings["betas"])}
+        assert {id(p) for p in group["params"]} == {id(p) for p in trainer.trained[role].values()}
+
+
+def test_an_update_uses_its_gradients_up():
+    """AdamW's first step of SGD's sign: lr for every element that had a gradient; then there is none left."""
+    trainer = toy_trainer(optimizer={"student": {"lr": 0.5, "clip": 1e9, "eps": 1e-20}})
+    before = {k: p.detach().clone() for k, p in trainer.trained["student"].items()}
+    for parameter in trainer.trained["student"].values():
+        parameter.grad = torch.full_like(parameter, -3.0)
+    assert trainer.update("student")
+    for key, parameter in trainer.trained["student"].items():
+        torch.testing.assert_close(parameter.detach(), before[key] + 0.5)
+        assert parameter.grad is None
+    assert trainer.counters["student"] == 1
+
+
+def test_warm_up_and_decay_count_the_roles_own_updates_and_not_iterations():
+    own = {"student": {"lr": 1.0, "warmup": 4}, "fake_score": {"lr": 1.0, "warmup": 4, "decay": 100}}
+    trainer = toy_trainer(optimizer=own, dmd2={"fake_score_updates": 3})
+    rates = {"student": [], "fake_score": []}
+    for _ in range(6):
+        for role in ("fake_score", "fake_score", "fake_score", "student"):
+            for parameter in trainer.trained[role].values():
+                parameter.grad = torch.zeros_like(parameter)
+            trainer.update(role)
+            rates[role].append(trainer.optimizers[role].param_groups[0]["lr"])
+        trainer.counters["iteration"] += 3
+    assert rates["student"] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    assert rates["fake_score"][:6] == pytest.approx([0.25, 0.5 * 0.99, 0.75 * 0.98, 0.97, 0.96, 0.95])
+
+
+def test_a_stopped_run_has_its_averages_moments_and_draws_back():
+    own = {"train": {"updates": 6, "ema_decay": 0.9}, "dmd2": {"fake_score_updates": 2}}
+    whole, first, second = (toy_trainer(**own) for _ in range(3))
+    for _ in range(5):
+        whole.iteration()
+        whole.counters["iteration"] += 1
+        if whole.counters["iteration"] <= 3:
+            first.iteration()
+            first.counters["iteration"] += 1
+    second.restore(*first.state(), "here")
+    for _ in range(2):
+        second.iteration()
+        second.counters["iteration"] += 1
+    assert second.counters == whole.counters
+    assert second.ema.updates == whole.ema.updates == 3
+    (a, _), (b, _) = whole.state(), second.state()
+    assert a.keys() == b.keys()
+    for group in a.keys() - {"logged"}:
+        assert all(torch.equal(a[group][key], b[group][key]) for key in a[group]), group
+
+
+# -- where batches come from -----------------------------------------------------------------------------------
+
+
+class Prompts:
+    """A family whose encoding of a prompt is its length; it counts what it encodes."""
+
+    condition_kind, device = "prompt", torch.device("cpu")
+
+    def __init__(self):
+        self.encoded = 0
+
+    def encode_conditions(self, items):
+        self.encoded += len(items)
+        return {"text": torch.tensor([[float(len(item))] for item in items])}
+
+    def encode_images(self, pixels):
+        return 2 * pixels
+
+
+PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
+
+
+@pytest.mark.parametrize("keep", [5, 4])
+def test_conditions_come_in_their_seeded_order_each_with_its_own_prompt(keep):
+    """Encoded once up to a number of prompts, and above it whenever they are drawn."""
+    family, source = Prompts(), type("Source", (ConditionSource,), {"KEEP": keep})
+    conditions = source(family, PROMPTS, 3)
+    order = Order(5, 3).indices(0, 12)
+    for position in (0, 4, 8):
+        condition, items = conditions.batch(position, 4)
+        assert items == [PROMPTS[i] for i in order[position : position + 4]]
+        assert condition["text"][:, 0].tolist() == [len(item) for item in items]
+    assert family.encoded == (5 if keep == 5 else 12)
+    assert ConditionSource(family, PROMPTS, 3, ["more", *PROMPTS]).all_items == ["more", *PROMPTS]
+
+
+def test_micro_batches_go_on_in_the_conditions_order():
+    family = toy_family(GaussianMixture([[0.0], [1.0], [2.0]], 0.1, labels=[0, 1, 2]))
+    trainer = toy_trainer(family, train={"batch_size": 4})
+    batches = [trainer.next_batch() for _ in range(3)]
+    assert [item for batch in batches for item in batch.items] == Order(3, 0).indices(0, 12)
+    assert all(batch.condition["label"].tolist() == batch.items for batch in batches)
+    assert trainer.counters["conditions"] == 12
+
+
+@pytest.mark.parametrize("latents", [True, False])
+@pytest.mark.parametrize("subset", [None, [4, 1, 3]])
+def test_real_samples_come_with_their_own_captions_from_a_subset_or_all(subset, latents):
+    pixels = 2 * torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0)) - 1
+    array = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    images = ImageSet("toy", lambda index: array[index], 5, PROMPTS, "")
+    source = RealSource(Prompts(), images, 3 * pixels if latents else None, 7, subset)
+    places = list(range(5)) if subset is None else subset
+    order = [places[i] for i in Order(len(places), 7).indices(2, 6)]
+    batch = source.batch(2, 6)
+    torch.testing.assert_close(batch.samples, (3 if latents else 2) * pixels[order], rtol=1e-4, atol=1e-2)
+    assert batch.condition["text"][:, 0].tolist() == [len(PROMPTS[i]) for i in order]
+    assert batch.items == [PROMPTS[i] for i in order]
+    assert list(batch.indices) == order
