@@ -274,6 +274,18 @@ class RunFolder:
                 temporary.write_bytes(whole)
         return note
 
+    def last_iteration(self) -> float:
+        """That of the last row of metrics; -1 without rows.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        if not self.metrics.exists():
+            return -1
+        with reading(self.metrics, "see to the disk, or move the file away"):
+            found = [_iteration(line) for line in self.metrics.read_bytes().splitlines()]
+        return max((at for at in found if at is not None), default=-1)
+
     def append(self, row: dict[str, Any]) -> None:
         """One more row of metrics; what is no number becomes null.
 

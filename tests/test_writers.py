@@ -200,10 +200,35 @@ def test_what_the_disk_does_not_take_ends_a_run_that_is_saved(root, tmp_path, mo
         result = stepdistill("distill", path)
     assert result.code == 2
     assert result.error.endswith("try again; the run is saved at student update 2, go on with --resume")
+
+    def killed(trainer):
+        trainer._write_rows()
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # a row that is in the checkpoint and written already comes but once
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "fit", killed)
+            assert stepdistill("distill", path, "--resume").code == 130
     result = stepdistill("distill", path, "--resume")
     assert result.code == 0, result.err
     assert "resumed at student update 2" in result.out
     assert snapshot(tmp_path / "run") == whole
+
+
+def test_a_first_picture_that_the_disk_does_not_take_ends_a_run_before_it_trains(root, tmp_path, monkeypatch):
+    from stepdistill.trainers import base
+
+    def full(*_):
+        raise UserError("000000.png: cannot be written (Input/output error); choose another place")
+
+    path = config(tmp_path, root)
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "save_grid", full)
+        result = stepdistill("distill", path)
+    assert result.error == "stepdistill: 000000.png: cannot be written (Input/output error); choose another place"
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert stepdistill("distill", path, "--resume").code == 0
+    assert (tmp_path / "run" / "samples" / "000000.png").is_file()
 
 
 def test_a_stop_between_two_rows_changes_no_row(root, tmp_path, monkeypatch):

@@ -589,11 +589,12 @@ class Trainer(abc.ABC):
             if self.counters["student"] % self.config.train.sample_every == 0 and not self._has_samples():
                 self.save_samples()
             self._write_rows()
+            on_main(self.accelerator, lambda: self._raise_failure(""))  # what there is of the run is saved
             self.prepare()
             planned = self.planned_updates(self.config, self.world)
             self.repeat(self.name, "student", self.config.train.updates, self.iteration, self._after_update, planned)
             self.save()
-            on_main(self.accelerator, self._raise_failure)
+            on_main(self.accelerator, lambda: self._raise_failure(self._where_saved()))
 
     @property
     def passes(self) -> int:
@@ -762,7 +763,7 @@ class Trainer(abc.ABC):
                 self._share_unreadable()
         if asked:
             self.save()
-            on_main(self.accelerator, self._raise_failure)
+            on_main(self.accelerator, lambda: self._raise_failure(self._where_saved()))
             raise Interrupted(*(self._stop or ("another process was stopped", 1)))
         for key, images in sets:
             if images.too_many_unreadable and not over:
@@ -788,15 +789,16 @@ class Trainer(abc.ABC):
             f"and go on with --resume (saved at student update {self.counters['student']})"
         )
 
-    def _raise_failure(self) -> None:
+    def _where_saved(self) -> str:
+        return f"; the run is saved at student update {self.counters['student']}, go on with --resume"
+
+    def _raise_failure(self, saved: str) -> None:
         """
         Raises:
-            UserError: what could not be written; all else is saved.
+            UserError: what could not be written, and where all else is saved.
         """
         if self._failure is not None:
-            raise UserError(
-                f"{self._failure}; the run is saved at student update {self.counters['student']}, go on with --resume"
-            )
+            raise UserError(f"{self._failure}{saved}")
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 

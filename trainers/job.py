@@ -426,6 +426,8 @@ def resume(trainer: Trainer, run: RunFolder) -> bool:
         note = run.keep_metrics_until(trainer.counters["iteration"] if resumed else -1)
         if note is not None:
             print(f"note: {note}")
+        written = run.last_iteration()  # a run that was stopped again has them in its file and its checkpoint
+        trainer.unwritten = [row for row in trainer.unwritten if row["iteration"] > written]
 
     on_main(trainer.accelerator, keep_rows)
     return resumed
