@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCENARIOS = ("run", "export", "recipe", "msd")
+SCENARIOS = ("run", "export", "move", "recipe", "msd")
 ERRORS = ("EIO", "ENOSPC", "EACCES", "EROFS", "EDQUOT")
 
 
