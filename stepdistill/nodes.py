@@ -77,13 +77,27 @@ class NodeStore:
             raise UserError(f"{file}: this node is damaged ({error}); {remedy}") from None
 
     def keep(self, nodes: list[Node], facts: dict[str, Any]) -> None:
-        """Delete all but ``nodes`` and say in ``path.json`` what they are."""
+        """Delete all but ``nodes``, then say in ``path.json`` what they are.
+
+        One that cannot be deleted is named and left.
+
+        Raises:
+            UserError: ``path.json`` cannot be written.
+        """
         kept = {node.update for node in nodes}
         if self.folder is None:
             self._memory = {k: v for k, v in self._memory.items() if k in kept}
             return
         content = {**facts, "nodes": [{"file": self.file(n.update).name, **asdict(n)} for n in nodes]}
-        files.write_json(self.folder / PATH, content)
         for file in self.folder.glob("node-*.safetensors"):
             if file not in {self.file(update) for update in kept}:
-                file.unlink()
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError as error:
+                    print(f"note: {file}: a node that is not needed cannot be deleted ({first_line(error)})")
+        files.write_json(self.folder / PATH, content)
+
+    @property
+    def has_path(self) -> bool:
+        """Whether :meth:`keep` has come to its end; in memory it always has."""
+        return self.folder is None or (self.folder / PATH).exists()

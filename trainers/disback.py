@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 from stepdistill.trainers.base import Batch, Trainer
 from stepdistill.trainers.causes import RunStopped
 from stepdistill.trainers.dmd2 import DMD2
+from stepdistill.trainers.ranks import on_main
 from stepdistill.trainers.score import Scale, ScoreSettings, ScoreTrainer
 from stepdistill.trainers.sim import SIM
 from stepdistill.trainers.swiftbrush import SwiftBrush
@@ -171,7 +172,11 @@ class DisBack(ScoreTrainer):
     # -- degradation ---------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        if self.disback.nodes == 0 or self.path is not None:
+        if self.disback.nodes == 0:
+            return
+        if self.path is not None:
+            if not self.store.has_path:  # a run that was killed when it had saved the path
+                self._keep_nodes()
             return
         self.probe = self._make_probe()
         if self.start_loss is None:
@@ -181,9 +186,12 @@ class DisBack(ScoreTrainer):
         if self.counters["recorded"] < self.disback.updates:  # train.max_passes are spent
             return
         self.path = choose(self.candidates, self.start_loss, self.disback.nodes)
-        if self.accelerator.is_main_process:
-            self.store.keep(self.path, self._facts())
-        self.save()
+        self.save()  # before any node is deleted
+        self._keep_nodes()
+
+    def _keep_nodes(self) -> None:
+        """Delete the nodes that are not of the path; the student is untouched still."""
+        on_main(self.accelerator, lambda: self.store.keep(self.path, self._facts()))
 
     def record(self) -> None:
         """One update of the degradation: denoising on the untouched student's samples."""

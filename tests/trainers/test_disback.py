@@ -1,6 +1,7 @@
 """DisBack: the recorded path and the walk on the sheet's scalar toy, bit-identity without nodes, nodes on disk."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from stepdistill.trainers.job import make_job, resume
 from torch import nn
 from toys import assert_reaches_the_mixture, real_source, sigma_points, toy_config, toy_family, toy_trainer
 
+from stepdistill import files
 from stepdistill.analytic import GaussianMixture
 from stepdistill.errors import UserError
 from stepdistill.families.analytic import AnalyticFamily
@@ -336,6 +338,40 @@ def test_nodes_on_disk_say_what_they_are(tmp_path):
     assert path["weights"] == "network"
     assert path["teacher_loss"] > path["nodes"][-1]["loss"]
     assert not list(run.nodes.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("where", ["before any is deleted", "among them", "before the path is written"])
+def test_a_kill_while_nodes_are_chosen_loses_and_leaves_none(tmp_path, monkeypatch, where):
+    whole, run = started(tmp_path / "whole", spacing="loss")
+    whole.fit()
+    first, _ = started(tmp_path / "halves", spacing="loss")
+    left = {"before any is deleted": 0, "among them": 1, "before the path is written": 99}[where]
+    unlink, write = Path.unlink, files.write_json
+
+    def dies(path, missing_ok=False):
+        nonlocal left
+        left -= path.name.startswith("node-")
+        if left < 0:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    def dies_too(path, content):
+        if path.name == "path.json":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "unlink", lambda path, **given: (dies if path.name[:5] == "node-" else unlink)(path, **given)
+        )
+        patch.setattr(files, "write_json", dies_too)
+        with pytest.raises(KeyboardInterrupt):
+            first.fit()
+    second, halves = started(tmp_path / "halves", spacing="loss")
+    assert resume(second, halves)
+    second.fit()
+    assert halves.nodes.joinpath("path.json").read_bytes() == run.nodes.joinpath("path.json").read_bytes()
+    assert sorted(p.name for p in halves.nodes.iterdir()) == sorted(p.name for p in run.nodes.iterdir())
 
 
 @pytest.mark.parametrize("stop_at", [("recorded", 3), ("student", 1), ("student", 3), ("student", 7)])
