@@ -420,7 +420,7 @@ def test_the_output_of_stages_and_of_several_students_takes_variables(tmp_path, 
     [
         ({"train": {"updates": 10**400}}, "train.updates = "),
         ({"train": {"batch_size": 10**12}}, "train.batch_size = 1000000000000: should be less than or equal to 65536"),
-        ({"seed": 2**53 + 1}, "seed = 9007199254740993: at most 9,007,199,254,740,992 is allowed"),
+        ({"seed": 2**53 + 1}, "seed = 9007199254740993: should be less than or equal to 4294967280"),
         ({"optimizer": {"student": {"betas": [0.9, 2]}}}, "betas.1 = 2: should be less than 1"),
         ({"optimizer": {"student": {"betas": [-0.1, 0.9]}}}, "betas.0 = -0.1: should be greater than or equal to 0"),
         ({"optimizer": {"student": {"lr": 1e300}}}, "lr = 1e+300: at most 1e+12 is allowed"),

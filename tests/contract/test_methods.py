@@ -311,7 +311,7 @@ def test_checkpoint_of_another_method_or_teacher_is_refused(teachers, tmp_path):
     with pytest.raises(UserError, match="written by method 'other'"):
         trainer.restore(tensors, {**meta, "method": "other"}, "here")
     other = build_trainer(job_for("dmd2", teachers["stable_diffusion"], "full", tmp_path / "b"), None)
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="not those that the run was started with"):
         other.restore(tensors, meta, "here")
 
 

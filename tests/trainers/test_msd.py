@@ -171,8 +171,8 @@ def seen(monkeypatch) -> dict[str, list[int]]:
         found.setdefault(self.name, []).extend(condition["label"].tolist())
         return call(self, x_t, t, condition)
 
-    def spied_batch(self, position, count):
-        real = batch(self, position, count)
+    def spied_batch(self, *arguments):
+        real = batch(self, *arguments)
         found.setdefault("real", []).extend(real.items)
         return real
 
