@@ -5,7 +5,17 @@ from torch import nn
 
 from stepdistill.rewards import Brightness
 
-__all__ = ["Brightness", "Broken", "Constant", "Difference", "FirstValue", "Index", "ShiftedFirstValue", "scalar"]
+__all__ = [
+    "Brightness",
+    "Broken",
+    "Constant",
+    "Difference",
+    "FirstValue",
+    "Index",
+    "ShiftedFirstValue",
+    "TimesLabel",
+    "scalar",
+]
 
 
 class Difference(nn.Module):
@@ -28,6 +38,13 @@ class FirstValue(nn.Module):
 
     def forward(self, pixels, items):
         return pixels[:, 0, 0, 0]
+
+
+class TimesLabel(nn.Module):
+    """A reward: the mean of a picture times one more than its label, (B,)."""
+
+    def forward(self, pixels, items):
+        return pixels.flatten(1).mean(1) * (torch.tensor(items, dtype=torch.float32) + 1)
 
 
 class ShiftedFirstValue(FirstValue):

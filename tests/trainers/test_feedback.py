@@ -65,6 +65,28 @@ def test_the_loss_is_the_hinge_of_the_reward_of_the_decoded_sample(teacher, tmp_
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_reward_is_told_what_each_sample_is_of(teacher, tmp_path):
+    trainer = trainer_of(teacher, tmp_path, "feedback", feedback={"rewards": [{"reward": "judges:TimesLabel"}]})
+    for _ in range(3):
+        batch = trainer.next_batch()
+        ((_, loss),) = trainer.student_losses(batch).values()
+        x0 = trainer.roles.student(batch.noise, trainer.sampler.time(0, batch.noise), batch.condition).x0
+        factor = batch.condition["label"] + 1
+        torch.testing.assert_close(loss, -(factor * x0.flatten(1).mean(1)).mean())
+
+
+def test_rollouts_take_the_numbers_of_steps_that_are_set(teacher, tmp_path):
+    """Two in place of the sampler's four; the graded one is the second, from the first's sample."""
+    trainer = trainer_of(teacher, tmp_path, "feedback", sampler={"steps": 4}, feedback={"rollout_steps": [2]})
+    batch, state = trainer.next_batch(), trainer.noise.get_state()
+    result = trainer.graded(batch)
+    trainer.noise.set_state(state)
+    times = [torch.full((4,), time) for time in (999, 499)]
+    x0 = trainer.roles.student(batch.noise, times[0], batch.condition).x0
+    x = trainer.family.schedule.add_noise(x0, trainer.noise.randn(*x0.shape), times[1])
+    torch.testing.assert_close(result, trainer.roles.student(x, times[1], batch.condition).x0)
+
+
 def test_a_reward_that_is_reached_gives_no_gradient_and_one_that_is_not_is_raised(teacher, tmp_path):
     own = {"rewards": [{"reward": "judges:Brightness", "hinge": -1e4}]}
     reached = trainer_of(teacher, tmp_path, "feedback", feedback=own)
