@@ -33,6 +33,7 @@ def assert_nothing_wrong(folder: Path, request: list[dict]) -> None:
         assert not result["wrong"], result
 
 
+@pytest.mark.slow
 def test_some_kills_and_errors(tmp_path):
     kinds = ("kill", "once-EIO", "ENOSPC")
     request = [{"scenario": name, "kind": kind, "count": 3} for name in ("run", "export") for kind in kinds]

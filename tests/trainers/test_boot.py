@@ -730,6 +730,7 @@ def rmse(a, b):
     return (a - b).flatten(1).square().sum(1).mean().sqrt().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "schedule", "updates"), [("v", zero_snr(), 800), ("flow", FlowSchedule(), 500)])
 def test_reaches_the_learned_teachers_samples_from_the_same_noise(kind, schedule, updates):
     mixture = GaussianMixture([[-1.0, 0.3], [0.9, 0.6], [0.1, -1.0]], 0.1, weights=[0.4, 0.3, 0.3])

@@ -491,6 +491,7 @@ def test_sections_of_the_base_and_of_others():
 # -- end to end --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["dmd2", "sim"])
 def test_reaches_a_mixture_through_the_real_loop(base):
     own = {"dmd2": {}, "sim": {"c": 0.1}}[base]

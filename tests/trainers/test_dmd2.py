@@ -377,5 +377,6 @@ def test_one_step_input_is_the_noise_at_the_chosen_time():
 # -- end to end ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reaches_a_mixture_through_the_real_loop():
     assert_reaches_the_mixture()

@@ -367,6 +367,7 @@ def test_pure_noise_under_the_label_800():
 # -- regression --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_regression_reaches_the_teachers_deterministic_map(tmp_path):
     """A Gaussian's DDIM map is a constant gain: the student, whose time is fixed, fits it."""
     family = toy_family(GaussianMixture([[0.5]], 0.09), zero_snr(), kind="x0")

@@ -659,6 +659,7 @@ def test_the_passes_made_are_those_planned(name, teacher, tmp_path, images, pair
 # -- what it does ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_reward_rises_and_the_samples_keep_their_spread():
     """A four-step model of a mixture, its own denoiser, and the x-coordinate for a judge."""
     mixture = GaussianMixture([[-0.6, 0.8], [0.6, 0.8], [0.0, -1.0]], 0.05)

@@ -147,6 +147,7 @@ def test_a_finished_recipe_is_not_run_again(done, root):
     assert digests(done) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_in", ["01-two", "03-reward", "04-enhance"])
 def test_a_killed_recipe_goes_on_to_the_same_weights(killed_in, done, root, tmp_path):
     """SIGKILL in a stage, --resume, and the student is the uninterrupted one's to the bit."""

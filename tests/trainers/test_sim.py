@@ -148,10 +148,12 @@ def test_settings_that_do_not_go_together(sim, says):
         toy_trainer(method="sim", sim=sim)
 
 
+@pytest.mark.slow
 def test_reaches_a_mixture_through_the_real_loop():
     assert_reaches_the_mixture(method="sim", sim={"c": 0.1})
 
 
+@pytest.mark.slow
 def test_sid_reaches_it_too():
     assert_reaches_the_mixture(0.05, method="sim", sim={"objective": "sid", "weight": "sid", "fake_score_updates": 2})
 

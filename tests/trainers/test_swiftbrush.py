@@ -272,6 +272,7 @@ def test_a_teacher_without_null_is_refused():
 # -- end to end ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reaches_a_mixture_through_the_real_loop():
     """The fake score a LoRA on a learned teacher copy, as the method has it."""
     assert_reaches_the_mixture(
