@@ -216,7 +216,8 @@ def test_ranks_agree_bit_for_bit(results, name):
     first, second = results[0][name]
     assert first["counters"] == second["counters"]
     for key, value in first["tensors"].items():
-        assert torch.equal(value, second["tensors"][key]), key
+        if not key.startswith("logged/"):  # of each process's own samples; the main one's are written
+            assert torch.equal(value, second["tensors"][key]), key
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -265,7 +265,10 @@ IMAGES = {
         {"folder": "{root}/pictures"}, "0.png: the image is 16x16", "needs 8x8", "resize", teacher="plain"
     ),
     "folder with a broken file": row(
-        {"folder": "{root}/spoilt"}, "1.png: not a readable image", "remove or replace", teacher="plain"
+        {"folder": "{root}/spoilt", "max_unreadable": 0},
+        "1.png: not a readable image",
+        "remove or replace",
+        teacher="plain",
     ),
     "folder without captions": row(
         {"folder": "{root}/pictures"},

@@ -273,7 +273,7 @@ def test_packed_pictures_are_the_chosen_ones(tmp_path, pictures):
 def test_labels_outside_the_config_are_refused(tmp_path, pictures):
     data = write_npz(tmp_path / "data.npz", pictures)
     config = FeatureConfig(output=str(tmp_path / "out"), source="made up", train=data, test=data, num_labels=2)
-    with pytest.raises(UserError, match=r"outside 0\.\.1"):
+    with pytest.raises(UserError, match="outside 0, 1"):
         prepare_assets(config)
     assert not (tmp_path / "out").exists()
 
