@@ -29,7 +29,8 @@ from torch import Tensor
 from stepdistill import assets, files
 from stepdistill.clip import ClipScorer, ClipSettings, load_clip
 from stepdistill.config import Section, UserPath
-from stepdistill.errors import UserError, writing
+from stepdistill.errors import UserError, reading, writing
+from stepdistill.readers import check_extent
 from stepdistill.rewards import Reward, RewardSettings, load_rewards
 from stepdistill.seeds import SEEDS, DistinctSeeds, Seed, generator
 from stepdistill.settings import ImagesSettings, PromptColumnSettings
@@ -425,6 +426,8 @@ def _fingerprint(target: Target, protocol: dict[str, Any]) -> str:
     folder = pipeline_folder(target.path)
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix != ".md":
+            with reading(path, "export the folder again"):
+                check_extent(path)
             digest.update(str(path.relative_to(folder)).encode())
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

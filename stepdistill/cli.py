@@ -60,6 +60,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int = 2) -> None:
+    for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
+        bar.close()  # which ends its line
     if os.environ.get("RANK", "0") == "0":
         print(f"stepdistill: {printable(message)}", file=sys.stderr)
     sys.exit(code)

@@ -106,6 +106,18 @@ def output_folder(raw: dict[str, Any], where: str, what: str) -> Path:
     return Path(user_path(output, f"{where}: output"))
 
 
+def section_of(raw: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """The mapping at ``key`` of a raw config, {} where there is none.
+
+    Raises:
+        UserError: it is something else.
+    """
+    section = raw.get(key)
+    if section is not None and not isinstance(section, dict):
+        raise UserError(f"{where}: {key} = {shown(section)}: should be a mapping of keys to values")
+    return section or {}
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """One YAML file with its parents merged in.
 

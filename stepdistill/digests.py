@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stepdistill import files
 from stepdistill.errors import UserError, reading
-from stepdistill.readers import read_json, regular
+from stepdistill.readers import check_extent, read_json
 
 RECORD = "stepdistill.json"
 WEIGHTS = (".safetensors", ".bin")
@@ -58,6 +58,8 @@ def read_record(folder: Path) -> Digests | None:
         digests = read_json(file).get("sha256")
         if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
             raise ValueError("it is not a record of digests")
+        if not all(name and PurePosixPath(name).parts and ".." not in PurePosixPath(name).parts for name in digests):
+            raise ValueError("it names files outside of the folder")
     return digests
 
 
@@ -92,7 +94,8 @@ def check_file(file: Path, what: str) -> None:
 
 def _compare(file: Path, digest: str, what: str, problem: str) -> None:
     with reading(what, problem.partition("; ")[2]):
-        same = files.digest(regular(file)) == digest
+        check_extent(file)
+        same = files.digest(file) == digest
     if not same:
         raise UserError(f"{what}: {problem}")
 

@@ -157,12 +157,12 @@ def check_config(folder: Path, what: str) -> None:
         if not file.exists():
             continue
         with reading(f"{what}: {name}", "write the folder again with save_pretrained"):
-            odd = _oversized(read_json(file))
+            odd = oversized(read_json(file))
         if odd is not None:
             raise UserError(f"{what}: {name}: {odd} is more than any network has; correct it")
 
 
-def _oversized(config: Any, key: str = "") -> str | None:
+def oversized(config: Any, key: str = "") -> str | None:
     """The first entry that is too large, None without one; what starts with ``_`` is not used to build anything."""
     if isinstance(config, dict):
         entries = [(k, v) for k, v in config.items() if not k.startswith("_")]
@@ -175,7 +175,7 @@ def _oversized(config: Any, key: str = "") -> str | None:
         return f"{key} = {shown(config)}" if abs(config) > most else None
     else:
         return None
-    return next((odd for k, v in entries if (odd := _oversized(v, k)) is not None), None)
+    return next((odd for k, v in entries if (odd := oversized(v, k)) is not None), None)
 
 
 def load_network(

@@ -122,6 +122,21 @@ def require_memory(size: int) -> None:
         raise MemoryError(f"it needs {size / 2**30:,.1f} GiB of memory, {there_are / 2**30:,.1f} are available")
 
 
+def check_extent(path: str | Path) -> Path:
+    """``path``, a plain file that is no longer than its kind can be: hashing one that is may never end.
+
+    Raises:
+        OSError, ValueError, safetensors.SafetensorError: as :func:`regular`, or longer.
+    """
+    path = regular(path)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt"):  # its header says how long it is
+            return path
+    if path.suffix in (".json", ".txt", ".yaml") and path.stat().st_size > MOST_TEXT:
+        raise ValueError(f"it is larger than {MOST_TEXT:,} bytes")
+    return path
+
+
 # -- NumPy -------------------------------------------------------------------------------------------------
 
 

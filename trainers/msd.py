@@ -24,7 +24,7 @@ from typing import Any
 from stepdistill.trainers.job import Job, condition_items, make_job
 from stepdistill.trainers.recipe import STAGES, Recipe, make_recipe, with_stages
 
-from stepdistill.config import check, merge, output_folder
+from stepdistill.config import check, merge, output_folder, section_of
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.files import Lock
@@ -132,7 +132,7 @@ def make_multi_student(raw: dict[str, Any], where: str = "config") -> MultiStude
     methods = [common.get("method"), *(stage.get("method") for stage in _stages(common))]
     if "regression" in methods:  # the same pairs for all
         pairs = {"pairs": str(output / PAIRS), "seed": common.get("seed", 0)}
-        common["regression"] = {**pairs, **(common.get("regression") or {})}
+        common["regression"] = {**pairs, **section_of(common, "regression", where)}
     shared, own = _split_shared(_stages(common), where)
     base = make_recipe(common, where) if STAGES in common else make_job(common, where)
     before = None

@@ -25,7 +25,7 @@ from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.job import Job, make_job
 
 from stepdistill import files
-from stepdistill.config import Section, check, merge, output_folder
+from stepdistill.config import Section, check, merge, output_folder, section_of
 from stepdistill.errors import UserError
 from stepdistill.pipeline_folders import check_replaceable, is_whole
 from stepdistill.run import CACHE, RunFolder, comparable, holds_run
@@ -149,9 +149,9 @@ def make_recipe(raw: dict[str, Any], where: str = "config", before: list[Stage] 
         source = _source(settings, earlier, label)
         stage = merge(common, {k: v for k, v in own.items() if k not in OWN})
         stage["output"] = str(output / f"{number:02d}-{settings.name}")
-        stage["evaluation"] = {**(common.get("evaluation") or {}), **(own.get("evaluation") or {})}
+        stage["evaluation"] = section_of(common, "evaluation", where) | section_of(own, "evaluation", label)
         if source is not None:
-            stage["roles"] = _taken(settings, stage.get("roles") or {}, stage.get("method"), source, label)
+            stage["roles"] = _taken(settings, section_of(stage, "roles", label), stage.get("method"), source, label)
         job = replace(make_job(stage, f"{label} ({settings.name})"), cache=output / CACHE, unused=())
         stages.append(Stage(settings, job, source))
     return Recipe(raw, output, stages)

@@ -149,7 +149,7 @@ def load_lpips() -> nn.Module:
     from torchmetrics.functional.image.lpips import _LPIPS
 
     try:
-        network = _LPIPS(pretrained=True, net="vgg", lpips=True)
+        network = _LPIPS(pretrained=True, net="vgg")
     except Exception as error:  # of the download, of its certificate, of a torchvision that is missing
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -16,7 +16,7 @@ from stepdistill.conditions import ConditionKind, Conditions
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
 from stepdistill.digests import check_folder
 from stepdistill.errors import UserError, reading
-from stepdistill.loading import load_network
+from stepdistill.loading import load_network, oversized
 from stepdistill.schedule import Clipping, PredictionType, Schedule
 from stepdistill.variants import choose_variant, variants_of
 
@@ -155,6 +155,8 @@ class Family(abc.ABC):
         odd = sorted(changes.keys() - self.architecture_keys)
         if odd:
             raise UserError(f"roles.network: {odd[0]} cannot be changed; keys are {', '.join(self.architecture_keys)}")
+        if (excess := oversized(changes)) is not None:
+            raise UserError(f"roles.network: {excess} is more than any network has")
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
         try:
             network = type(self.network).from_config({**self.network.config, **lists}).requires_grad_(False)

@@ -422,7 +422,7 @@ def test_lpips_without_its_weights_says_where_they_belong(teacher, tmp_path, mon
         raise OSError("no network")
 
     monkeypatch.setattr(api, "load_state_dict_from_url", refuse)
-    with pytest.raises(UserError, match="VGG's weights cannot be loaded"):
+    with pytest.raises(UserError, match=r"VGG's weights cannot be loaded \(no network\)"):
         trainer_of(teacher, tmp_path, "regression", regression={"distance": "lpips"})
 
 
