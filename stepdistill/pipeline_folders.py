@@ -142,8 +142,8 @@ def check_stamp(config: Mapping[str, Any], what: str) -> None:
                 raise ValueError(f"{key} = {shown(value)}")
 
 
-def _is_count(value: Any, most: int = 10_000) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10_000
 
 
 def _is_call(value: Any) -> bool:
@@ -155,7 +155,8 @@ def _is_call(value: Any) -> bool:
 
 
 STAMPED = {
-    "steps": lambda value: _is_count(value, 10**9),  # of a trained teacher's network, those of its training
+    "steps": _is_count,
+    "trained_steps": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
     "call": _is_call,
     "also_steps": lambda value: isinstance(value, list) and all(map(_is_count, value)),
     "null_label": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,

@@ -162,8 +162,8 @@ def test_the_evaluation_draws_no_null_label_of_the_teacher(tmp_path, monkeypatch
         (None, 4, r"teacher\.null_label = 4: the teacher .* has labels 0\.\.3; correct it"),
         (0, 3, r"teacher\.null_label = 3: the teacher .* itself says 0, under _stepdistill"),
         (9, None, r"null_label = 9 under _stepdistill in its unet/config\.json, which has labels 0\.\.3"),
-        ("no", None, r"null_label = 'no' under"),
-        (True, None, r"null_label = True under"),
+        ("no", None, r"the entry _stepdistill is damaged \(null_label = 'no'\)"),
+        (True, None, r"the entry _stepdistill is damaged \(null_label = True\)"),
     ],
 )
 def test_null_labels_that_cannot_be_are_refused(stated, null_label, says, tmp_path):

@@ -419,6 +419,7 @@ print(json.dumps([router.hash, kmeans.hash, router.route(PROMPTS, lambda own: en
 """
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_router(family):
     encoder = family.prompt_encoder
     router = make_router(PartitionSettings(students=4, partition="medians"), PROMPTS, "prompt", encoder)

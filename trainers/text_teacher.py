@@ -272,7 +272,7 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
     unet.register_to_config(
         _stepdistill={
             "trained_by": "stepdistill teacher train",
-            "steps": steps,
+            "trained_steps": steps,
             "vae_psnr": round(psnr, 2),
             "config": without_places(config.model_dump(mode="json", exclude={"output", "data"})),
             "finished": time.strftime("%Y-%m-%d"),

@@ -1,5 +1,7 @@
 """The matrix: a new method joins every contract by adding a row here."""
 
+import pytest
+
 METHODS = {
     "dmd2": {"dmd2": {"fake_score_updates": 2}},
     "dmd2_gan": {"dmd2": {"fake_score_updates": 2, "gan": {"student_weight": 0.01}}},
@@ -102,4 +104,15 @@ def weights_of(row: str) -> list[str]:
     return ["full", "shared", "mixed"] if row in SCORE_ROWS else ["full", "shared"]
 
 
-HELD = [(row, weights) for row in METHODS for weights in weights_of(row)]
+def _quick(row: str, weights: str, teacher: str) -> bool:
+    """Each row runs with all weights on the small teacher, and with LoRAs (else its first way) on the other."""
+    return teacher == "unet2d" or weights == ("shared" if "shared" in weights_of(row) else weights_of(row)[0])
+
+
+CASES = [
+    pytest.param(row, weights, teacher, marks=[] if _quick(row, weights, teacher) else [pytest.mark.slow])
+    for row in METHODS
+    for weights in weights_of(row)
+    for teacher in TEACHERS
+]
+"""Every row, each way to hold its roles, each teacher."""

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
-from methods import DIRECT_ROWS, HELD, METHODS, SCORE_ROWS, TEACHERS, weights_of
+from methods import CASES, DIRECT_ROWS, METHODS, SCORE_ROWS, weights_of
 from PIL import Image
 from stepdistill.eval.of_run import shown_prompts
 from stepdistill.pipelines import export_student
@@ -93,8 +93,7 @@ def started(job, output):
     return build_trainer(job, run), run
 
 
-@pytest.mark.parametrize("teacher", TEACHERS)
-@pytest.mark.parametrize(("row", "weights"), HELD)
+@pytest.mark.parametrize(("row", "weights", "teacher"), CASES)
 def test_two_and_two_updates_are_four_bit_for_bit_and_the_student_exports(row, teacher, weights, teachers, tmp_path):
     whole, _ = started(job_for(row, teachers[teacher], weights, tmp_path / "whole"), tmp_path / "whole")
     frozen = {k: v.clone() for k, v in whole.family.network.state_dict().items() if "lora_" not in k}
@@ -132,8 +131,7 @@ def test_two_and_two_updates_are_four_bit_for_bit_and_the_student_exports(row, t
     assert len(rows) == 4 + whole.counters.get("recorded", 0)
 
 
-@pytest.mark.parametrize("teacher", TEACHERS)
-@pytest.mark.parametrize(("row", "weights"), HELD)
+@pytest.mark.parametrize(("row", "weights", "teacher"), CASES)
 def test_gradient_checkpointing_changes_no_gradient(row, teacher, weights, teachers, tmp_path):
     """Values, not running: recomputation under the wrong adapter would give other gradients and no error."""
     gradients = []

@@ -86,6 +86,7 @@ def test_one_command_makes_runs_curves_table_and_pictures(tmp_path):
     assert (out / "SIM" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_the_curves_last_point_is_what_evaluate_measures(tmp_path):
     config = write(tmp_path, samples=60, runs={"DMD2": "dmd2.yaml"})
     assert stepdistill("compare", config).code == 0
@@ -99,6 +100,7 @@ def test_a_protocol_that_does_not_work_is_answered_before_anything_is_trained(tm
     assert not any((tmp_path / "out" / name).exists() for name in ("DMD2", "SIM"))
 
 
+@pytest.mark.slow
 def test_one_run_alone_and_the_rest_later(tmp_path):
     config = write(tmp_path)
     assert stepdistill("compare", config, "--only", "SIM").out.strip().endswith("SIM: done")
@@ -114,6 +116,7 @@ def test_one_run_alone_and_the_rest_later(tmp_path):
     assert [row["name"] for row in content["final"]] == ["teacher", "DMD2", "SIM"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -317,6 +320,7 @@ def in_one_process(config):
     return compare(check(CompareSettings, yaml.safe_load(config.read_text()), str(config)), config.parent)
 
 
+@pytest.mark.slow
 def test_every_kind_of_run_in_one_table(tmp_path, capsys):
     in_one_process(write_all_kinds(tmp_path, precision_recall=True, diversity=True))
     assert "Done." not in capsys.readouterr().out  # a run's closing screen
@@ -373,6 +377,7 @@ def test_the_teacher_is_guided_as_the_first_is_distilled(tmp_path, monkeypatch):
     assert (teacher.name, teacher.steps, teacher.guidance_scale) == ("teacher", 2, 2.5)
 
 
+@pytest.mark.slow
 def test_training_seeds_are_averaged(tmp_path, capsys):
     config = write(tmp_path, seeds=[0, 3], runs={"DMD2": "dmd2.yaml"})
     settings = check(CompareSettings, yaml.safe_load(config.read_text()), str(config))
@@ -436,6 +441,7 @@ def test_costs_that_are_not_all_there_are_not_shown(tmp_path):
     assert tables._costs(tunings) == tables._costs(tunings[::-1]) == tables._costs(bases) == ["-"] * 4
 
 
+@pytest.mark.slow
 def test_a_process_s_peak_is_not_that_of_the_one_that_started_it():
     ballast = torch.ones(3 * 2**27)  # 1.5 GiB
     child = "from stepdistill.trainers.entries import peak_memory; print(peak_memory())"

@@ -325,7 +325,7 @@ def test_one_and_one_update_are_two_and_the_export_is_stock(weights, root, tmp_p
     assert {type(m.processor) for m in modules_of(pipe.unet)} == {AttnProcessor2_0}
     facts = pipe.scheduler.config["_stepdistill"]
     assert facts["settings"]["swiftbrush"]["negatives"] == {
-        "prompts": str(root / "away.txt"),
+        "prompts": "away.txt",
         "column": None,
         "scale": [0.0, 1.0],
     }

@@ -283,7 +283,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(data, tmp_path, monkeypa
     assert family.sample_shape == (4, 8, 8)
     assert family.image_shape == (3, 16, 16)
     facts = family.network.config["_stepdistill"]
-    assert facts["steps"] == 2
+    assert facts["trained_steps"] == 2
     called = config(data, whole).samples
     said = StockPipeline.load(whole)
     assert (said.default_steps, said.default_guidance) == (called.steps, called.guidance_scale)
@@ -299,7 +299,7 @@ def test_fewer_steps_than_done_write_what_there_is_in_half_precision(data, tmp_p
     short["denoiser"]["steps"] = 1
     again = train_text_teacher(check(TextTeacherConfig, short, "test"))
     family, half = weights(again)
-    assert family.network.config["_stepdistill"]["steps"] == 2
+    assert family.network.config["_stepdistill"]["trained_steps"] == 2
     for key, value in half.items():
         assert value.dtype == full[key].dtype, key
         if value.is_floating_point():

@@ -581,6 +581,7 @@ def test_a_checkpoint_without_its_target_is_refused():
 # -- end to end --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_four_stages_in_turn_reach_the_teachers_samples_in_fewer_and_fewer_steps():
     """8, 4, 2, 1 segments, each from the last: RMSE to the teacher's 40 DDIM steps from the same noise, and the energy
     distance of 4,000 samples to 4,000 of the mixture (the teacher's own: 0.0007)."""
