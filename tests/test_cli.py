@@ -407,7 +407,9 @@ print(subprocess.run(["printenv", "OMP_WAIT_POLICY"], capture_output=True, text=
 """
 
 
-@pytest.mark.parametrize(("users", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize(
+    ("users", "policy"), [(None, "PASSIVE"), pytest.param("ACTIVE", "ACTIVE", marks=pytest.mark.slow)]
+)
 def test_threads_wait_passively_beside_other_work_unless_the_user_says_otherwise(users, policy):
     """Set before torch loads its OpenMP, and handed on to the processes that a command starts."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}

@@ -82,7 +82,7 @@ def test_pairs_are_the_stock_ddim_samples_of_a_teacher_that_bounds_x0(name, kind
     pipe = callable_with_noise(ConsistencyModelPipeline.from_pretrained(tmp_path / "teacher"))
     latest = []
     pipe(4, num_inference_steps=8, latents=pairs.noise, callback=lambda i, t, x: latest.append(x))
-    torch.testing.assert_close(pairs.x0, latest[-1], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(pairs.x0, latest[-1], rtol=1e-6, atol=1e-4)
     largest = pairs.x0.abs().max().item()
     assert largest > 1 if name == "neither" else largest <= BOUNDED[name].get("clip_sample_range", 1) + 1e-6
     family.clipping = None

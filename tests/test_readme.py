@@ -34,7 +34,10 @@ def test_the_two_commands_are_there():
     assert re.search(install + r'"\.\[test\]" && \.venv/bin/python -m pytest$', README, re.M)
 
 
-@pytest.mark.parametrize(("config", "samples", "teacher"), [("quickstart", 80, [25, 5, 1]), ("emoji", 12, [25, 1])])
+FIRST_RUNS = [("quickstart", 80, [25, 5, 1]), pytest.param("emoji", 12, [25, 1], marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("config", "samples", "teacher"), FIRST_RUNS)
 def test_the_first_runs_are_whole_on_a_small_scale(config, samples, teacher, tmp_path):
     """Shipped teacher, training, export, evaluation in a fresh process, grid and report."""
     small = ["train.updates=2", "train.batch_size=8", f"evaluation.samples={samples}"]

@@ -23,8 +23,12 @@ from stepdistill.run import RunFolder
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory):
+    return make_teachers(tmp_path_factory.mktemp("teachers"))
+
+
+def make_teachers(root):
     """A folder and data for each family."""
-    root = tmp_path_factory.mktemp("teachers")
+    root.mkdir(exist_ok=True)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 255, (12, 8, 8), dtype=np.uint8)
     np.savez(root / "images.npz", images=pixels, labels=np.arange(12) % 3)

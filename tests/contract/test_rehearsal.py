@@ -171,6 +171,7 @@ def test_a_large_teacher_is_looked_at_without_building_anything_of_its_size(root
     assert "samples at 499" in run(root, tmp_path / "run", "label", {}, "--dry-run").error
 
 
+@pytest.mark.slow
 def test_a_rehearsal_changes_nothing_of_the_run(root, tmp_path, monkeypatch):
     assert run(root, tmp_path / "with", "label", {"roles": {"weights": "shared"}}).code == 0
     monkeypatch.setattr(rehearsal, "try_export", lambda *_: None)
