@@ -1,11 +1,11 @@
 """Students as stock diffusers folders and LoRA files; any pipeline made faster, or given negative prompts."""
 
-from stepdistill.pipelines.export import export_student
-from stepdistill.pipelines.merge import merge_students
-from stepdistill.pipelines.msd import MSDPipeline, export_students
-from stepdistill.pipelines.negative import NegativePrompts
-from stepdistill.pipelines.schedulers import check_expressible, student_scheduler
-from stepdistill.pipelines.speed import Acceleration, accelerate
+from .acceleration import Acceleration, accelerate
+from .export import export_student
+from .merge import merge_students
+from .msd import MSDPipeline, export_students
+from .negative_prompts import NegativePrompts
+from .schedulers import check_expressible, student_scheduler
 
 __all__ = [
     "Acceleration",

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from stepdistill.data.router import Router
 from stepdistill.errors import first_line
-from stepdistill.partition import Router
 
 PROMPTS = ("a photo of a cat", "a red bus")
 HEAD = """---

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepdistill.pipelines.card import model_card
-from stepdistill.pipelines.saving import save_in_one_dtype
-from stepdistill.pipelines.schedulers import student_scheduler
 
 from stepdistill import __version__, files
 from stepdistill.digests import write_record
 from stepdistill.families.base import Family
-from stepdistill.pipeline_folders import check_replaceable, without_places
-from stepdistill.roles import Role
+from stepdistill.roles.roles import Role
 from stepdistill.sampler import FewStepSampler
+from stepdistill.stock.folders import check_replaceable, without_places
+
+from .card import model_card
+from .saving import save_in_one_dtype
+from .schedulers import student_scheduler
 
 
 def export_student(

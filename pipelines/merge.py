@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepdistill.pipelines.export import stamped, write_pipeline
 from torch import Tensor, nn
 
 from stepdistill import __version__
 from stepdistill.errors import UserError
-from stepdistill.loading import load_pipeline
-from stepdistill.pipeline_folders import check_replaceable, without_places
+from stepdistill.stock.folders import check_replaceable, without_places
+from stepdistill.stock.loading import load_pipeline
+
+from .export import stamped, write_pipeline
 
 DENOISERS = ("unet", "transformer")
 

@@ -22,20 +22,21 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import safe_open
-from stepdistill.pipelines.calls import callable_with_noise
-from stepdistill.pipelines.card import students_card
 from torch import Tensor
 
 from stepdistill import __version__, files
+from stepdistill.data.router import FILE, Router
 from stepdistill.digests import check_folder, write_record
 from stepdistill.errors import UserError, reading
 from stepdistill.families.stable_diffusion import PromptEncoder
-from stepdistill.loading import load_pipeline
-from stepdistill.partition import FILE, Router
-from stepdistill.pipeline_folders import MANIFEST, check_replaceable, is_whole, missing
 from stepdistill.readers import read_json, regular
 from stepdistill.seeds import SEEDS
 from stepdistill.seeds import generator as seeded
+from stepdistill.stock.folders import MANIFEST, check_replaceable, is_whole, missing
+from stepdistill.stock.loading import load_pipeline
+
+from .card import students_card
+from .explicit_noise import callable_with_noise
 
 
 def is_msd_folder(path: str | Path) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stepdistill.finiteness import check_module
-from stepdistill.pipeline_folders import remove_places
+from stepdistill.stock.folders import remove_places
 
 
 def save_in_one_dtype(

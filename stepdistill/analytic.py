@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import Condition, Prediction
-from stepdistill.schedule import Schedule
+from .denoiser import Condition, Prediction
+from .schedule import Schedule
 
 
 class GaussianMixture:

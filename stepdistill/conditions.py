@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stepdistill.errors import UserError
+from .errors import UserError
 
 ConditionKind = Literal["none", "label", "prompt"]
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from stepdistill import plain_yaml
-from stepdistill.errors import UserError, first_line, reading, shown
-from stepdistill.readers import read_text
+from . import plain_yaml
+from .errors import UserError, first_line, reading, shown
+from .readers import read_text
 
 MOST_BYTES = 2**20
 """Of a config file."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stepdistill.schedule import PredictionType, Schedule, expand
+from .schedule import PredictionType, Schedule, expand
 
 Condition = dict[str, Tensor]
 """What a network is told besides x_t and t: named tensors, each with the batch first; {} for nothing."""

@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor, nn
 
-from stepdistill import files
-from stepdistill.errors import UserError, reading
-from stepdistill.readers import check_extent, read_json
+from . import files
+from .errors import UserError, reading
+from .readers import check_extent, read_json
 
 RECORD = "stepdistill.json"
 WEIGHTS = (".safetensors", ".bin")

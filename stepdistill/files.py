@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn
 
-from stepdistill.errors import UserError, first_line, writing
+from .errors import UserError, first_line, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,7 +176,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     """
     from safetensors.torch import save_file
 
-    from stepdistill.readers import DIGEST, digest_of
+    from .readers import DIGEST, digest_of
 
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = metadata or {}

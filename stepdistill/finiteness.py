@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stepdistill.errors import UserError
+from .errors import UserError
 
 REMEMBERED = 10_000
 """Predictions that a :class:`Watch` remembers: more than an update has."""

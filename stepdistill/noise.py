@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepdistill.seeds import generator
+from .seeds import generator
 
 
 class Noise:

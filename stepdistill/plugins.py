@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from stepdistill.errors import UserError, first_line, running
+from .errors import UserError, first_line, running
 
 
 def import_attribute(spec: str, what: str) -> Any:

@@ -5,9 +5,9 @@ environment.json  versions, git state, command, when, digests of the teacher's w
 metrics.jsonl     one row every train.log_every student updates; what damage was taken out is in metrics.jsonl.damaged
 samples/          grids over time on fixed noise
 cache/            latents of real images
-pairs/            the teacher's noise-sample pairs (stepdistill.pairs)
+pairs/            the teacher's noise-sample pairs (stepdistill.data.teacher_pairs)
 checkpoints/      whole checkpoints (stepdistill.checkpoint)
-nodes/            recorded weights, for methods that walk a path (stepdistill.nodes)
+nodes/            recorded weights, for methods that walk a path (stepdistill.roles.recorded)
 student/          the exported stock pipeline
 evaluation.json, grid.png, report.html
 """
@@ -28,12 +28,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stepdistill import files
-from stepdistill.config import dump_yaml, read_mapping
-from stepdistill.digests import Digests
-from stepdistill.errors import UserError, reading, shown, writing
-from stepdistill.pipeline_folders import holds_parts, is_whole
-from stepdistill.readers import read_json
+from stepdistill.stock.folders import holds_parts, is_whole
+
+from . import files
+from .config import dump_yaml, read_mapping
+from .digests import Digests
+from .errors import UserError, reading, shown, writing
+from .readers import read_json
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 LONGEST_NAME = 200

@@ -29,22 +29,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import Condition, Denoiser
-from stepdistill.errors import UserError
-from stepdistill.schedule import (
-    Clipping,
-    EDMSchedule,
-    FlowSchedule,
-    Schedule,
-    VPSchedule,
-    ancestral,
-    expand,
-    noise_up,
-    upward,
-)
+from .denoiser import Condition, Denoiser
+from .errors import UserError
+from .schedule import Clipping, EDMSchedule, FlowSchedule, Schedule, VPSchedule, ancestral, expand, noise_up, upward
 
 if TYPE_CHECKING:
-    from stepdistill.roles import Role
+    from stepdistill.roles.roles import Role
 
 Transition = Literal["renoise", "ode", "tcd", "ancestral"]
 Final = Literal["clean", "timestep_0"]

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.errors import UserError
+from .errors import UserError
 
 PredictionType = Literal["eps", "v", "x0", "flow", "edm"]
 

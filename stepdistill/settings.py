@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from stepdistill.attention import AUTO, BACKENDS, NATIVE
-from stepdistill.config import Section, UserPath
-from stepdistill.latents import Posterior
-from stepdistill.pictures import Colour
-from stepdistill.roles import RolesSettings
-from stepdistill.sampler import Final, Transition
-from stepdistill.seeds import RunSeed, Seed
+from stepdistill.attention.kernels import AUTO, BACKENDS, NATIVE
+from stepdistill.data.latents import Posterior
+from stepdistill.data.pictures import Colour
+from stepdistill.roles.roles import RolesSettings
+
+from .config import Section, UserPath
+from .sampler import Final, Transition
+from .seeds import RunSeed, Seed
 
 
 class TeacherSettings(Section):
@@ -84,7 +85,7 @@ class PromptColumnSettings(Section):
 class PartSettings(Section):
     """One of several students: it trains on the conditions that the router gives it."""
 
-    router: UserPath = Field(description="the router's file (stepdistill.partition)")
+    router: UserPath = Field(description="the router's file (stepdistill.data.router)")
     student: int = Field(ge=0, le=999)
 
 
@@ -124,11 +125,6 @@ class DataSettings(Section):
 class SamplerSettings(Section):
     """How the student is called."""
 
-    null_label: int | None = Field(
-        None,
-        ge=0,
-        description="which label stands for no class (1000 of ImageNet's 1001); by default as its folder says",
-    )
     steps: int = Field(1, ge=1, le=64, description="the student's steps")
     start: float | None = Field(None, description="the first step's time; the schedule's last by default (SDXL: 399)")
     init_sigma: float | None = Field(

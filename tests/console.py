@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from unittest import mock
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from stepdistill.rewards import Brightness
+from stepdistill.judges.rewards import Brightness
 
 __all__ = [
     "Brightness",

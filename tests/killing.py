@@ -33,11 +33,12 @@ import safetensors.torch
 import tiny
 import torch
 import yaml
-from stepdistill.trainers import launch
 
-from stepdistill import cli, files
+from stepdistill import files
+from stepdistill.cli import main as cli
 from stepdistill.config import merge
-from stepdistill.pipeline_folders import is_whole
+from stepdistill.stock.folders import is_whole
+from stepdistill.trainers.plans import single as launch
 
 KILLED = 9
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tiny
 import torch
-from stepdistill.trainers.base import Batch, RealSource
-from stepdistill.trainers.tscd import TSCD
 from toys import toy_family, toy_trainer
 
-from stepdistill.data import ImageSet
+from stepdistill.data.images import ImageSet
 from stepdistill.families.unet2d import UNet2DFamily
 from stepdistill.sampler import FewStepSampler, few_step_times
-from stepdistill.segments import SegmentGrid
+from stepdistill.trainers.loop.trainer import Batch, RealSource
+from stepdistill.trainers.methods.segments import SegmentGrid
+from stepdistill.trainers.methods.tscd import TSCD
 
 F64 = torch.float64
 

@@ -8,19 +8,19 @@ import pkgutil
 from pathlib import Path
 
 import pytest
-import stepdistill.eval
-import stepdistill.trainers
 import yaml
-from stepdistill.trainers.job import make_job, read_job
-from stepdistill.trainers.msd import make_multi_student
-from stepdistill.trainers.recipe import make_recipe
 from toys import toy_config
 
 import stepdistill
+import stepdistill.eval
+import stepdistill.trainers
 from stepdistill import plain_yaml
 from stepdistill.config import Section, apply_overrides, check, dump_yaml, expanded, merge, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.settings import RunSettings
+from stepdistill.trainers.plans.build import make_job, read_job
+from stepdistill.trainers.plans.stages import make_recipe
+from stepdistill.trainers.plans.students import make_multi_student
 
 
 def write(path, **content):

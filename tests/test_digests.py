@@ -12,14 +12,14 @@ import torch
 import yaml
 from console import stepdistill
 from safetensors.torch import load_file, save_file
-from stepdistill.pipelines import MSDPipeline
 from test_cli import write_config
 
 from stepdistill import assets, checkpoint, files
 from stepdistill.digests import RECORD, check_file, check_folder, digests_of, read_record, write_record
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
-from stepdistill.roles import Roles, RolesSettings
+from stepdistill.pipelines import MSDPipeline
+from stepdistill.roles.roles import Roles, RolesSettings
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA = "lora/pytorch_lora_weights.safetensors"
@@ -185,6 +185,7 @@ def test_weights_that_float16_cannot_hold_are_not_exported_in_it(student, tmp_pa
     spoil(student / UNET, 1e6)
     write_record(student)
     from diffusers import DiffusionPipeline
+
     from stepdistill.pipelines.saving import save_in_one_dtype
 
     pipeline = DiffusionPipeline.from_pretrained(student)

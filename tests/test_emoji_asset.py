@@ -2,14 +2,14 @@
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from stepdistill.eval.distances import ReferenceStatistics, unit_uint8
-from stepdistill.eval.features import load_extractor
-from stepdistill.eval.stock import StockPipeline
 
 from stepdistill import assets
-from stepdistill.clip import ClipSettings, load_clip
-from stepdistill.data import read_npz
-from stepdistill.prompts import read_prompts
+from stepdistill.data.images import read_npz
+from stepdistill.data.prompts import read_prompts
+from stepdistill.eval.extractors.base import load_extractor
+from stepdistill.eval.measure.frechet import ReferenceStatistics, unit_uint8
+from stepdistill.eval.stock_pipeline import StockPipeline
+from stepdistill.judges.clip import ClipSettings, load_clip
 
 PROMPTS = [
     "grinning face, noto style",

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stepdistill import precision
+from stepdistill.data.teacher_pairs import PairRecipe, PairSet, make_pairs
 from stepdistill.families import load_family
 from stepdistill.families.random_sizes import RANDOM_SIZES, random_stable_diffusion
-from stepdistill.lora import LoRA
-from stepdistill.pairs import PairRecipe, PairSet, make_pairs
-from stepdistill.roles import LoRASettings, Roles, RolesSettings
+from stepdistill.roles.lora import LoRA
+from stepdistill.roles.roles import LoRASettings, Roles, RolesSettings
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOSE = 0.03

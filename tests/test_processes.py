@@ -77,7 +77,7 @@ ROWS = {
         "sampler": {"steps": 3, "transition": "ode"},
         "settings": {
             "pso": {
-                "rewards": [{"reward": "stepdistill.rewards:Brightness"}],
+                "rewards": [{"reward": "stepdistill.judges.rewards:Brightness"}],
                 "rollout_transition": "renoise",
                 "clamp": None,
                 "beta": 5.0,
@@ -146,7 +146,8 @@ def raw_config(row: dict, root: Path, batch: int) -> dict:
 def train(row: dict, root: Path, batch: int) -> tuple[dict, dict]:
     """Averaged gradients of every update by name, and all state after ``UPDATES`` student updates."""
     from accelerate import Accelerator
-    from stepdistill.trainers.job import build_trainer, make_job
+
+    from stepdistill.trainers.plans.build import build_trainer, make_job
 
     trainer = build_trainer(make_job(raw_config(row, root, batch)), None, Accelerator(cpu=True))
     generator = torch.Generator().manual_seed(3)

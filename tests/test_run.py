@@ -8,11 +8,11 @@ import json
 
 import pytest
 import yaml
-from stepdistill.trainers.job import make_job
 from toys import toy_config
 
 from stepdistill.errors import UserError
 from stepdistill.run import RunFolder
+from stepdistill.trainers.plans.build import make_job
 
 
 def config_for(path, **changes):

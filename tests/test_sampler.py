@@ -11,14 +11,14 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
 )
-from stepdistill.pipelines.schedulers import student_scheduler
 from tiny import SD_BETAS, scheduler
 from torch import nn
 from toys import linear_betas
 
 from stepdistill.denoiser import NetworkDenoiser, Prediction
 from stepdistill.families.analytic import AnalyticFamily
-from stepdistill.roles import Roles, RolesSettings
+from stepdistill.pipelines.schedulers import student_scheduler
+from stepdistill.roles.roles import Roles, RolesSettings
 from stepdistill.sampler import FewStepSampler, SignalSampler, ddim_times, few_step_times
 from stepdistill.schedule import EDMSchedule, FlowSchedule, from_scheduler
 

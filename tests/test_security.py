@@ -11,14 +11,14 @@ import tiny
 import yaml
 from console import stepdistill
 from safetensors import safe_open
-from stepdistill.eval.features import load_extractor
-from stepdistill.pipelines import merge_students
-from stepdistill.trainers.compare import CompareSettings
 
 from stepdistill import assets
 from stepdistill.config import check, merge
 from stepdistill.errors import UserError, printable
-from stepdistill.pipeline_folders import check_stamp, without_places
+from stepdistill.eval.extractors.base import load_extractor
+from stepdistill.pipelines import merge_students
+from stepdistill.stock.folders import check_stamp, without_places
+from stepdistill.trainers.plans.comparison import CompareSettings
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_an_exported_folder_does_not_tell_where_it_was_made(root, tmp_path):
         ("runwayml/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
         ("/root/.cache/huggingface/hub/models--owner--name/snapshots/abc/unet", "owner/name"),
         ("asset:emoji/teacher", "asset:emoji/teacher"),
-        ("stepdistill.rewards:Brightness", "stepdistill.rewards:Brightness"),
+        ("stepdistill.judges.rewards:Brightness", "stepdistill.judges.rewards:Brightness"),
         ("A photo depicts ", "A photo depicts "),
         ("/", "folder"),
     ],

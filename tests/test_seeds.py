@@ -10,25 +10,25 @@ import tiny
 import torch
 import yaml
 from console import stepdistill
-from stepdistill.eval.evaluate import EvaluationSettings, step_generator, unit_noise
-from stepdistill.eval.prepare import FeatureConfig
-from stepdistill.eval.prepare_matching import MatchingConfig
-from stepdistill.pipelines.msd import MSDPipeline
-from stepdistill.trainers.compare import CompareSettings
-from stepdistill.trainers.job import make_job
-from stepdistill.trainers.msd import SEED_STEP, make_multi_student
-from stepdistill.trainers.regression import RegressionSettings
-from stepdistill.trainers.teacher import TeacherConfig
-from stepdistill.trainers.text_teacher import TextTeacherConfig
 from test_cli import write_config
 from toys import toy_config
 
+from stepdistill.data.router import PartitionSettings
+from stepdistill.data.teacher_pairs import shard_seeds
 from stepdistill.errors import UserError
+from stepdistill.eval.measure.evaluate import EvaluationSettings, step_generator, unit_noise
 from stepdistill.noise import Noise
-from stepdistill.pairs import shard_seeds
-from stepdistill.partition import PartitionSettings
+from stepdistill.pipelines.msd import MSDPipeline
 from stepdistill.seeds import LARGEST, OFFSETS, SEEDS, DistinctSeeds, generator
 from stepdistill.settings import EvaluationSettings as RunEvaluation
+from stepdistill.trainers.methods.regression import RegressionSettings
+from stepdistill.trainers.plans.build import make_job
+from stepdistill.trainers.plans.comparison import CompareSettings
+from stepdistill.trainers.plans.students import SEED_STEP, make_multi_student
+from stepdistill.trainers.teachers.class_conditional import TeacherConfig
+from stepdistill.trainers.teachers.judge_captions import MatchingConfig
+from stepdistill.trainers.teachers.judge_labels import FeatureConfig
+from stepdistill.trainers.teachers.text_to_image import TextTeacherConfig
 
 LAST = SEEDS - 1
 

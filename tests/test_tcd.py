@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, TCDScheduler
 from segmented import exact_gain, scale, tall
-from stepdistill.pipelines.schedulers import check_expressible, student_scheduler
 from tiny import SD_BETAS
 from toys import linear_betas, zero_snr
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.errors import UserError
+from stepdistill.pipelines.schedulers import check_expressible, student_scheduler
 from stepdistill.sampler import FewStepSampler, few_step_times, ode_sample, renoised, strategic_step
 from stepdistill.schedule import EDMSchedule, FlowSchedule, VPSchedule
 

@@ -12,8 +12,6 @@ import pytest
 import yaml
 from console import stepdistill
 from killing import raw_config, snapshot
-from stepdistill.trainers import launch
-from stepdistill.trainers.base import Trainer
 from test_pipeline_folders import stamp
 from tiny import save_pixels
 
@@ -21,7 +19,9 @@ from stepdistill import checkpoint, run
 from stepdistill.config import merge
 from stepdistill.errors import UserError
 from stepdistill.files import Lock
-from stepdistill.pipeline_folders import is_whole
+from stepdistill.stock.folders import is_whole
+from stepdistill.trainers.loop.trainer import Trainer
+from stepdistill.trainers.plans import single as launch
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_an_export_takes_the_newer_checkpoint_where_the_older_one_goes_meanwhile
 @pytest.mark.parametrize("what", ["append", "save_grid"])
 def test_what_the_disk_does_not_take_ends_a_run_that_is_saved(root, tmp_path, monkeypatch, what):
     """Rows that are due are in the checkpoint; the run that goes on writes them, and draws the picture."""
-    from stepdistill.trainers import base
+    from stepdistill.trainers.loop import trainer as base
 
     path = config(tmp_path, root, train={"updates": 4, "log_every": 2, "checkpoint_every": 3})
     assert stepdistill("distill", path).code == 0
@@ -216,7 +216,7 @@ def test_what_the_disk_does_not_take_ends_a_run_that_is_saved(root, tmp_path, mo
 
 
 def test_a_first_picture_that_the_disk_does_not_take_ends_a_run_before_it_trains(root, tmp_path, monkeypatch):
-    from stepdistill.trainers import base
+    from stepdistill.trainers.loop import trainer as base
 
     def full(*_):
         raise UserError("000000.png: cannot be written (Input/output error); choose another place")
@@ -274,7 +274,7 @@ def test_an_evaluation_does_not_write_over_other_json_nor_clean_other_folders(fi
     assert file.read_text() == '{"years": "of work"}'
     (tmp_path / "numbers.work").mkdir()
     (tmp_path / "numbers.work" / "thesis.tex").write_text("years")
-    from stepdistill.eval.evaluate import _clean
+    from stepdistill.eval.measure.evaluate import _clean
 
     (tmp_path / "numbers.work" / "0123456789abcdef").mkdir()
     _clean(tmp_path / "numbers.work")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-from stepdistill.trainers.base import ConditionSource, RealSource
-from stepdistill.trainers.job import make_job
 from torch import nn
 
 from stepdistill.analytic import GaussianMixture
-from stepdistill.data import ImageSet
+from stepdistill.data.images import ImageSet
 from stepdistill.denoiser import Prediction
 from stepdistill.families.analytic import AnalyticFamily
 from stepdistill.objectives.score_divergence import score_terms
-from stepdistill.roles import Roles
+from stepdistill.roles.roles import Roles
 from stepdistill.schedule import EDMSchedule, VPSchedule
+from stepdistill.trainers.loop.trainer import ConditionSource, RealSource
+from stepdistill.trainers.plans.build import make_job
 
 
 def linear_betas(count: int = 1000, low: float = 0.00085, high: float = 0.012) -> VPSchedule:

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from stepdistill.errors import UserError, reading
-from stepdistill.families.base import Family, Source
-from stepdistill.families.stable_diffusion import StableDiffusionFamily
-from stepdistill.families.unet2d import UNet2DFamily
-from stepdistill.loading import check_index, load_pipeline, parts_of, read_index
 from stepdistill.precision import norms_in_float32
+from stepdistill.stock.loading import check_index, load_pipeline, parts_of, read_index
+
+from .base import Family, Source
+from .stable_diffusion import StableDiffusionFamily
+from .unet2d import UNet2DFamily
 
 FAMILIES: dict[str, type[Family]] = {
     "unet2d": UNet2DFamily,

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition, Denoiser
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family
 from stepdistill.schedule import PredictionType
+
+from .base import Family
 
 
 class AnalyticFamily(Family):

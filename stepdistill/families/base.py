@@ -16,9 +16,9 @@ from stepdistill.conditions import ConditionKind, Conditions
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
 from stepdistill.digests import check_folder
 from stepdistill.errors import UserError, reading
-from stepdistill.loading import load_network, oversized
 from stepdistill.schedule import Clipping, PredictionType, Schedule
-from stepdistill.variants import choose_variant, variants_of
+from stepdistill.stock.loading import load_network, oversized
+from stepdistill.stock.variants import choose_variant, variants_of
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ class Family(abc.ABC):
         """The null condition for ``count`` samples; raises UserError where the teacher has none."""
 
     def steering(self, negative: Condition, scale: Tensor) -> Condition:
-        """What a condition holds besides, to lead a network with :func:`stepdistill.attention.install`'s processors
-        away from ``negative`` by ``scale`` (B,): NASA."""
+        """What a condition holds besides, to lead a network with :func:`stepdistill.attention.kernels.install`'s
+        processors away from ``negative`` by ``scale`` (B,): NASA."""
         raise UserError(f"teachers of family {self.name} take no negative prompts")
 
     # -- pixels --------------------------------------------------------------------------------------------

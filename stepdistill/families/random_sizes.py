@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stepdistill.denoiser import Condition
-from stepdistill.families.stable_diffusion import StableDiffusionFamily
 from stepdistill.precision import norms_in_float32
 from stepdistill.schedule import from_scheduler
+
+from .stable_diffusion import StableDiffusionFamily
 
 RANDOM_SIZES: dict[str, dict[str, Any]] = {
     "sd-small": {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 256, "sample_size": 32},

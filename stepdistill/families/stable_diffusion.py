@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError, reading
-from stepdistill.families.base import Family
-from stepdistill.loading import load_network
 from stepdistill.readers import digest_of
 from stepdistill.schedule import clipping_of, from_scheduler
+from stepdistill.stock.loading import load_network
+
+from .base import Family
 
 EMBEDDED_SCALE = 8.5
 """What LatentConsistencyModelPipeline embeds by default."""

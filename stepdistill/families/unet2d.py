@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family
 from stepdistill.schedule import EDMSchedule, FlowSchedule, clipping_of, from_scheduler
+
+from .base import Family
 
 
 class UNet2DFamily(Family):

@@ -36,10 +36,10 @@ def cases() -> list[str]:
 
 def numbers(name: str, teachers: dict, place: Path) -> dict[str, Any]:
     """Train one case in the folder ``place``: its weights and its rows."""
-    from stepdistill.trainers.job import make_job
     from test_methods import job_for, started
 
     from stepdistill.config import apply_overrides, read_yaml
+    from stepdistill.trainers.plans.build import make_job
 
     if name.endswith(".yaml"):
         small = ["train.updates=3", "train.batch_size=4", "train.log_every=1", "train.trackers=[]"]

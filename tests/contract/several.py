@@ -8,12 +8,12 @@ from pathlib import Path
 
 import tiny
 import torch
-from stepdistill.pipelines import export_student, export_students
 
+from stepdistill.data.router import PartitionSettings, Router, make_router
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
-from stepdistill.partition import PartitionSettings, Router, make_router
-from stepdistill.roles import Roles, RolesSettings
+from stepdistill.pipelines import export_student, export_students
+from stepdistill.roles.roles import Roles, RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 
 LABELS = 6

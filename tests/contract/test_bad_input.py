@@ -591,9 +591,8 @@ def test_no_space_for_a_checkpoint_keeps_the_run(held, monkeypatch):
 
 @pytest.mark.parametrize("what", ["metrics", "student", "config"])
 def test_no_space_elsewhere(root, tmp_path, monkeypatch, what):
-    from stepdistill.pipelines import export
-
     from stepdistill import run
+    from stepdistill.pipelines import export
 
     attempt = Try(root, tmp_path)
     if what == "metrics":

@@ -9,9 +9,6 @@ import tiny
 import torch
 from console import stepdistill
 from methods import METHODS, weights_of
-from stepdistill.trainers import launch
-from stepdistill.trainers.base import RunStopped
-from stepdistill.trainers.job import build_trainer
 from test_cli import write_config
 from test_methods import job_for, started, teachers  # noqa: F401 (a fixture)
 
@@ -19,6 +16,9 @@ from stepdistill import checkpoint
 from stepdistill.config import merge
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
+from stepdistill.trainers.loop.trainer import RunStopped
+from stepdistill.trainers.plans import single as launch
+from stepdistill.trainers.plans.build import build_trainer
 
 ELSEWHERE = ("feedback", "enhance", "tscd_segments_adversarial")
 """Rows that ask no teacher, or a copy of the student in its place."""

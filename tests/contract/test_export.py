@@ -9,10 +9,10 @@ import sys
 import pytest
 import tiny
 import torch
-from stepdistill.pipelines import export_student
 
 from stepdistill.families import load_family
-from stepdistill.roles import LoRASettings, Roles, RolesSettings
+from stepdistill.pipelines import export_student
+from stepdistill.roles.roles import LoRASettings, Roles, RolesSettings
 from stepdistill.sampler import FewStepSampler, SignalSampler, few_step_times
 
 # family, scheduler, conditions, steps, start, transition, weights

@@ -11,11 +11,11 @@ import torch
 from console import stepdistill
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
-from stepdistill.eval.stock import StockPipeline
-from stepdistill.pipelines import MSDPipeline, export_student, export_students, merge_students
 
+from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
-from stepdistill.roles import LoRASettings, Roles, RolesSettings
+from stepdistill.pipelines import MSDPipeline, export_student, export_students, merge_students
+from stepdistill.roles.roles import LoRASettings, Roles, RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

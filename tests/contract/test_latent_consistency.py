@@ -6,12 +6,12 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
-from stepdistill.pipelines import export_student
-from stepdistill.trainers.job import build_trainer, make_job, provenance
 
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.families.stable_diffusion import guidance_embedding
+from stepdistill.pipelines import export_student
+from stepdistill.trainers.plans.build import build_trainer, make_job, provenance
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def tuned(folder):
         "roles": {"lora": {"rank": 2}},
         "optimizer": {"student": {"lr": 1e-2}},
         "train": {"updates": 2, "batch_size": 2, "trackers": []},
-        "pso": {"rewards": [{"reward": "stepdistill.rewards:Brightness"}]},
+        "pso": {"rewards": [{"reward": "stepdistill.judges.rewards:Brightness"}]},
     }
     job = make_job(raw)
     trainer = build_trainer(job, None)
@@ -101,7 +101,7 @@ def test_it_is_not_guided_again_and_not_asked_for_too_many_steps(folder):
         "data": {"prompts": str(folder / "prompts.txt")},
         "sampler": {"steps": 60},
         "train": {"updates": 1, "batch_size": 1},
-        "pso": {"rewards": [{"reward": "stepdistill.rewards:Brightness"}]},
+        "pso": {"rewards": [{"reward": "stepdistill.judges.rewards:Brightness"}]},
     }
     job = make_job(raw)
     with pytest.raises(UserError, match=r"sampler\.steps = 60"):

@@ -17,12 +17,12 @@ from console import stepdistill
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from stepdistill.eval.distances import make_reference
-from stepdistill.eval.features import FeatureNetwork, as_extractor
 
 from stepdistill.config import read_yaml
-from stepdistill.data import read_array_images
-from stepdistill.lora import read_lora
+from stepdistill.data.images import read_array_images
+from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
+from stepdistill.eval.measure.frechet import make_reference
+from stepdistill.roles.lora import read_lora
 
 pytestmark = pytest.mark.slow
 RECIPE = Path(__file__).parents[2] / "configs" / "dmd2" / "sd15_lora.yaml"

@@ -8,11 +8,11 @@ import tiny
 import torch
 from console import stepdistill
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline
-from stepdistill.pipelines import export_student, merge_students
-from stepdistill.pipelines.merge import interpolate
 from test_export import build
 
 from stepdistill.errors import UserError
+from stepdistill.pipelines import export_student, merge_students
+from stepdistill.pipelines.merge import interpolate
 
 CASES = {
     "unet2d": ("unet2d", "v", 3, 1, None, "renoise", "full"),

@@ -12,13 +12,13 @@ import torch
 from diffusers import DiffusionPipeline
 from methods import CASES, DIRECT_ROWS, METHODS, SCORE_ROWS, weights_of
 from PIL import Image
-from stepdistill.eval.of_run import shown_prompts
-from stepdistill.pipelines import export_student
-from stepdistill.trainers.job import build_trainer, make_job, provenance, resume
 
 from stepdistill import checkpoint
 from stepdistill.config import merge
+from stepdistill.eval.run_evaluation import shown_prompts
+from stepdistill.pipelines import export_student
 from stepdistill.run import RunFolder
+from stepdistill.trainers.plans.build import build_trainer, make_job, provenance, resume
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ import several
 import tiny
 import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
-from stepdistill.pipelines import export_student
 from test_export import build
 
 from stepdistill.families import load_family
-from stepdistill.roles import Roles, RolesSettings
+from stepdistill.pipelines import export_student
+from stepdistill.roles.roles import Roles, RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 
 CASES = {

@@ -17,15 +17,15 @@ import torch
 from console import stepdistill
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from stepdistill.eval.distances import ReferenceStatistics, make_reference, unit_uint8
-from stepdistill.eval.evaluate import EvaluationSettings, Target, evaluate, step_generator, unit_noise
-from stepdistill.eval.features import FeatureNetwork, as_extractor, load_extractor
-from stepdistill.eval.stock import StockPipeline
-from stepdistill.pipelines import MSDPipeline, export_students
 
-from stepdistill.data import read_array_images
+from stepdistill.data.images import read_array_images
+from stepdistill.data.router import PartitionSettings, make_router
 from stepdistill.errors import UserError
-from stepdistill.partition import PartitionSettings, make_router
+from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor, load_extractor
+from stepdistill.eval.measure.evaluate import EvaluationSettings, Target, evaluate, step_generator, unit_noise
+from stepdistill.eval.measure.frechet import ReferenceStatistics, make_reference, unit_uint8
+from stepdistill.eval.stock_pipeline import StockPipeline
+from stepdistill.pipelines import MSDPipeline, export_students
 
 # scheduler, steps, students, transition
 CASES = {

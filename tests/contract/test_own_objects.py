@@ -9,9 +9,9 @@ import pytest
 import tiny
 import yaml
 from console import stepdistill
-from stepdistill.trainers import rehearsal
 
 from stepdistill.config import merge
+from stepdistill.trainers.plans import rehearsal
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import torch
 import yaml
 from console import Result, stepdistill
 from safetensors.torch import load_file, save_file
-from stepdistill.trainers import rehearsal
-from stepdistill.trainers.base import Trainer
 
 from stepdistill.config import merge
 from stepdistill.families.unet2d import UNet2DFamily
+from stepdistill.trainers.loop.trainer import Trainer
+from stepdistill.trainers.plans import rehearsal
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import yaml
 from console import stepdistill
 from diffusers import AutoencoderTiny, DiffusionPipeline
 
-from stepdistill.clip import ClipScorer
+from stepdistill.judges.clip import ClipScorer
 
 
 class Brightness(torch.nn.Module):

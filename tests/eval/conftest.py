@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stepdistill.eval.distances import make_reference
-from stepdistill.eval.features import FeatureNetwork, as_extractor
 from tiny import save_pixels, save_stable_diffusion
 
-from stepdistill.data import read_array_images
+from stepdistill.data.images import read_array_images
+from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
+from stepdistill.eval.measure.frechet import make_reference
 
 
 @pytest.fixture(scope="session")

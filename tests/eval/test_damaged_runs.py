@@ -7,14 +7,14 @@ import os
 import time
 
 import pytest
-from stepdistill.eval import protocols
-from stepdistill.eval.comparison import write_comparison
-from stepdistill.eval.curves import read_curve
-from stepdistill.eval.of_run import label_names, read_run
-from stepdistill.eval.report import cost_cells, read_metrics, write_report
-from stepdistill.trainers.entries import COST, read_cost
 
 from stepdistill.errors import UserError
+from stepdistill.eval.measure import protocols
+from stepdistill.eval.run_evaluation import label_names, read_run
+from stepdistill.eval.show.comparison_page import write_comparison
+from stepdistill.eval.show.curves import read_curve
+from stepdistill.eval.show.run_page import cost_cells, read_metrics, write_report
+from stepdistill.trainers.plans.contestants import COST, read_cost
 
 ROW = {"iteration": 1, "seconds": 1.0, "passes": 8, "loss/student": 0.5, "updates/student": 1}
 EVALUATION = {

@@ -1,0 +1,1 @@
+"""Distances, metrics, protocols."""

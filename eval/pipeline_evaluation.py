@@ -1,0 +1,66 @@
+"""What ``stepdistill evaluate`` does, in one process or shared among several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stepdistill.eval.measure.evaluate import Target, evaluate, output_file, prompts_to_draw
+from stepdistill.eval.measure.presets import make_settings
+from stepdistill.eval.measure.processes import Processes
+from stepdistill.eval.show.grids import check_picture, grid
+from stepdistill.files import Lock
+
+from .run_evaluation import evaluate_run, label_names, measured_text
+
+
+def evaluate_runs(runs: list[Path], samples: int | None) -> None:
+    """Each run's teacher and student, as its config says.
+
+    Raises:
+        UserError: a run that another process writes, that has no student, or settings that do not fit.
+    """
+    processes = Processes.launched()
+    for run in runs:
+        with processes.locked(Lock(run)):
+            text = evaluate_run(run, processes.device, samples, processes)
+        if processes.main:
+            print(text)
+    processes.leave()
+
+
+def evaluate_pipelines(
+    targets: list[str],
+    preset: str | None,
+    given: dict[str, Any],
+    overrides: list[str],
+    output: Path,
+    picture: Path | None = None,
+    keep_samples: Path | None = None,
+) -> None:
+    """Pipelines under one protocol: the JSON file, and in the first process the table, its protocol and the picture.
+
+    Raises:
+        UserError: a target or setting that is wrong, files that are missing, another protocol's output.
+    """
+    check_picture(picture)
+    settings = make_settings(preset, given, overrides)
+    parsed = [Target.parse(target) for target in targets]
+    processes = Processes.launched()
+    rows = evaluate(parsed, settings, output, processes.device, processes, keep_samples, same_protocol=True)
+    if processes.main:
+        print(measured_text(output_file(output), rows))
+        if picture is not None:
+            texts = prompts_to_draw(settings)
+            names = label_names(Path(parsed[0].path))
+            path = grid(
+                parsed,
+                picture,
+                2,
+                seed=settings.seed,
+                device=processes.device,
+                label_names=names,
+                prompts=texts and texts[:10],
+            )
+            print(f"picture {path}")
+    processes.leave()

@@ -1,0 +1,1 @@
+"""Attention kernels: their choice, the processor, fused projections."""

@@ -1,0 +1,1 @@
+"""Data: pictures, captions, prompts, latents, pairs."""

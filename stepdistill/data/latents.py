@@ -1,0 +1,110 @@
+"""Real images as latents, encoded once and kept in a file; what cannot be read is left 0, counted and named."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.files import write_tensors
+from stepdistill.finiteness import is_finite
+from stepdistill.readers import read_tensors
+
+from .images import ImageSet
+
+Posterior = Literal["mean", "sample"]
+"""Which latent of a picture its VAE's posterior ``N(mean, std^2)`` gives: the mean, or a new sample at every use."""
+
+
+def check_posterior(posterior: Posterior, key: str, family: Family) -> None:
+    """Refuse samples of a posterior that is not there.
+
+    Raises:
+        UserError: the teacher has no VAE.
+    """
+    if posterior == "sample" and getattr(family, "vae", None) is None:
+        raise UserError(f"{key} = sample: this teacher has no VAE, its samples are the pictures; remove the key")
+
+
+def latents_of(
+    family: Family, images: ImageSet, folder: Path, posterior: Posterior
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`cached_latents`, and the standard deviations that samples are drawn by: None with ``mean``."""
+    if posterior == "mean":
+        return cached_latents(family, images, folder), None
+    return cached_posterior(family, images, folder)
+
+
+def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
+    """All images as latents (N, C, H, W), from ``folder`` if they lie there; None for a family without a VAE.
+
+    The file is keyed by a fingerprint of the images, the VAE's weights and the size, so that a stale one is
+    never used.  ``images.unreadable`` says which latents are of no picture.
+
+    Raises:
+        UserError: the file cannot be written, the latents are not finite, or too many pictures cannot be read.
+    """
+    if getattr(family, "vae", None) is None:
+        return None
+    (latents,) = _cached(family, images, folder, batch, ("latents",), lambda pixels: (family.encode_images(pixels),))
+    return latents
+
+
+def cached_posterior(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of all images' latents, (N, C, H, W) each, as :func:`cached_latents` but in a file of
+    their own."""
+    mean, std = _cached(family, images, folder, batch, ("latents", "std"), family.encode_posterior)
+    return mean, std
+
+
+def _cached(
+    family: Family,
+    images: ImageSet,
+    folder: Path,
+    batch: int,
+    names: tuple[str, ...],
+    encode: Callable[[Tensor], tuple[Tensor, ...]],
+) -> list[Tensor]:
+    """What ``encode`` makes of all pixels, one tensor (N, ...) for each of ``names``."""
+    parts = (images.fingerprint, len(images), family.image_shape, *names[1:])
+    digest = hashlib.sha256(repr(parts).encode())
+    for value in family.vae.state_dict().values():
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    key = digest.hexdigest()
+    file = folder / f"latents-{key[:16]}.safetensors"
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, SafetensorError):  # not there, or damaged
+        tensors, metadata = read_tensors(file)
+        if metadata.get("fingerprint") == key and all(len(tensors[name]) == len(images) for name in names):
+            known = json.loads(metadata.get("unreadable", "{}"))
+            images.unreadable |= {int(index): reason for index, reason in known.items()}
+            images.check_readable()
+            return [tensors[name] for name in names]
+    tensors: dict[str, Tensor] = {}
+    for start in tqdm(range(0, len(images), batch), desc="latents", unit="batch"):
+        pixels, index = images.readable(list(range(start, min(start + batch, len(images)))))
+        if images.too_many_unreadable:
+            break
+        if pixels is not None:
+            for name, part in zip(names, encode(pixels.to(family.device)), strict=True):
+                if name not in tensors:
+                    tensors[name] = torch.zeros(len(images), *part.shape[1:])
+                tensors[name][index] = part.float().cpu()
+    images.check_readable()
+    if not all(is_finite(tensor) for tensor in tensors.values()):
+        raise UserError(
+            f"{images.source}: the teacher's VAE gives latents that are not finite; load it in float32 "
+            "(teacher.dtype=float32)"
+        )
+    facts = {"fingerprint": key, "unreadable": json.dumps(images.unreadable)}
+    write_tensors(file, tensors, facts)  # every process of a run may be here
+    return list(tensors.values())

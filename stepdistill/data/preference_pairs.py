@@ -1,0 +1,170 @@
+"""Preference pairs: of two pictures of one condition, which is preferred.  A folder, or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from stepdistill.conditions import NONE, Conditions, listed
+from stepdistill.config import Section, UserPath
+from stepdistill.errors import UserError
+
+from .columns import read_column, read_dataset
+from .folders import list_pictures, read_folder
+from .images import ImageSet
+from .latents import Posterior
+from .pictures import Colour
+
+DEFAULT_PROMPTS = "prompt"
+
+
+class PreferenceSettings(Section):
+    """Where pairs are.
+
+    A folder holds ``winner`` and ``loser`` with pictures of equal names, each as ``data.images.folder`` is read: a
+    caption ``NAME.txt`` beside each winner (or metadata.jsonl), or a sub-folder for each label.  A dataset has a column
+    of each.
+    """
+
+    folder: UserPath | None = None
+    dataset: UserPath | None = Field(None, description="a save_to_disk folder or a hub id")
+    split: str = "train"
+    revision: str | None = None
+    winner_column: str = Field("winner", description="pictures; Pick-a-Pic: jpg_0")
+    loser_column: str = Field("loser", description="pictures; Pick-a-Pic: jpg_1")
+    prompt_column: str | None = Field(
+        DEFAULT_PROMPTS, description="captions or labels; null for none; Pick-a-Pic: caption"
+    )
+    preference_column: str | None = Field(
+        None,
+        description="how much winner_column's picture is preferred: above 0.5 it is, below the other, 0.5 is a tie, "
+        "left out; Pick-a-Pic: label_0",
+    )
+    resize: bool = Field(False, description="centre-crop and Lanczos-resize what has another size")
+    background: Colour = Field("white", description="what lies under transparent pixels: a name, or '#rrggbb'")
+    posterior: Posterior = Field(
+        "mean",
+        description="of a teacher with a VAE: the mean of its posterior, or a sample at every use (Diffusion-DPO)",
+    )
+    max_unreadable: float = Field(
+        0.001,
+        ge=0,
+        lt=1,
+        description="the share of the pictures that may be unreadable, at least one of them; others are taken in their "
+        "place; above it the run is saved and ends; 0: at the first",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        given = [k for k in ("folder", "dataset") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"set exactly one of folder, dataset (set: {', '.join(given) or 'none'})")
+        if self.winner_column == self.loser_column:
+            raise ValueError(f"winner_column and loser_column are both {self.winner_column!r}; name two columns")
+        return self
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """``order``: (picture of the winner, picture of the loser), as (which set, index), for each pair; ``labels`` the
+    pairs' conditions (None without)."""
+
+    sets: tuple[ImageSet, ImageSet]
+    order: list[tuple[tuple[int, int], tuple[int, int]]]
+    labels: list | None
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def lines(self) -> list[str]:
+        """What a user should know of the pairs."""
+        first, second = self.sets
+        left_out = len(first) - len(self.order)
+        ties = f", {left_out:,} are ties or without a condition" if left_out else ""
+        lines = [f"pairs {first.source}: {len(self.order):,} of {len(first):,}{ties}", *first.notes]
+        return [*lines, *(note for images in (first, second) for note in images.skipped_note)]
+
+
+def read_preferences(
+    settings: PreferenceSettings, shape: tuple[int, int, int], conditions: Conditions = NONE
+) -> PreferencePairs:
+    """The pairs that the settings name, for pictures (C, H, W); ties, and pairs without a condition, are left out.
+
+    Args:
+        conditions: what the teacher takes, which the pairs must have.
+
+    Raises:
+        UserError: not there, pictures without a partner, another size, no condition that the teacher needs, or no pair
+            that is not a tie.
+    """
+    if settings.folder is not None:
+        return _folder(Path(settings.folder), shape, settings, conditions)
+    first, second = (
+        read_dataset(
+            settings.dataset,
+            shape,
+            settings.split,
+            settings.revision,
+            image_column=column,
+            label_column=settings.prompt_column if conditions.kind == "label" and asked else None,
+            caption_column=settings.prompt_column if conditions.kind == "prompt" and asked else None,
+            resize=settings.resize,
+            background=settings.background,
+            max_unreadable=settings.max_unreadable,
+        )
+        for column, asked in ((settings.winner_column, True), (settings.loser_column, False))
+    )
+    first.hint = "set pso.pairs.prompt_column"
+    first.look()
+    second.look()
+    first.prepare(conditions, "pso.pairs")
+    wins = [1.0] * len(first)
+    if settings.preference_column is not None:
+        wins = read_column(settings.dataset, settings.preference_column, settings.split, settings.revision)
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in wins):
+            raise UserError(f"pso.pairs.preference_column = {settings.preference_column}: its values are no numbers")
+    usable = range(len(first)) if first.usable is None else first.usable
+    kept = [i for i in usable if wins[i] != 0.5]
+    if not kept:
+        raise UserError(f"pso.pairs: {settings.dataset} holds no pair that is not a tie")
+    order = [((0, i), (1, i)) if wins[i] > 0.5 else ((1, i), (0, i)) for i in kept]
+    return PreferencePairs((first, second), order, None if first.labels is None else [first.labels[i] for i in kept])
+
+
+def _folder(
+    root: Path, shape: tuple[int, int, int], settings: PreferenceSettings, conditions: Conditions
+) -> PreferencePairs:
+    names = []
+    for part in ("winner", "loser"):
+        if not (root / part).is_dir():
+            raise UserError(f"pso.pairs.folder = {root}: it has no folder '{part}'; pairs are winner/NAME, loser/NAME")
+        files = list_pictures(root / part, "pso.pairs.folder").files
+        names.append({str(p.relative_to(root / part)) for p in files})
+    odd = sorted(names[0] ^ names[1])
+    if odd:
+        raise UserError(
+            f"pso.pairs.folder = {root}: in one of winner and loser alone: {listed(odd)}; pair or remove them"
+        )
+    column = None if settings.prompt_column == DEFAULT_PROMPTS else settings.prompt_column
+    first, second = (
+        read_folder(
+            root / part,
+            shape,
+            settings.resize,
+            None,
+            settings.background,
+            needed,
+            column,
+            "pso.pairs",
+            settings.max_unreadable,
+        )
+        for part, needed, column in (("winner", conditions, column), ("loser", NONE, None))
+    )
+    first.look()
+    second.look()
+    first.prepare(conditions, "pso.pairs")
+    return PreferencePairs((first, second), [((0, i), (1, i)) for i in range(len(first))], first.labels)

@@ -1,0 +1,1 @@
+"""Judges: networks that look at pictures for a loss or a score."""

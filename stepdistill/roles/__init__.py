@@ -1,0 +1,1 @@
+"""Roles: networks, adapters, averages, LoRA files, recorded weights, discriminator heads."""

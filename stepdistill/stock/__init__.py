@@ -1,0 +1,1 @@
+"""Folders of stock diffusers pipelines."""

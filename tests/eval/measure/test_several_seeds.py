@@ -1,0 +1,126 @@
+"""Repeats with seeds: their means and deviations, and diversity over the pictures of one condition."""
+
+import json
+import statistics
+
+import pytest
+import torch
+from console import stepdistill
+
+from stepdistill.errors import UserError
+from stepdistill.eval.extractors.base import load_extractor
+from stepdistill.eval.measure.evaluate import EvaluationSettings, Target, evaluate
+from stepdistill.eval.measure.frechet import ReferenceStatistics
+from stepdistill.eval.measure.precision_recall import diversity, precision_recall
+from stepdistill.eval.measure.preprocessing import Treatment
+from stepdistill.eval.show.grids import table
+from stepdistill.eval.stock_pipeline import StockPipeline
+from stepdistill.judges.rewards import RewardSettings
+
+SHARPNESS = "stepdistill.judges.rewards:Sharpness"
+
+
+@pytest.fixture
+def settings(network_file, reference_file):
+    return EvaluationSettings(
+        samples=16,
+        batch_size=8,
+        seed=5,
+        extractor=str(network_file),
+        kid_subsets=2,
+        kid_subset_size=12,
+        precision_recall=True,
+        rewards=[RewardSettings(reward=SHARPNESS)],
+    )
+
+
+def test_a_row_of_three_seeds_is_three_rows_mean_and_deviation(tmp_path, label_folder, settings):
+    target = Target("teacher", label_folder, 1)
+    (row,) = evaluate([target], settings.model_copy(update={"seeds": 3}), tmp_path / "three.json")
+    alone = []
+    for seed in (5, 6, 7):
+        alone += evaluate([target], settings.model_copy(update={"seed": seed}), tmp_path / f"{seed}.json")
+    for key in ("frechet", "kid_mean", "precision", "recall"):
+        values = [own[key] for own in alone]
+        assert [own[key] for own in row["per_seed"]] == values
+        assert row[key] == pytest.approx(statistics.mean(values))
+        assert row["std"][key] == pytest.approx(statistics.stdev(values))
+    assert len({own["frechet"] for own in alone}) == 3
+    sharp = [own["rewards"][SHARPNESS] for own in alone]
+    assert row["rewards"][SHARPNESS] == pytest.approx(statistics.mean(sharp))
+    assert row["std"]["rewards"][SHARPNESS] == pytest.approx(statistics.stdev(sharp))
+    assert row["kid_std"] == row["std"]["kid_mean"]
+    assert all("std" not in own for own in alone)
+    protocol = json.loads((tmp_path / "three.json").read_text())["protocol"]
+    assert protocol["seeds"] == [5, 6, 7]
+    assert "n 16 a seed, 8 at a time" in protocol["line"]
+    assert protocol["line"].endswith("seeds 5, 6, 7")
+
+
+def test_pipelines_share_seeds_labels_and_noise(tmp_path, label_folder, student_folder, settings, monkeypatch):
+    given = {}
+    stock_generate = StockPipeline.generate
+
+    def generate(self, conditions, noise, steps, generator=None, guidance_scale=None):
+        seen = (tuple(conditions), noise.sum().item(), generator.initial_seed())
+        given.setdefault(str(self.path), []).append(seen)
+        return stock_generate(self, conditions, noise, steps, generator, guidance_scale)
+
+    monkeypatch.setattr(StockPipeline, "generate", generate)
+    targets = [Target("teacher", label_folder, 1), Target("student", student_folder)]
+    evaluate(targets, settings.model_copy(update={"seeds": 2}), tmp_path)
+    first, second = given.values()
+    assert first == second
+    assert len({noise for _, noise, _ in first}) == len(first) == 4
+    assert first[0][0] == first[2][0]  # the same labels with either seed
+
+
+def test_precision_recall_and_diversity_are_those_of_the_features(
+    tmp_path, label_folder, settings, network_file, reference_file
+):
+    settings = settings.model_copy(update={"diversity": True, "neighbours": 2})
+    (row,) = evaluate([Target("teacher", label_folder, 1)], settings, tmp_path)
+    from stepdistill.eval.measure.evaluate import samples
+
+    extractor = load_extractor(str(network_file))
+    drawn = list(samples(StockPipeline.load(label_folder), 1, None, settings))
+    features = torch.cat([extractor(Treatment().to_bytes(pixels)) for pixels, _ in drawn])
+    labels = [label for _, own in drawn for label in own]
+    assert row["diversity"] == pytest.approx(diversity(features, labels), rel=1e-9)
+    kept = ReferenceStatistics.load(reference_file).features
+    assert (row["precision"], row["recall"]) == precision_recall(kept, features, 2)
+    line = json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["line"]
+    assert "precision and recall of 16 and 16 features, k 2" in line
+
+
+def test_diversity_wants_pictures_of_one_condition(tmp_path, label_folder, settings):
+    """Three labels: three pictures have one each, in one seed."""
+    once = settings.model_copy(update={"samples": 3, "diversity": True, "precision_recall": False, "kid": False})
+    target = Target("teacher", label_folder, 1)
+    with pytest.raises(UserError, match="each of the 3 is drawn once; draw more samples than conditions"):
+        evaluate([target], once, tmp_path)
+    (row,) = evaluate([target], once.model_copy(update={"seeds": 2}), tmp_path)
+    assert row["diversity"] > 0
+
+
+def test_the_table_shows_deviations():
+    row = {"name": "a", "steps": 1, "passes_per_image": 1.0, "frechet": 2.0, "images_per_second": 10.0}
+    several = {"precision": 0.5, "recall": 0.25, "diversity": 7.0, "clip_score": 0.3, "rewards": {"m:R": 1.5}}
+    std = {"frechet": 0.125, "precision": 0.01, "recall": 0.02, "clip_score": 0.004, "rewards": {"m:R": 0.5}}
+    header, _, first, second = table([{**row, **several, "std": std}, row], "FID").splitlines()
+    assert header.split()[3:-2] == ["FID", "ratio", "precision", "recall", "diversity", "CLIP", "R"]
+    for words in ("2.000 ± 0.125", "0.500 ± 0.010", "0.250 ± 0.020", "7.000  ", "0.3000 ± 0.0040", "1.500 ± 0.500"):
+        assert words in first
+    assert "±" not in second
+
+
+def test_the_command_takes_seeds_and_measures(tmp_path, label_folder, student_folder, network_file, reference_file):
+    result = stepdistill(
+        *("evaluate", f"teacher={label_folder}@1", f"student={student_folder}", "--extractor", network_file),
+        *("--samples", 12, "--seeds", 2, "--precision-recall", "--diversity", "--set", "kid=false"),
+        *("--output", tmp_path / "x.json", "--keep-samples", tmp_path / "kept"),
+    )
+    assert result.code == 0, result.err
+    assert result.out.count("±") == 2 * 3  # distance, precision and recall of two pipelines
+    assert "seeds 1234, 1235" in result.out
+    assert len(list((tmp_path / "kept").rglob("*.png"))) == 2 * 2 * 12

@@ -1,0 +1,168 @@
+"""What a student update costs over its floor.
+
+The floor is the sum of the network passes that the update itself made (same networks, shapes and modes), each timed
+alone in the same run; what is above it is noise draws, losses, optimizers, clipping and the loop.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser import Condition
+from stepdistill.errors import UserError
+from stepdistill.families.random_sizes import RANDOM_SIZES, random_stable_diffusion
+from stepdistill.roles.roles import Role
+from stepdistill.trainers.plans.build import DTYPES, Job, build_trainer
+
+from .trainer import Trainer
+
+
+@dataclass
+class Call:
+    """One recorded pass: who was asked what, and which backward followed."""
+
+    role: Role
+    x: Tensor
+    time: Tensor
+    condition: Condition
+    how: Literal["prediction", "features", "signal"]
+    to_weights: bool
+    to_input: bool
+
+    @property
+    def name(self) -> str:
+        backward = "+backward" if self.to_weights else "+backward to input" if self.to_input else ""
+        return f"{self.role.name}{' (encoder)' if self.how == 'features' else ''} forward{backward}"
+
+    def replay(self) -> None:
+        """The pass alone."""
+        x = self.x.detach().requires_grad_(self.to_input)
+        with torch.set_grad_enabled(self.to_weights or self.to_input):
+            run = self.role if self.how == "prediction" else getattr(self.role, self.how)
+            output = run(x, self.time, self.condition)
+            output = output.output if self.how == "prediction" else output
+        if self.to_weights:
+            output.backward(torch.ones_like(output))
+            for parameter in self.role.parameters().values():
+                parameter.grad = None
+        elif self.to_input:
+            torch.autograd.grad(output, x, torch.ones_like(output))
+
+
+def record(trainer: Trainer, run: Callable[[], None]) -> list[Call]:
+    """The network passes that ``run`` makes."""
+    calls: list[Call] = []
+    inside = {"features": False}
+    own_call, own_features, own_signal = Role.__call__, Role.features, Role.signal
+
+    def note(role: Role, x: Tensor, t: Tensor, condition: Condition, how: str) -> None:
+        grad = torch.is_grad_enabled()
+        to_input = grad and x.requires_grad
+        to_weights = grad and role.trains and not to_input
+        calls.append(Call(role, x.detach(), t, condition, how, to_weights, to_input))
+
+    def call(role: Role, x_t: Tensor, t: Tensor, condition: Condition):
+        note(role, x_t, t, condition, "features" if inside["features"] else "prediction")
+        return own_call(role, x_t, t, condition)
+
+    def signal(role: Role, eps: Tensor, t: Tensor, condition: Condition):
+        note(role, eps, t, condition, "signal")
+        return own_signal(role, eps, t, condition)
+
+    def features(role: Role, *arguments):
+        inside["features"] = True
+        try:
+            return own_features(role, *arguments)
+        finally:
+            inside["features"] = False
+
+    Role.__call__, Role.features, Role.signal = call, features, signal
+    try:
+        run()
+    finally:
+        Role.__call__, Role.features, Role.signal = own_call, own_features, own_signal
+    return calls
+
+
+def _timed(run: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure_step(job: Job, seconds: float, random_size: str | None = None) -> str:
+    """Measure for about ``seconds`` and say it as a table.
+
+    Args:
+        random_size: a network with random weights in place of the config's teacher; see ``RANDOM_SIZES``.
+
+    Raises:
+        UserError: an unknown size.
+    """
+    family = None
+    if random_size is not None:
+        if random_size not in RANDOM_SIZES:
+            raise UserError(f"--random-size {random_size}: sizes are {', '.join(RANDOM_SIZES)}")
+        family = random_stable_diffusion(random_size, DTYPES[job.config.teacher.dtype])
+    trainer = build_trainer(job, None, family=family)
+    trainer.use_attention()
+    device = trainer.family.device
+
+    def update() -> None:
+        """One student update with all the fake-score updates that belong to it."""
+        before = trainer.counters["student"]
+        while True:
+            trainer.iteration()
+            trainer.counters["iteration"] += 1
+            if trainer.counters["iteration"] % trainer.iterations_per_update == 0:
+                break
+        trainer._logged.clear()
+        assert trainer.counters["student"] == before + 1
+
+    update()
+    calls = record(trainer, update)
+    groups: dict[str, list[Call]] = defaultdict(list)
+    for call in calls:
+        groups[call.name].append(call)
+    whole: list[float] = []
+    parts: dict[str, list[float]] = defaultdict(list)
+    started = time.perf_counter()
+    while len(whole) < 3 or time.perf_counter() - started < seconds:
+        whole.append(_timed(update, device))
+        for name, own in groups.items():
+            parts[name].append(_timed(lambda own=own: [c.replay() for c in own], device))
+    return _table(trainer, whole, parts, groups, device)
+
+
+def _table(trainer, whole, parts, groups, device) -> str:
+    median = {name: statistics.median(times) for name, times in parts.items()}
+    floor, update = sum(median.values()), statistics.median(whole)
+    ratio = statistics.median(w / sum(p[i] for p in parts.values()) for i, w in enumerate(whole))
+    train, roles = trainer.config.train, trainer.config.roles
+    parameters = sum(p.numel() for p in trainer.family.network.parameters())
+    lines = [
+        f"{trainer.name}, {type(trainer.family.network).__name__} of {parameters / 1e6:.1f}M, weights {roles.weights}, "
+        f"batch {train.batch_size} x {train.gradient_accumulation}, {train.precision}, attention {trainer.attention}, "
+        f"{device}, {torch.get_num_threads()} threads",
+        f"{'network passes, alone':44s} {'count':>5s} {'ms':>10s}",
+    ]
+    for name, value in median.items():
+        lines.append(f"{name:44s} {len(groups[name]):5d} {1000 * value:10.1f}")
+    lines.append(f"{'floor: their sum':44s} {sum(map(len, groups.values())):5d} {1000 * floor:10.1f}")
+    lines.append(f"{'one student update, all of it':44s} {'':5s} {1000 * update:10.1f}")
+    lines.append(f"update / floor = {ratio:.3f} (median of {len(whole)} pairs); {1 / update:.3g} updates/s")
+    if device.type == "cuda":
+        lines.append(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What a paper says: one file a method."""

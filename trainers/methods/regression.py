@@ -1,0 +1,160 @@
+"""Regression on the teacher's noise-sample pairs: DMD's regression loss alone (2311.18828 section 3.3), as DMD2 uses it
+to warm up a one-step student before score distillation (2405.14867, appendix; SDXL from timestep 399).
+
+    L = E distance(decode(G(z)), decode(y)),   y the teacher's deterministic sample of the noise z
+
+``distance``: LPIPS (VGG) on decoded pictures enlarged to at least ``lpips_size``, the papers' choice, or a squared
+error on samples.  Pairs are made by ``stepdistill pairs CONFIG``, or when the run starts.  The warm-up of DMD2 on SDXL
+is 10,000 pairs at guidance 8, a batch of 256, lr 1e-5, about 2,000 to 3,000 updates.  One of several students sees the
+pairs of all (MSD, 2410.23274: with its own alone coverage is lost).  Departures: the samples are of the teacher's DDIM
+or Euler steps (DMD's of Heun's or PNDM's), and DMD's own use of this loss, beside the distribution-matching one, is not
+here: it is a stage before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from stepdistill.config import Section, UserPath
+from stepdistill.data.images import Order
+from stepdistill.data.teacher_pairs import PairRecipe, PairSet, make_pairs
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.run import PAIRS
+from stepdistill.seeds import RunSeed
+from stepdistill.settings import RunSettings
+from stepdistill.trainers.loop.causes import REAL
+from stepdistill.trainers.loop.trainer import Batch, Losses
+
+from .direct import DirectTrainer
+
+
+class RegressionSettings(Section):
+    pairs: UserPath | None = Field(None, description="the folder of the pairs; 'pairs' in the run's by default")
+    count: int = Field(10_000, ge=1, le=10**9, description="pairs")
+    shard: int = Field(1000, ge=1, le=10**6, description="pairs a file")
+    pair_batch: int = Field(64, ge=1, le=65_536, description="pairs made at a time")
+    guidance_scale: float = Field(1.0, ge=0, description="of the teacher's samples; baked into the student")
+    seed: RunSeed | None = Field(None, description="of the pairs' noise; the run's by default")
+    distance: Literal["mse", "lpips"] = "mse"
+    lpips_size: int = Field(224, ge=16, le=4096, description="smaller pictures are enlarged to this side for LPIPS")
+    decoder: UserPath | None = Field(
+        None, description="an AutoencoderTiny for LPIPS on latents; the teacher's by default"
+    )
+
+
+class Regression(DirectTrainer):
+    name = "regression"
+    title = "regression on the teacher's noise-sample pairs: DMD's loss, DMD2's warm-up (2311.18828)"
+    Settings = RegressionSettings
+    settings: RegressionSettings
+
+    @classmethod
+    def check(cls, config: RunSettings, settings: RegressionSettings) -> None:
+        if config.sampler.steps != 1:
+            raise UserError("method = regression trains one step; remove sampler.steps")
+
+    @classmethod
+    def check_family(cls, settings: RegressionSettings, family: Family) -> None:
+        if settings.guidance_scale != 1:
+            family.null_condition(1)
+
+    @classmethod
+    def passes_per_update(cls, config: RunSettings, settings: RegressionSettings) -> float:
+        return 3.0
+
+    @classmethod
+    def passes_before(cls, config: RunSettings) -> int:
+        """The pairs', as if none were there."""
+        own = config.regression
+        return own.count * config.teacher.steps * (1 + (own.guidance_scale != 1))
+
+    @classmethod
+    def plan(cls, config: RunSettings) -> list[str]:
+        where = cls.folder(config)
+        return [f"pairs: {config.regression.count:,} of {config.teacher.steps} teacher steps each, once, in {where}"]
+
+    @classmethod
+    def recipe(cls, config: RunSettings) -> PairRecipe:
+        own = config.regression
+        return PairRecipe(
+            own.count,
+            own.shard,
+            config.teacher.steps,
+            own.guidance_scale,
+            own.seed if own.seed is not None else config.seed,
+        )
+
+    @classmethod
+    def folder(cls, config: RunSettings) -> Path:
+        """Where the pairs are."""
+        return Path(config.regression.pairs or Path(config.output) / PAIRS)
+
+    def build(self) -> None:
+        self.pairs: PairSet | None = None
+        if self.settings.distance == "lpips":
+            self.lpips = load_lpips().to(self.family.device)
+            self.decode = self.family.decoder(self.settings.decoder)
+
+    def prepare(self) -> None:
+        if self.pairs is not None:
+            return
+        recipe, folder, items = self.recipe(self.config), self.folder(self.config), self.conditions.all_items
+        part, dtype = (self.rank, self.world), self.config.train.autocast_dtype
+        make_pairs(self.family, items, recipe, folder, self.settings.pair_batch, part, dtype)
+        self.accelerator.wait_for_everyone()
+        self.pairs = PairSet(folder, self.family, items, recipe)
+        self.order = Order(len(self.pairs), self.config.seed + 4)
+
+    def next_batch(self) -> Batch:
+        """This process's next pairs; ``real`` is the teacher's sample."""
+        if self.pairs is None:
+            self.prepare()
+        count = self.config.train.batch_size
+        start = self.counters["real"] + self.rank * count
+        self.counters["real"] += count * self.world
+        index = self.order.indices(start, count)
+        items = [self.pairs.items[i] for i in index] if self.pairs.items else []
+        condition = self.family.encode_conditions(items) if items else {}
+        noise, real = (part[index].to(self.family.device) for part in (self.pairs.noise, self.pairs.x0))
+        self.note_conditions(condition)
+        return Batch(condition, noise, items, self.noted(REAL, real), tuple(index))
+
+    def student_losses(self, batch: Batch) -> Losses:
+        sampler = self.sampler
+        x_t = sampler.start(batch.noise)
+        x0 = self.roles.student(x_t, sampler.time(0, x_t), batch.condition).x0
+        if self.settings.distance == "mse":
+            return {"regression": (1.0, (x0 - batch.real).square().mean())}
+        return {"regression": (1.0, self._lpips(self.decode(x0), self.decode(batch.real)))}
+
+    def _lpips(self, pixels: Tensor, target: Tensor) -> Tensor:
+        size = self.settings.lpips_size
+        pictures = [p.expand(-1, 3, -1, -1) for p in (pixels, target)]
+        if min(pixels.shape[-2:]) < size:
+            pictures = [nn.functional.interpolate(p, size=(size, size), mode="bilinear") for p in pictures]
+        return self.lpips(*pictures).mean()
+
+
+def load_lpips() -> nn.Module:
+    """torchmetrics' LPIPS network on VGG, frozen: pictures (B, 3, H, W) in [-1, 1] to distances (B, 1, 1, 1).
+
+    Raises:
+        UserError: VGG's weights are not in torch's hub cache and cannot be fetched.
+    """
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    try:
+        network = _LPIPS(pretrained=True, net="vgg")
+    except Exception as error:  # of the download, of its certificate, of a torchvision that is missing
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"regression.distance = lpips: VGG's weights cannot be loaded ({reason}); put vgg16-397923af.pth into "
+            f"{torch.hub.get_dir()}/checkpoints, or set regression.distance=mse"
+        ) from None
+    return network.eval().requires_grad_(False)

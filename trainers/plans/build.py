@@ -1,0 +1,456 @@
+"""From a config to a trainer that is ready to run: everything between the command line and the loop."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from pydantic import create_model
+
+from stepdistill import assets, checkpoint
+from stepdistill.attention.kernels import NATIVE
+from stepdistill.conditions import shortened
+from stepdistill.config import Section, apply_overrides, check, merge, read_yaml
+from stepdistill.data import images as data
+from stepdistill.data.latents import check_posterior, latents_of
+from stepdistill.data.prompts import content_notes
+from stepdistill.data.router import Router
+from stepdistill.data.sources import load_images, prompts_of
+from stepdistill.digests import digests_of
+from stepdistill.errors import UserError, first_line
+from stepdistill.eval.extractors.base import load_extractor
+from stepdistill.eval.measure.frechet import ReferenceStatistics
+from stepdistill.families import load_family
+from stepdistill.families.base import Family
+from stepdistill.judges.rewards import check_models
+from stepdistill.roles.roles import Roles
+from stepdistill.run import CACHE, RunFolder
+from stepdistill.sampler import FewStepSampler, SignalSampler
+from stepdistill.schedule import VPSchedule
+from stepdistill.settings import RunSettings
+from stepdistill.trainers import METHODS
+from stepdistill.trainers.loop.ranks import on_main
+from stepdistill.trainers.loop.trainer import ConditionSource, RealSource, Trainer
+
+PROMPTS_MEASURED = 100_000
+"""Prompts whose length is looked at before a run."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked config with its method.
+
+    ``unused``: sections of other methods that the file also holds; ``cache``: where latents are kept, ``cache`` in the
+    run folder by default.
+    """
+
+    config: RunSettings
+    method: type[Trainer]
+    unused: tuple[str, ...] = ()
+    cache: Path | None = None
+
+    @property
+    def settings(self) -> Section:
+        return self.method.settings_of(self.config)
+
+
+def read_job(path: str | Path, overrides: list[str] | None = None) -> Job:
+    """Read, merge, override and check a config file.  Nothing is loaded.
+
+    Raises:
+        UserError: anything wrong with it, a recipe of stages, or several students.
+    """
+    raw = apply_overrides(read_yaml(path), overrides or [])
+    if "msd" in raw:
+        raise UserError(f"{path}: several students (msd); name the config, or the run folder, of one student")
+    if "stages" in raw:
+        raise UserError(f"{path}: a recipe of stages; name the config, or the run folder, of one stage")
+    return make_job(raw, str(path))
+
+
+def make_job(raw: dict[str, Any], where: str = "config") -> Job:
+    """Check a raw config.  Sections of other methods may stand beside the chosen one's and are set aside."""
+    if "method" not in raw:
+        raise UserError(f"{where}: key 'method' is missing; methods are {', '.join(METHODS)}")
+    name = raw["method"]
+    if not isinstance(name, str) or name not in METHODS:
+        raise UserError(f"{where}: method = {name!r}: unknown; methods are {', '.join(METHODS)}")
+    method = METHODS[name].resolve(raw)
+    sections = method.sections()
+    unused = tuple(other for other in METHODS if other not in sections and other in raw)
+    for other in unused:
+        check(METHODS[other].Settings, raw[other] or {}, f"{where}: {other}")
+    model = create_model(
+        f"{method.__name__}Config",
+        __base__=RunSettings,
+        **{section: (settings, settings()) for section, settings in sections.items()},
+    )
+    given = {k: v for k, v in raw.items() if k not in unused}
+    config = check(model, merge(method.defaults, given), where)
+    job = Job(config, method, unused)
+    _check_conditions(job)
+    method.check(config, job.settings)
+    return job
+
+
+def _check_conditions(job: Job) -> None:
+    config, evaluation = job.config, job.config.evaluation
+    if config.roles.weights == "mixed" and not job.method.has_fake_score:
+        raise UserError(f"roles.weights = mixed: {job.method.name} has no fake score; use full or shared")
+    if (evaluation.extractor is None) != (evaluation.reference is None):
+        raise UserError("evaluation: extractor and reference go together; set both or neither")
+    if config.teacher.dtype != "float32" and config.train.precision == "float32":
+        raise UserError(
+            f"teacher.dtype = {config.teacher.dtype} needs train.precision=bf16: a float32 run keeps a float32 teacher"
+        )
+    for tracker in config.train.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"train.trackers: the package {tracker} is not installed: pip install {tracker}")
+
+
+def condition_items(
+    config: RunSettings, family: Family, notes: list[str] | None = None, images: data.ImageSet | None = None
+) -> list:
+    """The labels or prompts that the student is trained on.
+
+    Args:
+        notes: gets a line on each thing that a user should know of the prompts.
+        images: the config's real images, where they are read already.
+
+    Raises:
+        UserError: labels out of range, no prompts for a text-conditional teacher, prompts for another.
+    """
+    own = config.data
+    if family.condition_kind == "prompt":
+        if own.labels != "all":
+            raise UserError(f"data.labels: the teacher {config.teacher.path} takes prompts; remove the key")
+        prompts = prompts_of(own, notes, images)
+        if prompts is None:
+            raise UserError(
+                "data: this teacher takes prompts; set data.prompts (a file), data.prompt_dataset or "
+                "data.prompts_from_images"
+            )
+        return prompts
+    for key in ("prompts", "prompt_dataset", "prompts_from_images", "shown"):
+        if getattr(own, key):
+            raise UserError(f"data.{key}: the teacher {config.teacher.path} takes no prompts; remove the key")
+    if family.condition_kind == "none":
+        if own.labels != "all":
+            raise UserError(f"data.labels: the teacher {config.teacher.path} takes no labels; remove the key")
+        return []
+    labels = list(family.labels) if own.labels == "all" else own.labels
+    for label in labels:
+        if label not in family.labels:
+            known = data.label_ranges(family.labels)
+            raise UserError(f"data.labels: {label} is outside {known}, the labels of the teacher's classes")
+    return labels
+
+
+def check_named(job: Job, family: Family) -> None:
+    """Refuse rewards and CLIP models of the method's sections that are not on this machine; your own are tried.
+
+    Raises:
+        UserError: one is missing, or is none.
+    """
+    items = {"none": [], "label": [*family.labels[:1]] * 2, "prompt": ["a picture"] * 2}[family.condition_kind]
+    for name in job.method.sections():
+        check_models(getattr(job.config, name), family.image_shape, items)
+
+
+def check_judge(config: RunSettings, family: Family) -> None:
+    """Refuse an extractor and reference that could not measure this teacher's pictures.
+
+    Raises:
+        UserError: they are missing, or do not fit each other or the pictures.
+    """
+    own = config.evaluation
+    if own.enabled and own.extractor is not None:
+        reference = ReferenceStatistics.load(assets.resolve(own.reference))
+        extractor = load_extractor(own.extractor, "cpu")
+        reference.check(extractor, family.image_shape)
+        extractor(torch.zeros(2, *family.image_shape, dtype=torch.uint8))
+
+
+def check_teacher_steps(job: Job, family: Family) -> None:
+    """Refuse numbers of the teacher's steps that its schedule, or its stock scheduler, does not have.
+
+    Raises:
+        UserError: one that is used is too high.
+    """
+    config, scheduler = job.config, family.scheduler
+    if job.method.name == "pso" or not (config.evaluation.enabled or job.method.name == "regression"):
+        return
+    evaluated = config.evaluation.teacher_steps if config.evaluation.enabled else []
+    for key, steps in [("teacher.steps", config.teacher.steps), *(("evaluation.teacher_steps", n) for n in evaluated)]:
+        levels = family.schedule.num_levels
+        if steps > levels:
+            raise UserError(f"{key} = {steps}: more than the {levels} timesteps of the teacher; set {levels} or fewer")
+        try:
+            type(scheduler).from_config(scheduler.config).set_timesteps(steps)
+        except Exception as error:  # each scheduler has its own words
+            name, reason = type(scheduler).__name__, first_line(error)
+            raise UserError(f"{key} = {steps}: the teacher's {name} does not take so many ({reason})") from None
+
+
+FAINT = 1e-3
+"""An alpha below which x0, read off eps, is mostly the network's error; Stable Diffusion's last one is 0.068."""
+CLEAR = 0.05
+"""An alpha to start at in place of a faint one."""
+
+
+def teacher_notes(family: Family, sampler: FewStepSampler) -> list[str]:
+    """What a user should know of the teacher before a run, a line each."""
+    notes = []
+    if not family.knows_null:
+        count = len(family.labels)
+        notes.append(
+            f"the teacher's folder does not say which label is the null one, so all {count} are taken for classes; if "
+            f"one stands for no class (often the last, {count - 1}, as of ImageNet's 1001), set teacher.null_label"
+        )
+    if family.kind == "eps" and isinstance(family.schedule, VPSchedule):
+        alphas, signal = family.schedule.alphas_cumprod.sqrt(), isinstance(sampler, SignalSampler)
+        alpha = alphas[-1 if signal else int(sampler.times[0])].item()
+        clear = int((alphas >= CLEAR).sum()) - 1
+        remedy = f"; with sampler.start={clear} it is {1 / CLEAR:.0f} times" if clear > 0 and not signal else ""
+        if alpha < FAINT:
+            notes.append(
+                f"the teacher predicts eps, and alpha is {alpha:.2g} where the student starts: an error of its eps is "
+                f"{1 / alpha:,.0f} times as large in x0{remedy}"
+            )
+    return notes
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a job trains on: its condition items (of all students: ``all_items``), its real images and which of them,
+    the hash of the router that gave it its part, and what a user should know of the prompts and of the method's own
+    data."""
+
+    items: list
+    all_items: list
+    images: data.ImageSet | None = None
+    subset: list[int] | None = None
+    router: str | None = None
+    notes: tuple[str, ...] = ()
+    method_lines: tuple[str, ...] = ()
+
+    def lines(self, family: Family) -> list[str]:
+        """What is trained on, a line each: the first prompts, how many are cut, the images, and notes on both."""
+        lines = []
+        if family.condition_kind == "prompt":
+            shown = ", ".join(shortened(item) for item in self.items[:3])
+            lines += [f"{len(self.items):,} prompts: {shown}", *self.notes, *content_notes(self.items)]
+            lines += _cut(family, self.items, "prompts")
+        if self.images is not None:
+            lines += [f"images {self.images.source}: {self.images.described}", *self.images.notes]
+            lines += self.images.skipped_note
+            if family.condition_kind == "prompt":
+                lines += _cut(family, [label for label in self.images.labels if label], "captions")
+        return [*lines, *self.method_lines]
+
+
+def _cut(family: Family, texts: list[str], what: str) -> list[str]:
+    """A line on texts that the teacher's encoder does not read to their end, where there are any."""
+    cut = family.prompts_cut(texts[:PROMPTS_MEASURED])
+    if not cut:
+        return []
+    of = f" of the first {PROMPTS_MEASURED:,}" if len(texts) > PROMPTS_MEASURED else ""
+    return [f"{len(cut):,} {what}{of} are longer than the text encoder reads, and are cut: {shortened(texts[cut[0]])}"]
+
+
+def check_fit(job: Job, family: Family, router: Router | None = None) -> Fit:
+    """The condition items and real images of a job, once they and its settings are known to fit the teacher.
+
+    Args:
+        router: of several students, in place of the one in the file.
+
+    Raises:
+        UserError: they do not.  Nothing has been written then.
+    """
+    config, method, settings = job.config, job.method, job.settings
+    method.check_family(settings, family)
+    if config.roles.network is not None:
+        with torch.device("meta"):
+            family.altered_network(config.roles.network)
+    method_lines = method.check_data(settings, family)
+    items, images, notes, captions = [], None, [], config.data.prompts_from_images
+    if not captions:
+        items = condition_items(config, family, notes)
+    if method.wants_images(settings):
+        check_posterior(config.data.images.posterior, "data.images.posterior", family)
+        images = load_images(config.data.images, family.image_shape, family.conditions)
+    if captions:
+        items = condition_items(config, family, notes, images)
+    subset = None if images is None else images.usable
+    fit = Fit(items, items, images, subset, None, tuple(notes), tuple(method_lines))
+    if config.data.part is None:
+        return fit
+    return _part(job, family, fit, router or Router.load(Path(config.data.part.router)))
+
+
+def _part(job: Job, family: Family, fit: Fit, router: Router) -> Fit:
+    """One student's share of items and images; images of conditions that no student draws are left out."""
+    part = job.config.data.part
+    if part.student >= router.students:
+        raise UserError(f"data.part.student = {part.student}: {part.router} has students 0..{router.students - 1}")
+    encoder = None
+    if router.encoder is not None:
+        encoder = family.prompt_encoder
+        if encoder.fingerprint != router.encoder:
+            raise UserError(f"{part.router}: made with another text encoder or tokenizer; make it anew in a new folder")
+
+    def own(values: list) -> list[int]:
+        if router.kind == "labels":
+            mine = set(router.parameters["labels"][part.student])
+            return [index for index, value in enumerate(values) if value in mine]
+        folder = Path(part.router).parent / CACHE
+        routes = router.kept_routes(values, lambda prompts: encoder(prompts)[1], folder)
+        return [index for index, route in enumerate(routes) if route == part.student]
+
+    items, images, subset = fit.items, fit.images, fit.subset
+    mine = [items[index] for index in own(items)]
+    if not mine:
+        raise UserError(f"msd: none of the run's conditions is of student {part.student}; use fewer students")
+    if images is not None and job.method.divides_images(job.settings):
+        usable = range(len(images)) if subset is None else subset
+        subset = [usable[index] for index in own([images.labels[index] for index in usable])]
+        if not subset:
+            raise UserError(f"data.images: none of its images is of student {part.student}'s conditions; add some")
+    return replace(fit, items=mine, subset=subset, router=router.hash)
+
+
+def make_accelerator(**arguments: Any) -> Accelerator:
+    """Device and processes: CUDA where there is one, else the CPU (schedules need float64, which MPS lacks)."""
+    return Accelerator(cpu=not torch.cuda.is_available(), **arguments)
+
+
+def load_teacher(config: RunSettings) -> Family:
+    """The config's teacher, frozen."""
+    teacher = config.teacher
+    return load_family(
+        assets.resolve(teacher.path),
+        teacher.family,
+        teacher.revision,
+        teacher.variant,
+        DTYPES[teacher.dtype],
+        teacher.null_label,
+    )
+
+
+def build_trainer(
+    job: Job,
+    run: RunFolder | None,
+    accelerator: Accelerator | None = None,
+    family: Family | None = None,
+    fit: Fit | None = None,
+) -> Trainer:
+    """Load the teacher and data, make roles and the method's trainer.
+
+    Args:
+        family: a teacher already loaded (or analytic); read from the config otherwise.
+        fit: what it trains on, checked already; read from the config otherwise.
+
+    Raises:
+        UserError: anything in the config that does not fit the teacher or the data.
+    """
+    config = job.config
+    accelerator = accelerator or make_accelerator()
+    family = family or load_teacher(config)
+    teacher_digests = digests_of(family.networks())
+    family.to(accelerator.device)
+    sampler = job.method.make_sampler(config, family)
+    fit = check_fit(job, family) if fit is None else fit
+    torch.manual_seed(config.seed)
+    roles = Roles(
+        family,
+        config.roles,
+        config.train.autocast_dtype,
+        config.train.gradient_checkpointing,
+        job.method.has_fake_score,
+    ).to(accelerator.device)
+    real = None
+    if fit.images is not None:
+        cache = job.cache or Path(config.output) / CACHE
+        latents, std = latents_of(family, fit.images, cache, config.data.images.posterior)
+        real = RealSource(family, fit.images, latents, config.seed + 2, fit.subset, std)
+    conditions = ConditionSource(family, fit.items, config.seed + 1, fit.all_items)
+    trainer = job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)
+    trainer.router, trainer.trained_on = fit.router, fit
+    trainer.teacher_digests = teacher_digests
+    return trainer
+
+
+def build_stored(job: Job, run: RunFolder) -> Trainer:
+    """The trainer of a run with what its newest checkpoint holds, for its student; its data are not read.
+
+    Raises:
+        UserError: there is no whole checkpoint, or it is of another run.
+    """
+    family = load_teacher(job.config)
+    items = {"none": [], "label": [0], "prompt": [""]}[family.condition_kind]
+    part = job.config.data.part
+    router = None if part is None else Router.load(Path(part.router)).hash
+    trainer = build_trainer(job, None, family=family, fit=Fit(items, items, router=router))
+    if not restore_latest(trainer, run):
+        raise UserError(f"{run.path}: the run has no whole checkpoint yet")
+    return trainer
+
+
+def restore_latest(trainer: Trainer, run: RunFolder) -> bool:
+    """Take over the run's newest whole checkpoint; False where there is none yet.  Nothing is written.
+
+    Raises:
+        UserError: it is damaged, or of another run.
+    """
+    last = checkpoint.load_latest(run.checkpoints)
+    if last is None:
+        return False
+    path, tensors, meta = last
+    trainer.restore(tensors, meta, str(path))
+    return True
+
+
+def resume(trainer: Trainer, run: RunFolder) -> bool:
+    """Go on from the run's newest whole checkpoint, with the rows of metrics up to it; False where there is none yet.
+
+    Raises:
+        UserError: it is damaged, or of another run, or the metrics cannot be written.
+    """
+    resumed = restore_latest(trainer, run)
+
+    def keep_rows() -> None:
+        note = run.keep_metrics_until(trainer.counters["iteration"] if resumed else -1)
+        if note is not None:
+            print(f"note: {note}")
+        written = run.last_iteration()  # a run that was stopped again has them in its file and its checkpoint
+        trainer.unwritten = [row for row in trainer.unwritten if row["iteration"] > written]
+
+    on_main(trainer.accelerator, keep_rows)
+    return resumed
+
+
+def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """What an exported student says of how it was made."""
+    config, part = job.config, job.config.data.part
+    msd = {} if part is None else {"msd": {"router": trainer.router, "student": part.student}}
+    changed = {} if config.roles.network is None else {"network": config.roles.network}
+    which = {"revision": config.teacher.revision, "variant": config.teacher.variant}
+    return {
+        "method": job.method.name,
+        "teacher": config.teacher.path,
+        **{f"teacher_{key}": value for key, value in which.items() if value is not None},
+        "student_updates": trainer.counters["student"],
+        "network_passes": trainer.passes,
+        "weights": config.roles.weights,
+        "attention": trainer.attention or NATIVE,
+        "precision": config.train.precision,
+        "seed": config.seed,
+        "settings": {section: getattr(config, section).model_dump(mode="json") for section in job.method.sections()},
+        **changed,
+        **msd,
+    }
