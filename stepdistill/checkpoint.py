@@ -12,12 +12,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill import files
-from stepdistill.errors import UserError, reading
-from stepdistill.readers import DIGEST, read_json
+from . import files
+from .errors import UserError, reading
+from .readers import DIGEST, read_json, regular
 
 STATE = "state.json"
 
@@ -115,11 +116,20 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         file = path / name
         if not file.is_file():
             raise UserError(f"checkpoint {path}: {name} is missing; {remedy}")
-        if files.digest(file) != digest:
+        if not _has_its_size(file) or files.digest(file) != digest:
             raise UserError(f"checkpoint {path}: {name} is damaged (its checksum differs); {remedy}")
         with reading(f"checkpoint {path}", remedy, f"{name} cannot be read"):
             tensors[file.stem] = load_file(file)
     return tensors, meta
+
+
+def _has_its_size(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says, before it is read to its end."""
+    try:
+        with safe_open(regular(file), "pt"):
+            return True
+    except (SafetensorError, OSError, ValueError):
+        return False
 
 
 def _digest(state: dict[str, Any]) -> str:
