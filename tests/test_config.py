@@ -18,7 +18,8 @@ from stepdistill import plain_yaml
 from stepdistill.config import Section, apply_overrides, check, dump_yaml, expanded, merge, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.plans.build import make_job, read_job
+from stepdistill.trainers.plans.job import make_job
+from stepdistill.trainers.plans.resolve import read_job
 from stepdistill.trainers.plans.stages import make_recipe
 from stepdistill.trainers.plans.students import make_multi_student
 

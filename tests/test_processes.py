@@ -147,7 +147,8 @@ def train(row: dict, root: Path, batch: int) -> tuple[dict, dict]:
     """Averaged gradients of every update by name, and all state after ``UPDATES`` student updates."""
     from accelerate import Accelerator
 
-    from stepdistill.trainers.plans.build import build_trainer, make_job
+    from stepdistill.trainers.plans.build import build_trainer
+    from stepdistill.trainers.plans.job import make_job
 
     trainer = build_trainer(make_job(raw_config(row, root, batch)), None, Accelerator(cpu=True))
     generator = torch.Generator().manual_seed(3)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from stepdistill.config import check, read_yaml
-from stepdistill.trainers.plans.build import read_job
 from stepdistill.trainers.plans.comparison import CompareSettings
+from stepdistill.trainers.plans.resolve import read_job
 from stepdistill.trainers.plans.stages import is_recipe, make_recipe
 from stepdistill.trainers.plans.students import is_multi_student, make_multi_student
 from stepdistill.trainers.teachers.class_conditional import TeacherConfig

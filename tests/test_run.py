@@ -12,7 +12,7 @@ from toys import toy_config
 
 from stepdistill.errors import UserError
 from stepdistill.run import RunFolder
-from stepdistill.trainers.plans.build import make_job
+from stepdistill.trainers.plans.job import make_job
 
 
 def config_for(path, **changes):

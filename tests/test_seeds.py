@@ -22,8 +22,8 @@ from stepdistill.pipelines.msd import MSDPipeline
 from stepdistill.seeds import LARGEST, OFFSETS, SEEDS, DistinctSeeds, generator
 from stepdistill.settings import EvaluationSettings as RunEvaluation
 from stepdistill.trainers.methods.regression import RegressionSettings
-from stepdistill.trainers.plans.build import make_job
 from stepdistill.trainers.plans.comparison import CompareSettings
+from stepdistill.trainers.plans.job import make_job
 from stepdistill.trainers.plans.students import SEED_STEP, make_multi_student
 from stepdistill.trainers.teachers.class_conditional import TeacherConfig
 from stepdistill.trainers.teachers.judge_captions import MatchingConfig

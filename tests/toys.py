@@ -13,7 +13,7 @@ from stepdistill.objectives.score_divergence import score_terms
 from stepdistill.roles.roles import Roles
 from stepdistill.schedule import EDMSchedule, VPSchedule
 from stepdistill.trainers.loop.trainer import ConditionSource, RealSource
-from stepdistill.trainers.plans.build import make_job
+from stepdistill.trainers.plans.job import make_job
 
 
 def linear_betas(count: int = 1000, low: float = 0.00085, high: float = 0.012) -> VPSchedule:

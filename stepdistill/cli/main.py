@@ -180,7 +180,8 @@ def pairs(
     from stepdistill.trainers.loop.ranks import locked
     from stepdistill.trainers.methods.regression import Regression
     from stepdistill.trainers.plans import single as launch
-    from stepdistill.trainers.plans.build import check_fit, load_teacher, make_accelerator, make_job
+    from stepdistill.trainers.plans.build import check_fit, load_teacher, make_accelerator
+    from stepdistill.trainers.plans.job import make_job
     from stepdistill.trainers.plans.stages import Recipe, is_recipe, make_recipe
     from stepdistill.trainers.plans.students import is_multi_student, make_multi_student
 
@@ -452,7 +453,7 @@ def benchmark_step(
     """What an update costs over its floor: the same networks' passes alone, timed in the same run."""
     from stepdistill.trainers.loop.cost import measure_step
     from stepdistill.trainers.plans import single as launch
-    from stepdistill.trainers.plans.build import read_job
+    from stepdistill.trainers.plans.resolve import read_job
 
     job = read_job(config, overrides)
     launch.quiet_libraries()

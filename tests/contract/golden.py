@@ -39,7 +39,7 @@ def numbers(name: str, teachers: dict, place: Path) -> dict[str, Any]:
     from test_methods import job_for, started
 
     from stepdistill.config import apply_overrides, read_yaml
-    from stepdistill.trainers.plans.build import make_job
+    from stepdistill.trainers.plans.job import make_job
 
     if name.endswith(".yaml"):
         small = ["train.updates=3", "train.batch_size=4", "train.log_every=1", "train.trackers=[]"]

@@ -11,7 +11,8 @@ from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.families.stable_diffusion import guidance_embedding
 from stepdistill.pipelines import export_student
-from stepdistill.trainers.plans.build import build_trainer, make_job, provenance
+from stepdistill.trainers.plans.build import build_trainer, provenance
+from stepdistill.trainers.plans.job import make_job
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from stepdistill.config import merge
 from stepdistill.eval.run_evaluation import shown_prompts
 from stepdistill.pipelines import export_student
 from stepdistill.run import RunFolder
-from stepdistill.trainers.plans.build import build_trainer, make_job, provenance, resume
+from stepdistill.trainers.plans.build import build_trainer, provenance, resume
+from stepdistill.trainers.plans.job import make_job
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.noise import Noise
 from stepdistill.trainers.loop.trainer import RealSource
-from stepdistill.trainers.plans.build import build_trainer, make_job
+from stepdistill.trainers.plans.build import build_trainer
+from stepdistill.trainers.plans.job import make_job
 
 
 @pytest.fixture(scope="module")

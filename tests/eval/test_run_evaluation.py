@@ -15,7 +15,7 @@ from stepdistill.data.images import read_array_images
 from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
 from stepdistill.eval.measure.frechet import make_reference
 from stepdistill.eval.run_evaluation import run_targets, shown_prompts
-from stepdistill.trainers.plans.build import make_job
+from stepdistill.trainers.plans.job import make_job
 
 
 def config(root, **changes):

@@ -20,7 +20,8 @@ from stepdistill.families import load_family
 from stepdistill.pipelines import export_student
 from stepdistill.roles.roles import Roles, RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
-from stepdistill.trainers.plans.build import build_trainer, check_fit, make_job
+from stepdistill.trainers.plans.build import build_trainer, check_fit
+from stepdistill.trainers.plans.job import make_job
 from stepdistill.trainers.plans.students import make_multi_student
 
 

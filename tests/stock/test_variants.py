@@ -24,9 +24,10 @@ from stepdistill.roles.roles import Roles, RolesSettings
 from stepdistill.stock.loading import load_network, load_pipeline
 from stepdistill.stock.variants import WEIGHTS, variants_of
 from stepdistill.trainers.plans import comparison as compare
-from stepdistill.trainers.plans.build import build_trainer, make_job, provenance
+from stepdistill.trainers.plans.build import build_trainer, provenance
 from stepdistill.trainers.plans.comparison import CompareSettings
 from stepdistill.trainers.plans.contestants import RunEntry
+from stepdistill.trainers.plans.job import make_job
 
 
 @pytest.fixture(scope="module")

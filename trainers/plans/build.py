@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import create_model
 
 from stepdistill import assets, checkpoint
 from stepdistill.attention.kernels import NATIVE
 from stepdistill.conditions import shortened
-from stepdistill.config import Section, apply_overrides, check, merge, read_yaml
 from stepdistill.data import images as data
 from stepdistill.data.latents import check_posterior, latents_of
 from stepdistill.data.prompts import content_notes
@@ -32,85 +29,14 @@ from stepdistill.run import CACHE, RunFolder
 from stepdistill.sampler import FewStepSampler, SignalSampler
 from stepdistill.schedule import VPSchedule
 from stepdistill.settings import RunSettings
-from stepdistill.trainers import METHODS
 from stepdistill.trainers.loop.ranks import on_main
 from stepdistill.trainers.loop.trainer import ConditionSource, RealSource, Trainer
+
+from .job import Job
 
 PROMPTS_MEASURED = 100_000
 """Prompts whose length is looked at before a run."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked config with its method.
-
-    ``unused``: sections of other methods that the file also holds; ``cache``: where latents are kept, ``cache`` in the
-    run folder by default.
-    """
-
-    config: RunSettings
-    method: type[Trainer]
-    unused: tuple[str, ...] = ()
-    cache: Path | None = None
-
-    @property
-    def settings(self) -> Section:
-        return self.method.settings_of(self.config)
-
-
-def read_job(path: str | Path, overrides: list[str] | None = None) -> Job:
-    """Read, merge, override and check a config file.  Nothing is loaded.
-
-    Raises:
-        UserError: anything wrong with it, a recipe of stages, or several students.
-    """
-    raw = apply_overrides(read_yaml(path), overrides or [])
-    if "msd" in raw:
-        raise UserError(f"{path}: several students (msd); name the config, or the run folder, of one student")
-    if "stages" in raw:
-        raise UserError(f"{path}: a recipe of stages; name the config, or the run folder, of one stage")
-    return make_job(raw, str(path))
-
-
-def make_job(raw: dict[str, Any], where: str = "config") -> Job:
-    """Check a raw config.  Sections of other methods may stand beside the chosen one's and are set aside."""
-    if "method" not in raw:
-        raise UserError(f"{where}: key 'method' is missing; methods are {', '.join(METHODS)}")
-    name = raw["method"]
-    if not isinstance(name, str) or name not in METHODS:
-        raise UserError(f"{where}: method = {name!r}: unknown; methods are {', '.join(METHODS)}")
-    method = METHODS[name].resolve(raw)
-    sections = method.sections()
-    unused = tuple(other for other in METHODS if other not in sections and other in raw)
-    for other in unused:
-        check(METHODS[other].Settings, raw[other] or {}, f"{where}: {other}")
-    model = create_model(
-        f"{method.__name__}Config",
-        __base__=RunSettings,
-        **{section: (settings, settings()) for section, settings in sections.items()},
-    )
-    given = {k: v for k, v in raw.items() if k not in unused}
-    config = check(model, merge(method.defaults, given), where)
-    job = Job(config, method, unused)
-    _check_conditions(job)
-    method.check(config, job.settings)
-    return job
-
-
-def _check_conditions(job: Job) -> None:
-    config, evaluation = job.config, job.config.evaluation
-    if config.roles.weights == "mixed" and not job.method.has_fake_score:
-        raise UserError(f"roles.weights = mixed: {job.method.name} has no fake score; use full or shared")
-    if (evaluation.extractor is None) != (evaluation.reference is None):
-        raise UserError("evaluation: extractor and reference go together; set both or neither")
-    if config.teacher.dtype != "float32" and config.train.precision == "float32":
-        raise UserError(
-            f"teacher.dtype = {config.teacher.dtype} needs train.precision=bf16: a float32 run keeps a float32 teacher"
-        )
-    for tracker in config.train.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"train.trackers: the package {tracker} is not installed: pip install {tracker}")
 
 
 def condition_items(

@@ -25,7 +25,7 @@ from stepdistill.settings import Steps
 from stepdistill.stock.folders import is_whole
 from stepdistill.trainers.loop.trainer import passes_of
 
-from .build import Job, make_job
+from .job import Job, make_job
 from .stages import Recipe, is_recipe, make_recipe
 from .students import MSD, MultiStudent, is_multi_student, jobs_of, make_multi_student
 

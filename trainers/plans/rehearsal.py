@@ -36,7 +36,8 @@ from stepdistill.schedule import VPSchedule
 from stepdistill.trainers.loop.trainer import Trainer
 from stepdistill.trainers.methods.regression import Regression
 
-from .build import Fit, Job, build_trainer, check_fit, provenance
+from .build import Fit, build_trainer, check_fit, provenance
+from .job import Job
 
 SMALL = 100_000_000
 """Parameters of a teacher up to which a run is rehearsed in full."""

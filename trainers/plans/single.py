@@ -42,7 +42,6 @@ from stepdistill.trainers.methods.regression import Regression
 
 from .build import (
     Fit,
-    Job,
     build_stored,
     build_trainer,
     check_fit,
@@ -52,13 +51,13 @@ from .build import (
     condition_items,
     load_teacher,
     make_accelerator,
-    make_job,
     provenance,
-    read_job,
     resume,
     teacher_notes,
 )
+from .job import Job, make_job
 from .rehearsal import check_student, parameters_of, rehearse
+from .resolve import read_job
 from .stages import Recipe, Stage, is_recipe, make_recipe, write_config
 from .students import SHARED, MultiStudent, is_multi_student, jobs_of, make_multi_student
 

@@ -29,7 +29,7 @@ from stepdistill.run import CACHE, RunFolder, comparable, holds_run
 from stepdistill.stock.folders import check_replaceable, is_whole
 from stepdistill.trainers.loop.trainer import Trainer
 
-from .build import Job, make_job
+from .job import Job, make_job
 
 STAGES = "stages"
 OWN = ("name", "take", "of", "shared")

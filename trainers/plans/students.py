@@ -30,7 +30,8 @@ from stepdistill.run import CACHE, PAIRS, RunFolder, holds_run
 from stepdistill.seeds import LARGEST
 from stepdistill.stock.folders import is_whole
 
-from .build import Job, condition_items, make_job
+from .build import condition_items
+from .job import Job, make_job
 from .stages import STAGES, Recipe, make_recipe, with_stages
 
 MSD = "msd"

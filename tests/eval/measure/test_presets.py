@@ -17,7 +17,7 @@ from stepdistill.eval.measure.evaluate import EvaluationSettings
 from stepdistill.eval.measure.presets import PRESETS, make_settings
 from stepdistill.eval.run_evaluation import protocol
 from stepdistill.judges.clip import ClipScorer
-from stepdistill.trainers.plans.build import read_job
+from stepdistill.trainers.plans.resolve import read_job
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ def go_on(root: Path, updates: int) -> None:
     from accelerate import Accelerator
 
     from stepdistill.run import RunFolder
-    from stepdistill.trainers.plans.build import build_trainer, make_job, resume
+    from stepdistill.trainers.plans.build import build_trainer, resume
+    from stepdistill.trainers.plans.job import make_job
 
     raw = {
         "method": "dmd2",

@@ -25,7 +25,8 @@ def train(root: Path, batch: int, limit: float) -> dict:
     from stepdistill.data import images as data
     from stepdistill.trainers.loop.causes import RunStopped
     from stepdistill.trainers.loop.trainer import RealSource
-    from stepdistill.trainers.plans.build import build_trainer, make_job
+    from stepdistill.trainers.plans.build import build_trainer
+    from stepdistill.trainers.plans.job import make_job
 
     data.LOOKED_AT = 0
     raw = {

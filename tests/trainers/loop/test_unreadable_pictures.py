@@ -25,7 +25,8 @@ from stepdistill.errors import UserError
 from stepdistill.run import RunFolder, comparable
 from stepdistill.settings import ImagesSettings
 from stepdistill.trainers.loop.trainer import RealSource, RunStopped
-from stepdistill.trainers.plans.build import build_trainer, make_job, resume
+from stepdistill.trainers.plans.build import build_trainer, resume
+from stepdistill.trainers.plans.job import make_job
 
 GAN = {"dmd2": {"fake_score_updates": 1, "gan": {"student_weight": 0.01}}}
 

@@ -34,7 +34,7 @@ from stepdistill.schedule import EDMSchedule, FlowSchedule, VPSchedule
 from stepdistill.trainers.loop.trainer import Batch
 from stepdistill.trainers.methods import boot
 from stepdistill.trainers.methods.boot import BOOT
-from stepdistill.trainers.plans.build import make_job
+from stepdistill.trainers.plans.job import make_job
 
 F64 = torch.float64
 LEVELS, DELTA, LOW = 41, 5, 1

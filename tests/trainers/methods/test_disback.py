@@ -20,7 +20,8 @@ from stepdistill.trainers.loop.trainer import Interrupted
 from stepdistill.trainers.methods import disback
 from stepdistill.trainers.methods.disback import DisBackSettings, candidate_updates, choose, target_index
 from stepdistill.trainers.methods.dmd2 import DMD2
-from stepdistill.trainers.plans.build import make_job, resume
+from stepdistill.trainers.plans.build import resume
+from stepdistill.trainers.plans.job import make_job
 
 F64 = torch.float64
 

@@ -17,7 +17,8 @@ from stepdistill.errors import UserError
 from stepdistill.objectives.distribution_matching import distribution_matching_gradient
 from stepdistill.sampler import ddim_times
 from stepdistill.trainers.loop.trainer import Batch
-from stepdistill.trainers.plans.build import build_trainer, make_job
+from stepdistill.trainers.plans.build import build_trainer
+from stepdistill.trainers.plans.job import make_job
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from stepdistill.objectives.variational import variational_score_gradient
 from stepdistill.pipelines import NegativePrompts, export_student
 from stepdistill.run import RunFolder
 from stepdistill.trainers.plans import single as launch
-from stepdistill.trainers.plans.build import build_trainer, load_teacher, make_job, provenance, resume
+from stepdistill.trainers.plans.build import build_trainer, load_teacher, provenance, resume
+from stepdistill.trainers.plans.job import make_job
 
 AWAY = ["blurry", "a frame", "low quality, bad", "", "text"]
 

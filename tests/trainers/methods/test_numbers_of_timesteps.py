@@ -14,7 +14,8 @@ from stepdistill.errors import UserError
 from stepdistill.pipelines import export_student
 from stepdistill.sampler import ddim_times
 from stepdistill.schedule import EDMSchedule, FlowSchedule
-from stepdistill.trainers.plans.build import build_trainer, make_job
+from stepdistill.trainers.plans.build import build_trainer
+from stepdistill.trainers.plans.job import make_job
 
 DRAWN = {10: (0, 9), 100: (2, 98), 250: (5, 245), 1000: (20, 980), 4000: (80, 3923)}
 """The levels of thousandths 20..980 by the number of levels."""

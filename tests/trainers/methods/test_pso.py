@@ -24,7 +24,8 @@ from stepdistill.objectives.preference import gaussian_log_prob
 from stepdistill.sampler import FewStepSampler
 from stepdistill.trainers.loop.trainer import RealSource
 from stepdistill.trainers.methods.pso import PairBatch
-from stepdistill.trainers.plans.build import build_trainer, make_job
+from stepdistill.trainers.plans.build import build_trainer
+from stepdistill.trainers.plans.job import make_job
 
 TIMES = [999, 759, 499, 259]  # of the LCM scheduler itself, fifty steps its grid
 

@@ -8,7 +8,7 @@ from stepdistill.analytic import GaussianMixture
 from stepdistill.errors import UserError
 from stepdistill.families.analytic import AnalyticFamily
 from stepdistill.judges.clip import ClipScorer
-from stepdistill.trainers.plans.build import make_job
+from stepdistill.trainers.plans.job import make_job
 
 F64 = torch.float64
 VARIANCE = 0.3

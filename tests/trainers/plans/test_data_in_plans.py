@@ -12,7 +12,8 @@ from console import Result, stepdistill
 from PIL import Image
 
 from stepdistill.config import apply_overrides, merge, read_yaml
-from stepdistill.trainers.plans.build import check_fit, load_teacher, make_job
+from stepdistill.trainers.plans.build import check_fit, load_teacher
+from stepdistill.trainers.plans.job import make_job
 
 GAN = {"dmd2": {"fake_score_updates": 1, "gan": {"student_weight": 0.01}}}
 CONFIGS = Path(__file__).parents[3] / "configs"

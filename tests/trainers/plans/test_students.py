@@ -31,7 +31,8 @@ from stepdistill.roles.roles import Role
 from stepdistill.trainers.loop.trainer import RealSource, Trainer
 from stepdistill.trainers.methods.regression import Regression
 from stepdistill.trainers.plans import single as launch
-from stepdistill.trainers.plans.build import build_trainer, check_fit, load_teacher, make_job, resume
+from stepdistill.trainers.plans.build import build_trainer, check_fit, load_teacher, resume
+from stepdistill.trainers.plans.job import make_job
 from stepdistill.trainers.plans.stages import make_recipe
 from stepdistill.trainers.plans.students import SEED_STEP, make_multi_student
 

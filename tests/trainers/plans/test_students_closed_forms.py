@@ -20,7 +20,8 @@ from stepdistill.objectives.denoising import denoising_loss
 from stepdistill.objectives.distribution_matching import distribution_matching_gradient
 from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.schedule import EDMSchedule, FlowSchedule, expand
-from stepdistill.trainers.plans.build import build_trainer, make_job
+from stepdistill.trainers.plans.build import build_trainer
+from stepdistill.trainers.plans.job import make_job
 
 MEANS = torch.tensor([[0.0, 0.0], [1.0, 0.3], [0.2, 1.0], [1.5, 1.2]], dtype=torch.float64)
 CODE = torch.arange(4, dtype=torch.float64)
