@@ -16,7 +16,7 @@ import torch
 from stepdistill import __version__, files
 from stepdistill.digests import write_record
 from stepdistill.families.base import Family
-from stepdistill.roles.roles import Role
+from stepdistill.roles.role import Role
 from stepdistill.sampler import FewStepSampler
 from stepdistill.stock.folders import check_replaceable, without_places
 

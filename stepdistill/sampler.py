@@ -34,7 +34,7 @@ from .errors import UserError
 from .schedule import Clipping, EDMSchedule, FlowSchedule, Schedule, VPSchedule, ancestral, expand, noise_up, upward
 
 if TYPE_CHECKING:
-    from stepdistill.roles.roles import Role
+    from stepdistill.roles.role import Role
 
 Transition = Literal["renoise", "ode", "tcd", "ancestral"]
 Final = Literal["clean", "timestep_0"]

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from stepdistill.attention.kernels import AUTO, BACKENDS, NATIVE
 from stepdistill.data.latents import Posterior
 from stepdistill.data.pictures import Colour
-from stepdistill.roles.roles import RolesSettings
+from stepdistill.roles.settings import RolesSettings
 
 from .config import Section, UserPath
 from .sampler import Final, Transition

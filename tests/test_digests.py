@@ -19,7 +19,8 @@ from stepdistill.digests import RECORD, check_file, check_folder, digests_of, re
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.pipelines import MSDPipeline
-from stepdistill.roles.roles import Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import RolesSettings
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA = "lora/pytorch_lora_weights.safetensors"

@@ -13,7 +13,8 @@ from stepdistill.data.teacher_pairs import PairRecipe, PairSet, make_pairs
 from stepdistill.families import load_family
 from stepdistill.families.random_sizes import RANDOM_SIZES, random_stable_diffusion
 from stepdistill.roles.lora import LoRA
-from stepdistill.roles.roles import LoRASettings, Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import LoRASettings, RolesSettings
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOSE = 0.03
@@ -148,7 +149,7 @@ def test_a_lora_on_a_lora_is_merged_in_float32_too(folders, tmp_path):
     settings = RolesSettings(weights="shared", lora=LoRASettings(rank=4), lora_under=str(tmp_path))
     second = Roles(again, settings).student
     stirred(second, seed=5)
-    below, above = first.switch.lora("student"), LoRA(4, 4.0, second.switch._parts("student")[1][0].factors)
+    below, above = first.switch.lora("student"), LoRA(4, 4.0, second.switch.scaled_loras("student")[1][0].factors)
     with second.switch.scaled("student", 0.5):
         merged = second.plain_state_dict()
     for path in below.factors:

@@ -18,7 +18,8 @@ from toys import linear_betas
 from stepdistill.denoiser import NetworkDenoiser, Prediction
 from stepdistill.families.analytic import AnalyticFamily
 from stepdistill.pipelines.schedulers import student_scheduler
-from stepdistill.roles.roles import Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler, SignalSampler, ddim_times, few_step_times
 from stepdistill.schedule import EDMSchedule, FlowSchedule, from_scheduler
 

@@ -13,7 +13,8 @@ from stepdistill.data.router import PartitionSettings, Router, make_router
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
 from stepdistill.pipelines import export_student, export_students
-from stepdistill.roles.roles import Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 
 LABELS = 6

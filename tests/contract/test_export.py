@@ -12,7 +12,8 @@ import torch
 
 from stepdistill.families import load_family
 from stepdistill.pipelines import export_student
-from stepdistill.roles.roles import LoRASettings, Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import LoRASettings, RolesSettings
 from stepdistill.sampler import FewStepSampler, SignalSampler, few_step_times
 
 # family, scheduler, conditions, steps, start, transition, weights

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
 from stepdistill.pipelines import MSDPipeline, export_student, export_students, merge_students
-from stepdistill.roles.roles import LoRASettings, Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import LoRASettings, RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

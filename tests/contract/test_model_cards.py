@@ -17,7 +17,8 @@ from test_export import build
 
 from stepdistill.families import load_family
 from stepdistill.pipelines import export_student
-from stepdistill.roles.roles import Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 
 CASES = {

@@ -8,7 +8,8 @@ from test_export import build
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.pipelines import export_student
-from stepdistill.roles.roles import Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import RolesSettings
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_another_architecture_is_refused(tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_lora_student_on_another_model(tmp_path, checkpointing):
     """SwiftBrush version 2's B: the student a LoRA on an earlier student, the fake score one on the teacher."""
-    from stepdistill.roles.roles import LoRASettings
+    from stepdistill.roles.settings import LoRASettings
 
     case = ("stable_diffusion", "sd_ddim_eps", "prompt", 1, None, "renoise", "full")
     family, roles, sampler = build(case, tmp_path / "teacher")

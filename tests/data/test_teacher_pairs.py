@@ -19,7 +19,8 @@ from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.pipelines.explicit_noise import callable_with_noise
 from stepdistill.readers import read_tensors
-from stepdistill.roles.roles import LoRASettings, Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import LoRASettings, RolesSettings
 from stepdistill.sampler import ddim_times
 
 RECIPE = PairRecipe(count=10, shard=4, steps=3, guidance_scale=2.0, seed=5)

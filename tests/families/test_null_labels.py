@@ -18,7 +18,8 @@ from stepdistill.eval.run_evaluation import run_targets
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
 from stepdistill.pipelines import export_student
-from stepdistill.roles.roles import Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.trainers.plans.build import build_trainer, check_fit
 from stepdistill.trainers.plans.job import make_job

@@ -31,7 +31,8 @@ from stepdistill.errors import UserError
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import StableDiffusionFamily, UNet2DFamily, load_family
 from stepdistill.pipelines import export_student
-from stepdistill.roles.roles import Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 
 

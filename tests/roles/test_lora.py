@@ -14,8 +14,10 @@ from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.pipelines import export_student
 from stepdistill.readers import read_tensors
+from stepdistill.roles.adapters import AdapterSwitch
 from stepdistill.roles.lora import FILE, KOHYA_FILE, LoRA, read_lora, stacked
-from stepdistill.roles.roles import AdapterSwitch, LoRASettings, Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import LoRASettings, RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 
 

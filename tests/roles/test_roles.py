@@ -17,7 +17,9 @@ from stepdistill import checkpoint
 from stepdistill.errors import UserError
 from stepdistill.families.stable_diffusion import StableDiffusionFamily
 from stepdistill.families.unet2d import UNet2DFamily
-from stepdistill.roles.roles import EMA, LoRASettings, Roles, RolesSettings
+from stepdistill.roles.ema import EMA
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import LoRASettings, RolesSettings
 
 BATCH = 3
 

@@ -20,7 +20,8 @@ from stepdistill.eval.speed import inference
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
 from stepdistill.pipelines import export_student
-from stepdistill.roles.roles import Roles, RolesSettings
+from stepdistill.roles.roles import Roles
+from stepdistill.roles.settings import RolesSettings
 from stepdistill.stock.loading import load_network, load_pipeline
 from stepdistill.stock.variants import WEIGHTS, variants_of
 from stepdistill.trainers.plans import comparison as compare

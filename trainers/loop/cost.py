@@ -19,7 +19,7 @@ from torch import Tensor
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.random_sizes import RANDOM_SIZES, random_stable_diffusion
-from stepdistill.roles.roles import Role
+from stepdistill.roles.role import Role
 from stepdistill.trainers.plans.build import DTYPES, build_trainer
 from stepdistill.trainers.plans.job import Job
 

@@ -36,7 +36,8 @@ from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
 from stepdistill.finiteness import NotFinite, first_not_finite
 from stepdistill.noise import Noise
-from stepdistill.roles.roles import EMA, Roles
+from stepdistill.roles.ema import EMA
+from stepdistill.roles.roles import Roles
 from stepdistill.run import RunFolder
 from stepdistill.sampler import Draw, FewStepSampler, few_step_times
 from stepdistill.settings import OptimizerSettings, RunSettings

@@ -53,7 +53,7 @@ from stepdistill.objectives.preference import (
     preference_loss,
     reduced,
 )
-from stepdistill.roles.roles import Role
+from stepdistill.roles.role import Role
 from stepdistill.run import CACHE
 from stepdistill.sampler import Draw, FewStepSampler, Transition, few_step_times, own_times, transition_of
 from stepdistill.settings import RunSettings

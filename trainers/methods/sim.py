@@ -20,7 +20,7 @@ that is the timestep of this sigma/alpha, fed with noise of unit variance as eve
 
 Departures from SiD's code: the loss is a mean over elements too (a constant factor, which Adam does not see); values
 that are not finite are counted and skipped, never replaced; no augmentation and no dropout; gradients are clipped
-(there only in fp16); ``train.ema_decay`` has the ramp of :class:`stepdistill.roles.roles.EMA` and not SiD's, a
+(there only in fp16); ``train.ema_decay`` has the ramp of :class:`stepdistill.roles.ema.EMA` and not SiD's, a
 half-life that grows with the samples seen.  SiD-LSG weighs the fake score's v error by SNR / (SNR + 1), which is
 ``fake_score_target: eps``, and guides the fake score too, which is not offered.
 """

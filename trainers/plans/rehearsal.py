@@ -30,7 +30,7 @@ from stepdistill.pipelines import export_student
 from stepdistill.pipelines.export import call_of, model_card
 from stepdistill.pipelines.schedulers import student_scheduler
 from stepdistill.roles.lora import read_lora
-from stepdistill.roles.roles import RolesSettings
+from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler
 from stepdistill.schedule import VPSchedule
 from stepdistill.trainers.loop.trainer import Trainer

@@ -27,7 +27,7 @@ from stepdistill.errors import UserError
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
 from stepdistill.readers import digest_of
-from stepdistill.roles.roles import Role
+from stepdistill.roles.role import Role
 from stepdistill.trainers.loop.trainer import RealSource, Trainer
 from stepdistill.trainers.methods.regression import Regression
 from stepdistill.trainers.plans import single as launch
