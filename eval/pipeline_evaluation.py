@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stepdistill.eval.measure.evaluate import Target, evaluate, output_file, prompts_to_draw
-from stepdistill.eval.measure.presets import make_settings
+from stepdistill.eval.measure.evaluate import evaluate
+from stepdistill.eval.measure.presets import make_protocol
 from stepdistill.eval.measure.processes import Processes
+from stepdistill.eval.measure.results import output_file
+from stepdistill.eval.measure.targets import Target
+from stepdistill.eval.measure.tools import read_prompts
 from stepdistill.eval.show.grids import check_picture, grid
 from stepdistill.files import Lock
 
@@ -44,14 +47,14 @@ def evaluate_pipelines(
         UserError: a target or setting that is wrong, files that are missing, another protocol's output.
     """
     check_picture(picture)
-    settings = make_settings(preset, given, overrides)
+    settings = make_protocol(preset, given, overrides)
     parsed = [Target.parse(target) for target in targets]
     processes = Processes.launched()
     rows = evaluate(parsed, settings, output, processes.device, processes, keep_samples, same_protocol=True)
     if processes.main:
         print(measured_text(output_file(output), rows))
         if picture is not None:
-            texts = prompts_to_draw(settings)
+            texts = read_prompts(settings)
             names = label_names(Path(parsed[0].path))
             path = grid(
                 parsed,

@@ -12,20 +12,21 @@ from stepdistill import assets
 from stepdistill.config import check, read_mapping
 from stepdistill.data.sources import prompts_of
 from stepdistill.errors import UserError, reading, shown
-from stepdistill.eval.measure.evaluate import EvaluationSettings, Target, evaluate
+from stepdistill.eval.measure.evaluate import evaluate
 from stepdistill.eval.measure.processes import Processes
+from stepdistill.eval.measure.settings import Protocol
+from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.show.grids import grid, table
 from stepdistill.pipelines.msd import is_msd_folder
 from stepdistill.readers import read_json
-from stepdistill.settings import DataSettings, SamplerSettings, TeacherSettings
-from stepdistill.settings import EvaluationSettings as RunEvaluation
+from stepdistill.settings import DataSettings, JudgeSettings, SamplerSettings, TeacherSettings
 from stepdistill.stock.folders import hub_folder, is_whole
 
 SECTIONS = {
     "teacher": TeacherSettings,
     "data": DataSettings,
     "sampler": SamplerSettings,
-    "evaluation": RunEvaluation,
+    "evaluation": JudgeSettings,
 }
 """The sections of a run's config that its evaluation reads."""
 
@@ -99,7 +100,7 @@ def own_scale(config: dict[str, Any]) -> float:
     return float(scale)
 
 
-def protocol(config: dict[str, Any], samples: int, latency: bool = False) -> EvaluationSettings:
+def protocol(config: dict[str, Any], samples: int, latency: bool = False) -> Protocol:
     """How a run's config wants pipelines measured, with ``samples`` of each."""
     own, labels = config["evaluation"], config["data"]["labels"]
     asked = {
@@ -116,7 +117,7 @@ def protocol(config: dict[str, Any], samples: int, latency: bool = False) -> Eva
         "rewards": (config["pso"].get("rewards") or []) if config["method"] == "pso" else [],
         "latency": latency,
     }
-    return check(EvaluationSettings, asked, "evaluation")
+    return check(Protocol, asked, "evaluation")
 
 
 def evaluate_run(

@@ -218,7 +218,7 @@ class TrainSettings(Section):
         return value
 
 
-class EvaluationSettings(Section):
+class JudgeSettings(Section):
     """What is measured once the student is exported."""
 
     enabled: bool = True
@@ -245,4 +245,4 @@ class RunSettings(Section):
     sampler: SamplerSettings = SamplerSettings()
     optimizer: OptimizersSettings = OptimizersSettings()
     train: TrainSettings
-    evaluation: EvaluationSettings = EvaluationSettings()
+    evaluation: JudgeSettings = JudgeSettings()

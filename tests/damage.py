@@ -42,8 +42,9 @@ from safetensors.torch import save_file
 from stepdistill.cli import main as cli
 from stepdistill.config import merge, read_yaml
 from stepdistill.data.images import read_npz
-from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
-from stepdistill.eval.measure.frechet import make_reference
+from stepdistill.eval.extractors.load import as_extractor
+from stepdistill.eval.extractors.small import FeatureNetwork
+from stepdistill.eval.measure.reference_statistics import make_reference
 from stepdistill.files import write_tensors
 from stepdistill.judges.contrastive import MatchingNetwork
 from stepdistill.readers import read_tensors

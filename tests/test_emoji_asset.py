@@ -6,10 +6,12 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from stepdistill import assets
 from stepdistill.data.images import read_npz
 from stepdistill.data.prompts import read_prompts
-from stepdistill.eval.extractors.base import load_extractor
-from stepdistill.eval.measure.frechet import ReferenceStatistics, unit_uint8
+from stepdistill.eval.extractors.load import load_extractor
+from stepdistill.eval.measure.pixels import unit_to_bytes
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.eval.stock_pipeline import StockPipeline
-from stepdistill.judges.clip import ClipSettings, load_clip
+from stepdistill.judges.clip import ClipSettings
+from stepdistill.judges.load import load_clip
 
 PROMPTS = [
     "grinning face, noto style",
@@ -26,7 +28,7 @@ def test_it_draws_what_it_is_asked_for():
     stock = StockPipeline.load(assets.resolve("asset:emoji/teacher"), "cpu")
     assert (stock.default_steps, stock.default_guidance) == (25, 3.0)
     noise = torch.randn(len(PROMPTS), *stock.noise_shape, generator=torch.Generator().manual_seed(0))
-    pixels = unit_uint8(stock.generate(PROMPTS, noise, 10, guidance_scale=3.0))
+    pixels = unit_to_bytes(stock.generate(PROMPTS, noise, 10, guidance_scale=3.0))
     score = load_clip(ClipSettings(model=JUDGE, prefix=""))
     scores = torch.stack([score(pixels, [prompt] * len(PROMPTS)) for prompt in PROMPTS])  # a row is a caption
     assert torch.equal(scores.argmax(0), torch.arange(len(PROMPTS)))

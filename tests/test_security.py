@@ -15,7 +15,7 @@ from safetensors import safe_open
 from stepdistill import assets
 from stepdistill.config import check, merge
 from stepdistill.errors import UserError, printable
-from stepdistill.eval.extractors.base import load_extractor
+from stepdistill.eval.extractors.load import load_extractor
 from stepdistill.pipelines import merge_students
 from stepdistill.stock.folders import check_stamp, without_places
 from stepdistill.trainers.plans.comparison import CompareSettings

@@ -16,11 +16,12 @@ from toys import toy_config
 from stepdistill.data.router import PartitionSettings
 from stepdistill.data.teacher_pairs import shard_seeds
 from stepdistill.errors import UserError
-from stepdistill.eval.measure.evaluate import EvaluationSettings, step_generator, unit_noise
+from stepdistill.eval.measure.draws import step_generator, unit_noise
+from stepdistill.eval.measure.settings import Protocol
 from stepdistill.noise import Noise
 from stepdistill.pipelines.msd import MSDPipeline
 from stepdistill.seeds import LARGEST, OFFSETS, SEEDS, DistinctSeeds, generator
-from stepdistill.settings import EvaluationSettings as RunEvaluation
+from stepdistill.settings import JudgeSettings
 from stepdistill.trainers.methods.regression import RegressionSettings
 from stepdistill.trainers.plans.comparison import CompareSettings
 from stepdistill.trainers.plans.job import make_job
@@ -50,8 +51,8 @@ def test_a_generator_of_another_seeds_numbers_is_refused(seed):
 
 
 SECTIONS = [
-    (RunEvaluation, LAST),
-    (EvaluationSettings, LAST),
+    (JudgeSettings, LAST),
+    (Protocol, LAST),
     (PartitionSettings, LAST),
     (RegressionSettings, LARGEST),
     (FeatureConfig, LARGEST),
@@ -85,9 +86,9 @@ def test_a_runs_seed_leaves_room_for_those_that_are_derived_from_it():
 
 
 def test_the_last_of_several_seeds_is_in_the_range():
-    assert EvaluationSettings(seed=LAST, seeds=1).seed == LAST
+    assert Protocol(seed=LAST, seeds=1).seed == LAST
     with pytest.raises(ValueError, match="the last of 2 seeds is above 4,294,967,295"):
-        EvaluationSettings(seed=LAST, seeds=2)
+        Protocol(seed=LAST, seeds=2)
 
 
 @pytest.mark.parametrize("command", [["sample", "here"], ["evaluate", "here"]])

@@ -274,10 +274,10 @@ def test_an_evaluation_does_not_write_over_other_json_nor_clean_other_folders(fi
     assert file.read_text() == '{"years": "of work"}'
     (tmp_path / "numbers.work").mkdir()
     (tmp_path / "numbers.work" / "thesis.tex").write_text("years")
-    from stepdistill.eval.measure.evaluate import _clean
+    from stepdistill.eval.measure.evaluate import delete_batches
 
     (tmp_path / "numbers.work" / "0123456789abcdef").mkdir()
-    _clean(tmp_path / "numbers.work")
+    delete_batches(tmp_path / "numbers.work")
     assert os.listdir(tmp_path / "numbers.work") == ["thesis.tex"]
     assert "end its name in .png" in stepdistill(*evaluate, tmp_path / "x.json", "--picture", file).error
 

@@ -3,68 +3,76 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from stepdistill.errors import UserError
 
 from .precision_recall import diversity, precision_recall
-from .sampling import Looked
+from .sampling import BatchFeatures
+from .settings import Protocol
+from .tools import Tools
 
-if TYPE_CHECKING:
-    from .evaluate import EvaluationSettings, _Tools
 
-
-def numbers(looked: Looked, seed: int, tools: _Tools) -> dict[str, Any]:
-    """Every metric of one seed's pictures."""
-    settings, reference = tools.settings, tools.reference
-    kid: tuple = (None, None)
-    if settings.kid and len(reference.features):
-        kid = reference.kernel(looked.features, settings.kid_subsets, settings.kid_subset_size, seed)
-    both: tuple = (None, None)
-    if settings.precision_recall:
-        both = precision_recall(reference.features, looked.features, settings.neighbours, tools.device)
+def compute_metrics(batch: BatchFeatures, seed: int, tools: Tools) -> dict[str, Any]:
+    """Every metric of one seed's pictures; None where it is not asked for."""
+    protocol, reference = tools.protocol, tools.reference
+    kid_mean = kid_std = precision = recall = None
+    if protocol.kid and len(reference.features):
+        kid_mean, kid_std = reference.kernel(batch.features, protocol.kid_subsets, protocol.kid_subset_size, seed)
+    if protocol.precision_recall:
+        precision, recall = precision_recall(reference.features, batch.features, protocol.neighbours, tools.device)
     return {
-        "frechet": reference.frechet(looked.features),
-        "kid_mean": kid[0],
-        "kid_std": kid[1],
-        "precision": both[0],
-        "recall": both[1],
-        "clip_score": None if looked.scores is None else float(looked.scores.mean()),
-        "rewards": {name: float(value.double().mean()) for name, value in looked.rewards.items()},
+        "frechet": reference.frechet(batch.features),
+        "kid_mean": kid_mean,
+        "kid_std": kid_std,
+        "precision": precision,
+        "recall": recall,
+        "clip_score": None if batch.scores is None else float(batch.scores.mean()),
+        "rewards": {name: float(value.double().mean()) for name, value in batch.rewards.items()},
     }
 
 
-def over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
+def average_seeds(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """The one seed's numbers, or means over seeds with ``std`` (unbiased) and all of them as ``per_seed``.
 
     ``kid_std`` is over subsets for one seed, over seeds for several.
     """
-    if len(found) == 1:
-        return found[0]
-    keys = [key for key, value in found[0].items() if isinstance(value, float) and key != "kid_std"]
-    mean = {key: statistics.fmean(own[key] for own in found) for key in keys}
-    std = {key: statistics.stdev(own[key] for own in found) for key in keys}
-    names = found[0]["rewards"]
-    rewards = {name: statistics.fmean(own["rewards"][name] for own in found) for name in names}
-    std["rewards"] = {name: statistics.stdev(own["rewards"][name] for own in found) for name in names}
+    first = metrics[0]
+    if len(metrics) == 1:
+        return first
+    keys = [key for key, value in first.items() if isinstance(value, float) and key != "kid_std"]
+    mean: dict[str, Any] = {key: statistics.fmean(row[key] for row in metrics) for key in keys}
+    std: dict[str, Any] = {key: statistics.stdev(row[key] for row in metrics) for key in keys}
+    names = first["rewards"]
+    rewards = {name: statistics.fmean(row["rewards"][name] for row in metrics) for name in names}
+    std["rewards"] = {name: statistics.stdev(row["rewards"][name] for row in metrics) for name in names}
     mean |= {"kid_std": std.get("kid_mean"), "rewards": rewards}
-    return {**found[0], **mean, "std": std, "per_seed": found}
+    return {**first, **mean, "std": std, "per_seed": metrics}
 
 
-def check_diversity(name: str, conditions: list | None, settings: EvaluationSettings) -> None:
-    alone = conditions is not None and len(set(conditions)) == len(conditions) and settings.seeds == 1
-    if settings.diversity and alone:
+def check_diversity(name: str, conditions: list | None, protocol: Protocol) -> None:
+    """Refuse a diversity of pictures none of which share a condition.
+
+    Raises:
+        UserError: each condition is drawn once.
+    """
+    if not protocol.diversity or conditions is None or protocol.seeds > 1:
+        return
+    if len(set(conditions)) == len(conditions):
         raise UserError(
             f"{name}: diversity is of pictures of one condition, and each of the {len(conditions)} is drawn once; draw "
             "more samples than conditions, or repeat with --seeds 2 or more"
         )
 
 
-def pooled_diversity(looked: list[Looked], conditions: list | None, tools: _Tools) -> float | None:
-    """Over the pictures of all seeds together."""
-    if not tools.settings.diversity:
+def compute_diversity(batches: list[BatchFeatures], conditions: list | None, tools: Tools) -> float | None:
+    """The diversity of the pictures of all seeds together; None where it is not asked for.
+
+    ``conditions``: of one seed's pictures, the same for every seed; None for an unconditional pipeline.
+    """
+    if not tools.protocol.diversity:
         return None
-    own = [None] * tools.settings.samples if conditions is None else conditions
-    return diversity(torch.cat([part.features for part in looked]), own * len(looked), tools.device)
+    labels = [None] * tools.protocol.samples if conditions is None else conditions
+    return diversity(torch.cat([batch.features for batch in batches]), labels * len(batches), tools.device)

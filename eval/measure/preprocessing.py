@@ -16,11 +16,11 @@ from stepdistill.data.folders import read_folder
 from stepdistill.data.images import ImageSet
 from stepdistill.data.pictures import opaque, upright
 
-from .frechet import unit_uint8
+from .pixels import unit_to_bytes
 
 
 @dataclass(frozen=True)
-class Treatment:
+class Preprocessing:
     """Bytes of pictures, then a centre crop to the shorter side and PIL's Lanczos filter to ``side`` (both sides).
 
     ``side`` None leaves the size alone.  ``floor`` cuts a pixel's value to a byte, as DMD2's code does, where
@@ -38,12 +38,18 @@ class Treatment:
         return "none" if self.side is None else "centre, to the shorter side"
 
     @property
+    def description(self) -> str:
+        """As a reference's ``resize`` says it."""
+        shown = ", as a viewer shows them" if self.files == "shown" else ""
+        return f"crop {self.crop}, {self.resize}{shown}"
+
+    @property
     def resize(self) -> str:
         return "none" if self.side is None else f"PIL lanczos to {self.side}x{self.side}"
 
     def to_bytes(self, pixels: Tensor) -> Tensor:
         """Pixels in [0, 1], any shape, to uint8 0..255."""
-        return unit_uint8(pixels) if self.bytes == "round" else (pixels.float() * 255).clamp(0, 255).to(torch.uint8)
+        return unit_to_bytes(pixels) if self.bytes == "round" else (pixels.float() * 255).clamp(0, 255).to(torch.uint8)
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """uint8 (B, 1 or 3, H, W) to (B, the same, side, side)."""
@@ -51,24 +57,24 @@ class Treatment:
             return pictures
         arrays = pictures.permute(0, 2, 3, 1).cpu().numpy()
         images = (Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays)
-        return torch.from_numpy(np.stack([self.of_image(image) for image in images])).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack([self.process_image(image) for image in images])).permute(0, 3, 1, 2)
 
-    def of_file(self, image: Image.Image, mode: str) -> np.ndarray:
+    def process_file(self, image: Image.Image, mode: str) -> np.ndarray:
         """uint8 (side, side, C) of a picture file, C by PIL's ``mode``."""
-        return self.of_image((opaque(upright(image)) if self.files == "shown" else image).convert(mode))
+        return self.process_image((opaque(upright(image)) if self.files == "shown" else image).convert(mode))
 
-    def of_image(self, image: Image.Image) -> np.ndarray:
+    def process_image(self, image: Image.Image) -> np.ndarray:
         """uint8 (side, side, C)."""
         image = center_crop(image, [min(image.size)]).resize((self.side, self.side), Image.Resampling.LANCZOS)
         return np.asarray(image, dtype=np.uint8).reshape(self.side, self.side, -1)
 
 
-def treated_folder(path: str | Path, treatment: Treatment, channels: int = 3) -> ImageSet:
-    """The pictures of a folder, of any sizes, as RGB (or grey) of the treatment's side, which must be set.
+def read_preprocessed_folder(path: str | Path, preprocessing: Preprocessing, channels: int = 3) -> ImageSet:
+    """The pictures of a folder, of any sizes, as RGB (or grey) of the preprocessing's side, which must be set.
 
     Raises:
         UserError: no such folder, no pictures in it, or one that cannot be read.
     """
     mode = "L" if channels == 1 else "RGB"
-    shape = (channels, treatment.side, treatment.side)
-    return read_folder(path, shape, treat=lambda image: treatment.of_file(image, mode), key="reference")
+    shape = (channels, preprocessing.side, preprocessing.side)
+    return read_folder(path, shape, treat=lambda image: preprocessing.process_file(image, mode), key="reference")

@@ -1,4 +1,4 @@
-"""Protocols of papers by name.  A preset is data: settings, and what must lie on this machine for it.
+"""Protocols of papers by name.  A preset is data: settings, and what must be on this machine for it.
 
 What differs from a preset's own settings is said in the protocol's line; nothing is downloaded.
 """
@@ -16,7 +16,7 @@ from stepdistill.errors import UserError
 from stepdistill.eval.extractors.inception import URL, weights_file
 from stepdistill.run import differences
 
-from .evaluate import EvaluationSettings
+from .settings import Protocol
 
 
 class Preset(Section):
@@ -89,70 +89,69 @@ FREE = {
     "neighbours",
 }
 FREE |= {"diversity", "seeds", "kid", "kid_subsets", "kid_subset_size"}
-"""Settings that may be set beside a preset's and leave its protocol what it is."""
+"""Settings that may be added to a preset's and leave its protocol what it is."""
 
 
-def make_settings(preset: str | None, given: dict[str, Any], overrides: list[str]) -> EvaluationSettings:
-    """The settings of a preset (or the defaults) with what was given over them.
+def make_protocol(preset: str | None, options: dict[str, Any], overrides: list[str]) -> Protocol:
+    """The protocol of a preset (or the defaults) with a user's options over it.
 
     Args:
-        given: as :class:`EvaluationSettings` has them.
+        options: as :class:`Protocol` has them.
         overrides: ``key=value``, over both.
 
     Raises:
-        UserError: no such preset, a setting that is wrong, or files that the preset needs and that are not there.
+        UserError: no such preset, a setting that is wrong, or files that the preset needs and that are missing.
     """
     if preset is None:
-        return check(EvaluationSettings, apply_overrides(given, overrides), "evaluate")
+        return check(Protocol, apply_overrides(options, overrides), "evaluate")
     if preset not in PRESETS:
-        listed = "; ".join(f"{name}: {own.title}" for name, own in PRESETS.items())
+        listed = "; ".join(f"{name}: {known.title}" for name, known in PRESETS.items())
         raise UserError(f"--preset {preset}: not known; use one of {listed}")
-    own = PRESETS[preset]
-    raw = apply_overrides(merge(own.settings, given), overrides)
-    _check_files(preset, own, raw)
-    settings = check(EvaluationSettings, raw, f"preset {preset}")
-    fixed = {key: value for key, value in own.settings.items() if key != "clip"}
-    if "clip" in own.settings:
-        fixed["clip"] = {**own.settings["clip"], "pretrained": "any"}
-    plain = EvaluationSettings.model_validate(fixed)
-    changed = differences(_protocol(plain, own), _protocol(settings, own))
-    said = ", ".join(text.replace(" there, ", " in the preset, ").replace(" now)", " here)") for text in changed)
-    return settings.model_copy(update={"preset": f"{preset}, but {said}" if changed else preset})
+    chosen = PRESETS[preset]
+    raw = apply_overrides(merge(chosen.settings, options), overrides)
+    _check_files(preset, chosen, raw)
+    protocol = check(Protocol, raw, f"preset {preset}")
+    fixed = {key: value for key, value in chosen.settings.items() if key != "clip"}
+    if "clip" in chosen.settings:
+        fixed["clip"] = {**chosen.settings["clip"], "pretrained": "any"}
+    plain = Protocol.model_validate(fixed)
+    changes = differences(_fixed_part(plain, chosen), _fixed_part(protocol, chosen))
+    text = ", ".join(change.replace(" there, ", " in the preset, ").replace(" now)", " here)") for change in changes)
+    return protocol.model_copy(update={"preset": f"{preset}, but {text}" if changes else preset})
 
 
-def _protocol(settings: EvaluationSettings, preset: Preset) -> dict[str, Any]:
-    """What a preset fixes: all but files' places and what is measured beside."""
-    kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in FREE}
+def _fixed_part(protocol: Protocol, preset: Preset) -> dict[str, Any]:
+    """What a preset fixes: all but files' places and what may be measured besides."""
+    part = {key: value for key, value in protocol.model_dump(mode="json").items() if key not in FREE}
     if "clip" not in preset.settings:
-        kept["clip"] = None
-    kind = kept["extractor"].partition(":")[0]
+        part["clip"] = None
+    kind = part["extractor"].partition(":")[0]
     if kind in ("inception", "inception_tensorflow"):
-        kept["extractor"] = kind
-    if kept["clip"] is not None:
-        kept["clip"] = {key: value for key, value in kept["clip"].items() if key not in ("pretrained", "hub")}
-    return kept
+        part["extractor"] = kind
+    if part["clip"] is not None:
+        part["clip"] = {key: value for key, value in part["clip"].items() if key not in ("pretrained", "hub")}
+    return part
 
 
 def _check_files(name: str, preset: Preset, raw: dict[str, Any]) -> None:
-    """One line that names every file that is missing.
-
+    """
     Raises:
-        UserError: there is one.
+        UserError: files are missing; one line names each of them.
     """
     missing = []
     kind, _, place = str(raw.get("extractor")).partition(":")
     weights = weights_file(user_path(place, "extractor") if place else None)
     if kind in ("inception", "inception_tensorflow") and not weights.is_file():
         missing.append(f"Inception's weights {weights} (download {URL} to there)")
-    wanted = [
+    needed = [
         ("--reference", preset.reference, raw.get("reference")),
         ("--prompts", preset.prompts, raw.get("prompts")),
     ]
     clip = raw.get("clip")
     model = str((clip or {}).get("model"))
     if clip and not clip.get("hub") and ":" not in model and not model.endswith(".safetensors"):
-        wanted.append(("--clip-weights", preset.clip, clip.get("pretrained")))
-    for option, what, path in wanted:
+        needed.append(("--clip-weights", preset.clip, clip.get("pretrained")))
+    for option, what, path in needed:
         if what is not None and path is None:
             missing.append(f"{option}: {what}")
         elif path is not None and not Path(assets.resolve(user_path(str(path), option))).exists():

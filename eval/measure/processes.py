@@ -49,15 +49,15 @@ class Processes:
         Raises:
             UserError: the first process's that has one.
         """
-        said: list[str | None] = [None if error is None else str(error)]
+        messages: list[str | None] = [None if error is None else str(error)]
         if self.world > 1:
-            said = [None] * self.world
-            dist.all_gather_object(said, None if error is None else str(error))
-        first = next((message for message in said if message is not None), None)
+            messages = [None] * self.world
+            dist.all_gather_object(messages, None if error is None else str(error))
+        first = next((message for message in messages if message is not None), None)
         if first is not None:
             raise UserError(first)
 
-    def of_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first process's value, in all."""
         if self.world == 1:
             return value
@@ -76,8 +76,8 @@ class Processes:
         if self.main:
             try:
                 lock.__enter__()
-            except UserError as wrong:
-                error = wrong
+            except UserError as user_error:
+                error = user_error
         self.agree(error)
         try:
             yield
@@ -92,6 +92,6 @@ class Processes:
             dist.destroy_process_group()
 
 
-def alone() -> dict[str, str]:
+def environment_without_launcher() -> dict[str, str]:
     """This process's environment for a child that is not to take part in the group."""
     return {name: value for name, value in os.environ.items() if name not in LAUNCHED}

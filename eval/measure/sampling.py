@@ -1,6 +1,6 @@
-"""Drawing a target's pictures and looking at them, batch by batch, so that it can be stopped and shared.
+"""Drawing a target's pictures and taking their features, batch by batch, so that it can be stopped and shared.
 
-What is kept of a batch is one file, written whole; a batch whose file is there is not drawn again.  A batch is a
+The features of a batch are one file, written whole; a batch whose file exists is not drawn again.  A batch is a
 function of (seed, batch) alone, so the numbers depend neither on stops nor on how many processes share the batches.
 """
 
@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -20,21 +19,21 @@ from tqdm import tqdm
 
 from stepdistill import files
 from stepdistill.errors import UserError, reading
-from stepdistill.eval.extractors.base import read_tensors
 from stepdistill.eval.speed.latency import counted_passes
+from stepdistill.eval.stock_pipeline import StockPipeline
+from stepdistill.eval.tensor_files import read_tensors
 from stepdistill.finiteness import first_not_finite
 
-if TYPE_CHECKING:
-    from stepdistill.eval.stock_pipeline import StockPipeline
-
-    from .evaluate import Target, _Tools
+from .draws import draw_batch, select_conditions, split_into_batches
+from .targets import Target, count_steps
+from .tools import Tools
 
 KIND = "stepdistill.EvaluationBatch"
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What is kept of pictures, a row each.
+class BatchFeatures:
+    """What the judges say of pictures, a row each.
 
     Attributes:
         features: (N, F).
@@ -56,11 +55,11 @@ class Looked:
         files.write_tensors(path, tensors, {"kind": KIND, "seconds": repr(self.seconds), "passes": str(self.passes)})
 
     @classmethod
-    def load(cls, path: Path) -> Looked:
+    def load(cls, path: Path) -> BatchFeatures:
         """From a file that :meth:`save` wrote.
 
         Raises:
-            UserError: it is not there.
+            UserError: there is no such file, or it is damaged.
         """
         remedy = "every process must see the folder of the output"
         tensors, metadata = read_tensors(path, KIND, "file of a drawn batch", remedy)
@@ -70,7 +69,7 @@ class Looked:
             return cls(tensors["features"], tensors.get("scores"), rewards, seconds, passes)
 
     @classmethod
-    def joined(cls, parts: Sequence[Looked]) -> Looked:
+    def join(cls, parts: Sequence[BatchFeatures]) -> BatchFeatures:
         """All rows in the parts' order, seconds and passes added."""
         first = parts[0]
         return cls(
@@ -82,90 +81,92 @@ class Looked:
         )
 
 
-def batches(samples: int, batch_size: int) -> list[range]:
-    """The samples of each batch."""
-    return [range(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size)]
-
-
-def draw(target: Target, stock: StockPipeline, steps: int, guidance: float | None, seed: int, tools: _Tools) -> None:
-    """Draw this process's share of the batches of ``seed`` that are not there yet, each into its file.
+def draw_share(
+    target: Target, stock: StockPipeline, steps: int, guidance: float | None, seed: int, tools: Tools
+) -> None:
+    """Draw this process's share of the batches of ``seed`` that do not exist yet, each into its file.
 
     Raises:
         UserError: pixels, features or scores that are not numbers, or pictures that do not fit the extractor, reference
-            or settings.
+            or protocol.
     """
-    from .evaluate import drawn_batch, plural
-
-    settings, processes = tools.settings, tools.processes
-    whole = batches(settings.samples, settings.batch_size)
-    own = list(enumerate(whole))[processes.rank :: processes.world]
-    left = [(batch, of) for batch, of in own if not _is_there(tools, target, seed, batch, of)]
-    total, done = (sum(len(of) for _, of in some) for some in (own, [pair for pair in own if pair not in left]))
-    title = f"{target.name}, {plural(steps)}" + (f", seed {seed}" if settings.seeds > 1 else "")
-    title += f", 1 of {processes.world} processes" if processes.world > 1 else ""
-    bar = tqdm(total=total, initial=done, desc=title, unit="img", disable=not processes.main)
+    protocol, processes = tools.protocol, tools.processes
+    batches = list(enumerate(split_into_batches(protocol.samples, protocol.batch_size)))
+    share = batches[processes.rank :: processes.world]
+    missing = [(batch, indices) for batch, indices in share if not _is_drawn(tools, target, seed, batch, indices)]
+    total = sum(len(indices) for _, indices in share)
+    title = f"{target.name}, {count_steps(steps)}"
+    if protocol.seeds > 1:
+        title += f", seed {seed}"
+    if processes.world > 1:
+        title += f", 1 of {processes.world} processes"
+    finished = total - sum(len(indices) for _, indices in missing)
+    bar = tqdm(total=total, initial=finished, desc=title, unit="img", disable=not processes.main)
     with counted_passes(stock) as passed, bar:
-        for batch, indices in left:
+        for batch, indices in missing:
             before, started = passed[0], time.perf_counter()
-            pixels, conditions = drawn_batch(stock, steps, guidance, settings, batch, indices, seed, tools.prompts)
+            conditions = select_conditions(stock, indices, tools.prompts, protocol.labels)
+            pixels = draw_batch(stock, steps, guidance, conditions, len(indices), seed, batch)
             seconds = time.perf_counter() - started
-            looked = look(target, pixels, conditions, seconds, passed[0] - before, tools)
+            features = extract_features(target, pixels, conditions, seconds, passed[0] - before, tools)
             if tools.keep_samples is not None:
-                _save_pictures(tools.treatment.to_bytes(pixels), indices, _picture_folder(tools, target, seed))
-            looked.save(_file(tools, seed, batch))
+                _save_pictures(tools.preprocessing.to_bytes(pixels), indices, _picture_folder(tools, target, seed))
+            features.save(_batch_file(tools, seed, batch))
             bar.update(len(pixels))
 
 
-def drawn(tools: _Tools, seed: int) -> Looked:
-    """What was kept of all batches of ``seed``, in their order, whoever drew them."""
-    count = len(batches(tools.settings.samples, tools.settings.batch_size))
-    return Looked.joined([Looked.load(_file(tools, seed, batch)) for batch in range(count)])
+def load_features(tools: Tools, seed: int) -> BatchFeatures:
+    """The features of all batches of ``seed``, in their order, whoever drew them."""
+    count = len(split_into_batches(tools.protocol.samples, tools.protocol.batch_size))
+    return BatchFeatures.join([BatchFeatures.load(_batch_file(tools, seed, batch)) for batch in range(count)])
 
 
 @torch.no_grad()
-def look(target: Target, pixels: Tensor, conditions: list | None, seconds: float, passes: int, tools: _Tools) -> Looked:
+def extract_features(
+    target: Target, pixels: Tensor, conditions: list | None, seconds: float, passes: int, tools: Tools
+) -> BatchFeatures:
     """Features, scores and rewards of pixels (B, C, H, W) in [0, 1].
 
     Raises:
-        UserError: as :func:`draw`.
+        UserError: as :func:`draw_share`.
     """
-    wanted = tools.settings.drawn_side
-    if wanted is not None and tuple(pixels.shape[-2:]) != (wanted, wanted):
+    side = tools.protocol.drawn_side
+    if side is not None and tuple(pixels.shape[-2:]) != (side, side):
         raise UserError(
             f"{target.name} ({target.path}): draws {pixels.shape[-1]}x{pixels.shape[-2]} pictures, and this protocol "
-            f"is of {wanted}x{wanted}; measure a pipeline of that size, or set drawn_side"
+            f"is of {side}x{side}; measure a pipeline of that size, or set drawn_side"
         )
-    pictures = tools.treatment.to_bytes(pixels)
-    measured = tools.treatment(pictures)
-    tools.reference.check(tools.extractor, tuple(measured.shape[1:]))
-    features = tools.extractor(measured.to(tools.device))
+    pictures = tools.preprocessing.to_bytes(pixels)
+    processed = tools.preprocessing(pictures)
+    tools.reference.check(tools.extractor, tuple(processed.shape[1:]))
+    features = tools.extractor(processed.to(tools.device))
     scores = None
     if tools.scorer is not None:
-        scored = measured if tools.clip_treatment == tools.treatment else tools.clip_treatment(pictures)
-        scores = tools.scorer(scored, conditions)
-    given = 2 * pixels.to(tools.device) - 1
-    rewards = {reward.name: reward(given, conditions or []).float().cpu() for reward in tools.rewards}
+        same = tools.clip_preprocessing == tools.preprocessing
+        scores = tools.scorer(processed if same else tools.clip_preprocessing(pictures), conditions)
+    signed = 2 * pixels.to(tools.device) - 1
+    rewards = {reward.name: reward(signed, conditions or []).float().cpu() for reward in tools.rewards}
     judged = {"the CLIP score": scores} | {f"reward {name}": values for name, values in rewards.items()}
     if odd := first_not_finite((name, values) for name, values in judged.items() if values is not None):
         raise UserError(f"{odd}: gave numbers that are not finite for pictures of {target.name}; leave it out")
-    return Looked(features, scores, rewards, seconds, passes)
+    return BatchFeatures(features, scores, rewards, seconds, passes)
 
 
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def _file(tools: _Tools, seed: int, batch: int) -> Path:
+def _batch_file(tools: Tools, seed: int, batch: int) -> Path:
     return tools.work / f"seed-{seed}" / f"{batch:06d}.safetensors"
 
 
-def _picture_folder(tools: _Tools, target: Target, seed: int) -> Path:
+def _picture_folder(tools: Tools, target: Target, seed: int) -> Path:
     """``FOLDER/NAME-STEPS``, or ``FOLDER/NAME-STEPS/seed-SEED`` of several seeds; what is odd in a name is ``_``."""
     steps = "" if target.steps is None else f"-{target.steps}"
     folder = Path(tools.keep_samples) / (re.sub(r"[^\w.-]+", "_", target.name) + steps)
-    return folder / f"seed-{seed}" if tools.settings.seeds > 1 else folder
+    return folder / f"seed-{seed}" if tools.protocol.seeds > 1 else folder
 
 
-def _picture(folder: Path, index: int) -> Path:
+def _picture_file(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
@@ -173,20 +174,21 @@ def _save_pictures(pictures: Tensor, indices: range, folder: Path) -> None:
     arrays = pictures.permute(0, 2, 3, 1).cpu().numpy()
     for index, array in zip(indices, arrays, strict=True):
         image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-        with files.replacing(_picture(folder, index)) as temporary:
+        with files.replacing(_picture_file(folder, index)) as temporary:
             image.save(temporary, format="PNG")
 
 
-def _is_there(tools: _Tools, target: Target, seed: int, batch: int, indices: range) -> bool:
+def _is_drawn(tools: Tools, target: Target, seed: int, batch: int, indices: range) -> bool:
     """Whether a batch was drawn before a stop; its pictures are written before its file, so the last one will do."""
-    if not _file(tools, seed, batch).is_file():
+    if not _batch_file(tools, seed, batch).is_file():
         return False
-    return tools.keep_samples is None or _picture(_picture_folder(tools, target, seed), indices[-1]).is_file()
+    return tools.keep_samples is None or _picture_file(_picture_folder(tools, target, seed), indices[-1]).is_file()
 
 
-def pictures_kept(tools: _Tools, target: Target, seeds: list[int]) -> bool:
-    """Whether nothing is to be kept, or all pictures of a target lie there."""
+def has_pictures(tools: Tools, target: Target) -> bool:
+    """Whether no pictures are to be kept, or all of a target are in their folder."""
     if tools.keep_samples is None:
         return True
-    folders = [_picture_folder(tools, target, seed) for seed in seeds]
-    return all(_picture(folder, index).is_file() for folder in folders for index in range(tools.settings.samples))
+    folders = [_picture_folder(tools, target, seed) for seed in tools.protocol.list_seeds()]
+    indices = range(tools.protocol.samples)
+    return all(_picture_file(folder, index).is_file() for folder in folders for index in indices)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from stepdistill.errors import UserError
-from stepdistill.eval.measure import protocols
+from stepdistill.eval.measure.protocols import require_same
+from stepdistill.eval.measure.results import read_results
 
 from .curves import CURVE, in_thousands, logarithmic, read_curve
 from .html import escape, guarded, html_table, image, missing, read_config, svg, thin, write_page
@@ -95,7 +96,7 @@ def _measured(named: dict[str, Path], together: Together | None) -> str:
 
 def _numbers(together: Together) -> str:
     file, summary = together.evaluation, together.summary
-    found = protocols.read(file)
+    found = read_results(file)
     rows = missing(f"{file.name}, or it cannot be read") if found is None else evaluation_table(*found)
     return (html_table(summary) if summary else "") + rows
 
@@ -110,14 +111,14 @@ def _own_numbers(named: dict[str, Path]) -> str:
     first: tuple[str, dict[str, Any]] | None = None
     without = []
     for name, run in named.items():
-        found = protocols.read(run / "evaluation.json")
+        found = read_results(run / "evaluation.json")
         if found is None:
             without.append(name)
             continue
         protocol, own = found
         if first is None:
             first = (name, protocol)
-        protocols.require_same(first[1], protocol, f"{name}, beside {first[0]}", REMEDY)
+        require_same(first[1], protocol, f"{name}, beside {first[0]}", REMEDY)
         seen = {row.get("fingerprint") for row in rows} - {None}
         rows += [{**row, "name": f"{name}: {row['name']}"} for row in own if row.get("fingerprint") not in seen]
     absent = missing(f"evaluation.json of {', '.join(without)}") if without else ""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from stepdistill import files
 from stepdistill.errors import UserError
-from stepdistill.eval.measure.evaluate import Target, conditions_for, plural, resolve, step_generator, unit_noise
-from stepdistill.eval.measure.frechet import unit_uint8
+from stepdistill.eval.measure.draws import select_conditions, step_generator, unit_noise
+from stepdistill.eval.measure.pixels import unit_to_bytes
+from stepdistill.eval.measure.targets import Target, count_steps
 from stepdistill.eval.stock_pipeline import StockPipeline
 
 CELL, GAP, TITLE, HEADER = 64, 4, 30, 22
@@ -124,13 +125,13 @@ def grid(
     blocks, names = [], None
     for target in targets:
         stock = StockPipeline.load(target.path, device, null_label=target.null_label, variant=target.variant)
-        steps, guidance = resolve(target, stock)
-        conditions = conditions_for(stock, range(columns), prompts, labels)
+        steps, guidance = target.resolve_call(stock)
+        conditions = select_conditions(stock, range(columns), prompts, labels)
         noise = unit_noise(seed, 0, rows * columns, stock.noise_shape)
         generator = step_generator(seed, 0)
         drawn = [stock.generate(conditions, row, steps, generator, guidance) for row in noise.split(columns)]
         pixels = torch.cat(drawn)
-        blocks.append((f"{target.name}, {plural(steps)}", unit_uint8(pixels).cpu()))
+        blocks.append((f"{target.name}, {count_steps(steps)}", unit_to_bytes(pixels).cpu()))
         if names is None and conditions is not None:
             names = [_column_name(condition, label_names) for condition in conditions]
     return _save(_compose(blocks, columns, names), Path(path))

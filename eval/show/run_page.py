@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError
-from stepdistill.eval.measure import protocols
+from stepdistill.eval.measure.protocols import protocol_line
+from stepdistill.eval.measure.results import read_results
 from stepdistill.readers import parse_json
 
 from .grids import table_cells
@@ -169,7 +170,7 @@ def is_number(value: Any) -> bool:
 
 
 def _evaluation(run: Path) -> str:
-    found = protocols.read(run / "evaluation.json")
+    found = read_results(run / "evaluation.json")
     if found is None or not found[1]:
         return missing("evaluation.json, or it cannot be read (make it with: stepdistill evaluate)")
     date = (read_json(run / "evaluation.json") or {}).get("date", "")
@@ -180,7 +181,7 @@ def evaluation_table(protocol: dict[str, Any], rows: list[dict[str, Any]], date:
     """The rows as a table, the protocol's line below."""
     cells = table_cells(rows, str(protocol.get("metric", "frechet")))
     spread = ", ± over seeds" if any(row.get("std") for row in rows) else ""
-    said = [protocol.get("line") or protocols.protocol_line(protocol), f"on {protocol.get('device', '?')}", date]
+    said = [protocol.get("line") or protocol_line(protocol), f"on {protocol.get('device', '?')}", date]
     note = f"Lower is better; ratio and speed are against the first row{spread}. " + "; ".join(filter(None, said)) + "."
     notes = "".join(f'<p class="note">Note: {escape(own)}.</p>' for own in protocol.get("notes") or [])
     return f'{html_table(cells)}<p class="note">{escape(note)}</p>{notes}'

@@ -7,19 +7,16 @@ which.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stepdistill import assets
 from stepdistill.config import Section, UserPath
-from stepdistill.errors import UserError, running
-from stepdistill.plugins import import_attribute, made_by
 
 
 class ClipSettings(Section):
@@ -27,8 +24,8 @@ class ClipSettings(Section):
 
     model: UserPath = Field(
         "ViT-g-14",
-        description="open_clip's model name, local-dir:FOLDER, hf-hub:NAME with hub=true, a .safetensors file of ours "
-        "(stepdistill.judges.contrastive), or module:attribute: a ClipScorer or what gives one",
+        description="open_clip's model name, local-dir:FOLDER, hf-hub:NAME with hub=true, a .safetensors file of "
+        "stepdistill's (stepdistill.judges.contrastive), or module:attribute: a ClipScorer or what gives one",
     )
     pretrained: UserPath | None = Field(
         None, description="a weight file; with hub=true one of open_clip's tags, such as laion2b_s12b_b42k"
@@ -121,99 +118,3 @@ class ClipScorer:
         with torch.no_grad():
             texts = self.model.encode_text(self._tokens(prompts))
         return nn.functional.cosine_similarity(pictures, texts.float(), dim=-1)
-
-
-def load_clip(settings: ClipSettings, device: str | torch.device = "cpu") -> ClipScorer:
-    """A frozen model: open_clip's from a local file or folder, or from the hub where ``hub`` allows it, or your own.
-
-    Prints its tag.
-
-    Raises:
-        UserError: the package or the weights are missing, or open_clip cannot load them.
-    """
-    if settings.model.endswith(".safetensors"):
-        return _matching_scorer(settings, device)
-    if ":" in settings.model and not settings.model.startswith(("local-dir:", "hf-hub:")):
-        return _own_scorer(settings, device)
-    _check_weights(settings)
-    open_clip: Any = _open_clip()
-    try:
-        model, _, transform = open_clip.create_model_and_transforms(
-            settings.model, pretrained=settings.pretrained, device=device
-        )
-        tokenizer = open_clip.get_tokenizer(settings.model)
-    except Exception as error:  # open_clip raises many kinds; the user needs the model and the reason
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"clip {settings.tag}: open_clip cannot load it ({reason})") from None
-    print(f"CLIP: {settings.tag}")
-    scorer = ClipScorer(_frozen(model), transform, tokenizer, settings.tag, settings.prefix, device)
-    wanted = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
-    return replace(scorer, **{k: wanted[k] for k in ("size", "mean", "std")}) if wanted else scorer
-
-
-def _frozen(model):
-    return model.eval().requires_grad_(False) if isinstance(model, nn.Module) else model
-
-
-def _matching_scorer(settings: ClipSettings, device: str | torch.device) -> ClipScorer:
-    from .contrastive import MatchingNetwork  # it knows this module
-
-    found = MatchingNetwork.load(assets.resolve(settings.model)).to(device).scorer(device)
-    print(f"CLIP: {found.tag}")
-    return found
-
-
-def _own_scorer(settings: ClipSettings, device: str | torch.device) -> ClipScorer:
-    found = import_attribute(settings.model, "clip")
-    if callable(found) and not isinstance(found, ClipScorer):
-        found = made_by(found, settings.model, "clip")
-    if not isinstance(found, ClipScorer):
-        raise UserError(
-            f"clip {settings.model!r}: not a stepdistill.judges.clip.ClipScorer, nor a function that gives one"
-        )
-    print(f"CLIP: {found.tag}")
-    model = found.model.to(device) if isinstance(found.model, nn.Module) else found.model
-    return replace(found, model=_frozen(model), device=device)
-
-
-def check_clip(settings: ClipSettings, shape: tuple[int, int, int], items: list) -> None:
-    """Refuse a model whose file, folder or module is not there; your own is loaded and tried.
-
-    Args:
-        shape: (C, H, W) of the pictures; items: prompts of two of them; what is no prompt is not tried.
-
-    Raises:
-        UserError: it is not there, or fails.
-    """
-    if settings.model.endswith(".safetensors"):
-        if not Path(assets.resolve(settings.model)).is_file():
-            raise UserError(f"clip: {settings.model}: no such file")
-    elif ":" in settings.model and not settings.model.startswith(("local-dir:", "hf-hub:")):
-        scorer = _own_scorer(settings, "cpu")
-        if items and all(isinstance(item, str) for item in items):
-            with running(f"clip {settings.model!r}: called on two pictures it"):
-                cosine = scorer.cosine(torch.zeros(2, *shape), items)
-            if not isinstance(cosine, Tensor) or cosine.shape != (2,) or not cosine.isfinite().all():
-                raise UserError(f"clip {settings.model!r}: gave no finite number for each of two pictures; mend it")
-    else:
-        _check_weights(settings)
-
-
-def _check_weights(settings: ClipSettings) -> None:
-    folder = settings.model.removeprefix("local-dir:")
-    if folder != settings.model:
-        if not Path(folder).is_dir():
-            raise UserError(f"clip: folder {folder} is missing; put open_clip's config and weights of a model there")
-    elif not settings.hub and not Path(settings.pretrained).is_file():  # hf-hub: has hub, by the settings' check
-        raise UserError(
-            f"clip: weight file {settings.pretrained} of {settings.model} is missing; download it from the model's "
-            "page on the Hugging Face hub to that path, or set hub=true and a tag of open_clip's"
-        )
-
-
-def _open_clip():
-    try:
-        import open_clip
-    except ImportError as error:
-        raise UserError(f"clip: needs the package open_clip_torch ({error}); pip install 'stepdistill[eval]'") from None
-    return open_clip

@@ -32,7 +32,8 @@ from stepdistill.plugins import import_attribute, made_by
 from stepdistill.readers import read_json, read_weights
 from stepdistill.stock.loading import load_network
 
-from .clip import ClipScorer, ClipSettings, check_clip, load_clip
+from .clip import ClipScorer, ClipSettings
+from .load import check_clip, load_clip
 
 NEEDS = {
     "aesthetic": {

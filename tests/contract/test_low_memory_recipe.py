@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 from stepdistill.config import read_yaml
 from stepdistill.data.images import read_array_images
-from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
-from stepdistill.eval.measure.frechet import make_reference
+from stepdistill.eval.extractors.load import as_extractor
+from stepdistill.eval.extractors.small import FeatureNetwork
+from stepdistill.eval.measure.reference_statistics import make_reference
 from stepdistill.roles.lora import read_lora
 
 pytestmark = pytest.mark.slow

@@ -21,9 +21,14 @@ from safetensors.torch import load_file, save_file
 from stepdistill.data.images import read_array_images
 from stepdistill.data.router import PartitionSettings, make_router
 from stepdistill.errors import UserError
-from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor, load_extractor
-from stepdistill.eval.measure.evaluate import EvaluationSettings, Target, evaluate, step_generator, unit_noise
-from stepdistill.eval.measure.frechet import ReferenceStatistics, make_reference, unit_uint8
+from stepdistill.eval.extractors.load import as_extractor, load_extractor
+from stepdistill.eval.extractors.small import FeatureNetwork
+from stepdistill.eval.measure.draws import step_generator, unit_noise
+from stepdistill.eval.measure.evaluate import evaluate
+from stepdistill.eval.measure.pixels import unit_to_bytes
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics, make_reference
+from stepdistill.eval.measure.settings import Protocol
+from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.pipelines import MSDPipeline, export_students
 
@@ -487,8 +492,8 @@ def measure(tmp_path_factory) -> dict[str, str]:
     return {"extractor": str(file), "reference": str(reference.save(folder / "reference.safetensors"))}
 
 
-def settings(measure, **more) -> EvaluationSettings:
-    return EvaluationSettings(samples=20, batch_size=8, kid=False, **measure, **more)
+def settings(measure, **more) -> Protocol:
+    return Protocol(samples=20, batch_size=8, kid=False, **measure, **more)
 
 
 @pytest.mark.parametrize("name", ["label-1", "label-4"])
@@ -507,7 +512,7 @@ def test_the_distance_is_of_all_samples_together(name, made, measure, tmp_path):
         pixels.append(own.sample(items, noise, seeds))
         routes += own.route(items)
     extractor, reference = load_extractor(measure["extractor"]), ReferenceStatistics.load(measure["reference"])
-    features = extractor(unit_uint8(torch.cat(pixels)))
+    features = extractor(unit_to_bytes(torch.cat(pixels)))
     assert row["frechet"] == pytest.approx(reference.frechet(features), rel=1e-3)
     chosen = torch.tensor(routes)
     apart = [reference.frechet(features[chosen == k]) for k in range(2)]

@@ -18,10 +18,9 @@ from stepdistill.data.pictures import fit, opaque, open_picture, upright, uprigh
 from stepdistill.data.preference_pairs import PreferenceSettings, read_preferences
 from stepdistill.data.sources import load_images
 from stepdistill.errors import UserError
-from stepdistill.eval.measure.evaluate import EvaluationSettings
-from stepdistill.eval.measure.preprocessing import Treatment, treated_folder
+from stepdistill.eval.measure.preprocessing import Preprocessing, read_preprocessed_folder
 from stepdistill.eval.measure.presets import PRESETS
-from stepdistill.eval.measure.references import treated
+from stepdistill.eval.measure.settings import Protocol
 from stepdistill.settings import ImagesSettings
 
 COLOUR, GREY = (3, 4, 6), (1, 4, 6)
@@ -97,16 +96,17 @@ def test_preference_pairs_are_turned(tmp_path):
 
 def test_a_reference_folder_is_read_as_shown_and_by_papers_protocols_as_stored(tmp_path):
     (tmp_path / "a.png").write_bytes(turned(np.kron(STORED, np.ones((4, 4, 1), dtype=np.uint8))))
-    shown = treated_folder(tmp_path, Treatment(8)).batch([0])
-    stored = treated_folder(tmp_path, Treatment(8, files="stored")).batch([0])
+    shown = read_preprocessed_folder(tmp_path, Preprocessing(8)).batch([0])
+    stored = read_preprocessed_folder(tmp_path, Preprocessing(8, files="stored")).batch([0])
     image = Image.open(tmp_path / "a.png").convert("RGB")
-    assert torch.equal(stored[0], as_pixels(Treatment(8).of_image(image)))
-    assert torch.equal(shown[0], as_pixels(Treatment(8).of_image(ImageOps.exif_transpose(image))))
+    assert torch.equal(stored[0], as_pixels(Preprocessing(8).process_image(image)))
+    assert torch.equal(shown[0], as_pixels(Preprocessing(8).process_image(ImageOps.exif_transpose(image))))
     assert not torch.equal(shown, stored)
-    assert treated(Treatment(8)) != treated(Treatment(8, files="stored"))  # statistics are not taken for each other's
+    # the statistics of one are not taken for the other's
+    assert Preprocessing(8).description != Preprocessing(8, files="stored").description
     for name in ("coco30k", "coco10k-sdxl"):
         assert PRESETS[name].settings["reference_files"] == "stored"
-    assert EvaluationSettings().reference_files == "shown"
+    assert Protocol().reference_files == "shown"
 
 
 # -- transparency ------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_every_reader_puts_transparent_pictures_on_the_configs_colour(tmp_path):
             pixels = ((images.batch([0])[0] + 1) * 127.5).round()
             assert (pixels[:, :, :3] == below).all()
             assert (pixels[:, 0, 4] == torch.tensor([200.0, 40, 10])).all()
-    shown = treated_folder(tmp_path / "images", Treatment(4)).batch([0])
+    shown = read_preprocessed_folder(tmp_path / "images", Preprocessing(4)).batch([0])
     assert shown[0, 0, 0, 0] == 1  # a reference's is white
 
 

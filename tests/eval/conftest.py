@@ -8,8 +8,9 @@ import torch
 from tiny import save_pixels, save_stable_diffusion
 
 from stepdistill.data.images import read_array_images
-from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
-from stepdistill.eval.measure.frechet import make_reference
+from stepdistill.eval.extractors.load import as_extractor
+from stepdistill.eval.extractors.small import FeatureNetwork
+from stepdistill.eval.measure.reference_statistics import make_reference
 
 
 @pytest.fixture(scope="session")

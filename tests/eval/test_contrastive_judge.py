@@ -10,10 +10,11 @@ import torch
 
 from stepdistill.config import check
 from stepdistill.errors import UserError
-from stepdistill.eval.extractors.base import load_extractor
-from stepdistill.eval.measure.frechet import ReferenceStatistics
-from stepdistill.judges.clip import ClipSettings, load_clip
+from stepdistill.eval.extractors.load import load_extractor
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
+from stepdistill.judges.clip import ClipSettings
 from stepdistill.judges.contrastive import MatchingNetwork, is_matching
+from stepdistill.judges.load import load_clip
 from stepdistill.trainers.teachers.captioned import Entry, caption_of, read_pictures, write_pictures
 from stepdistill.trainers.teachers.judge_captions import MatchingConfig, prepare_matching, ranks
 

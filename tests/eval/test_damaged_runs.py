@@ -9,7 +9,7 @@ import time
 import pytest
 
 from stepdistill.errors import UserError
-from stepdistill.eval.measure import protocols
+from stepdistill.eval.measure.results import check_replaceable, read_results
 from stepdistill.eval.run_evaluation import label_names, read_run
 from stepdistill.eval.show.comparison_page import write_comparison
 from stepdistill.eval.show.curves import read_curve
@@ -134,9 +134,9 @@ CHANGES = [
 @pytest.mark.parametrize("changes", CHANGES)
 def test_evaluations_of_other_types_are_none(changes, run):
     (run / "evaluation.json").write_text(json.dumps({**EVALUATION, **changes}))
-    assert protocols.read(run / "evaluation.json") is None
+    assert read_results(run / "evaluation.json") is None
     with pytest.raises(UserError, match="is no evaluation of stepdistill's, or damaged"):
-        protocols.check_ours(run / "evaluation.json")
+        check_replaceable(run / "evaluation.json")
 
 
 def test_pages_of_an_evaluation_of_another_type(run):
@@ -147,7 +147,7 @@ def test_pages_of_an_evaluation_of_another_type(run):
 
 
 def test_a_whole_evaluation_is_read(run):
-    assert protocols.read(run / "evaluation.json") == (EVALUATION["protocol"], EVALUATION["rows"])
+    assert read_results(run / "evaluation.json") == (EVALUATION["protocol"], EVALUATION["rows"])
     report, comparison = pages(run)
     assert "frechet[x]" in report
     assert "frechet[x]" in comparison

@@ -12,8 +12,9 @@ from console import stepdistill
 from datasets import Dataset
 
 from stepdistill.data.images import read_array_images
-from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
-from stepdistill.eval.measure.frechet import make_reference
+from stepdistill.eval.extractors.load import as_extractor
+from stepdistill.eval.extractors.small import FeatureNetwork
+from stepdistill.eval.measure.reference_statistics import make_reference
 from stepdistill.eval.run_evaluation import run_targets, shown_prompts
 from stepdistill.trainers.plans.job import make_job
 

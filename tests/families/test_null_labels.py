@@ -13,7 +13,7 @@ from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 
 from stepdistill.data.images import label_ranges
 from stepdistill.errors import UserError
-from stepdistill.eval.measure.evaluate import conditions_for
+from stepdistill.eval.measure.draws import select_conditions
 from stepdistill.eval.run_evaluation import run_targets
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
@@ -101,7 +101,7 @@ def test_the_exported_student_draws_the_class_of_a_label(null, embeddings, tmp_p
     torch.testing.assert_close(drawn, (family.decode(ours) + 1) / 2, rtol=0, atol=1e-5)
     stock = StockPipeline.load(folder)
     assert (stock.labels, stock.num_labels) == (labels, 3)
-    assert conditions_for(stock, range(5)) == [*labels, *labels[:2]]
+    assert select_conditions(stock, range(5)) == [*labels, *labels[:2]]
     card = (folder / "README.md").read_text()
     assert f"class_labels=[{labels[0]}]" in card
     assert ("stands for no class" in card) == (embeddings == 4)

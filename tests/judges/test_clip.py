@@ -6,7 +6,8 @@ import torch
 
 from stepdistill.config import check
 from stepdistill.errors import UserError
-from stepdistill.judges.clip import ClipScorer, ClipSettings, cosine_scores, load_clip
+from stepdistill.judges.clip import ClipScorer, ClipSettings, cosine_scores
+from stepdistill.judges.load import load_clip
 
 
 class Colours:

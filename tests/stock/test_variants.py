@@ -13,7 +13,7 @@ from console import stepdistill
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 
 from stepdistill.errors import UserError
-from stepdistill.eval.measure.evaluate import Target
+from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.run_evaluation import run_targets
 from stepdistill.eval.show.grids import grid
 from stepdistill.eval.speed import inference

@@ -37,7 +37,8 @@ from stepdistill.data.prompts import content_notes, read_prompts
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.judges.clip import ClipSettings, load_clip
+from stepdistill.judges.clip import ClipSettings
+from stepdistill.judges.load import load_clip
 from stepdistill.objectives.alignment import clamped_cosine_loss
 from stepdistill.objectives.surrogate import surrogate_loss
 from stepdistill.objectives.variational import variational_score_gradient

@@ -19,8 +19,8 @@ from stepdistill.data.router import Router
 from stepdistill.data.sources import load_images, prompts_of
 from stepdistill.digests import digests_of
 from stepdistill.errors import UserError, first_line
-from stepdistill.eval.extractors.base import load_extractor
-from stepdistill.eval.measure.frechet import ReferenceStatistics
+from stepdistill.eval.extractors.load import load_extractor
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
 from stepdistill.judges.rewards import check_models

@@ -21,10 +21,13 @@ from pydantic import Field, field_validator, model_validator
 from stepdistill import assets, files
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError, shown
-from stepdistill.eval.extractors.base import load_extractor
-from stepdistill.eval.measure import protocols
-from stepdistill.eval.measure.evaluate import Target, evaluate, step_generator, unit_noise
-from stepdistill.eval.measure.frechet import ReferenceStatistics, unit_uint8
+from stepdistill.eval.extractors.load import load_extractor
+from stepdistill.eval.measure.draws import step_generator, unit_noise
+from stepdistill.eval.measure.evaluate import evaluate
+from stepdistill.eval.measure.pixels import unit_to_bytes
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
+from stepdistill.eval.measure.results import read_results
+from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.run_evaluation import label_names, protocol, shown_prompts, teacher_scale
 from stepdistill.eval.show.comparison_page import Together, write_comparison
 from stepdistill.eval.show.curves import CURVE, Curve, curves_table, draw_curves, read_curve, write_curve
@@ -33,7 +36,7 @@ from stepdistill.finiteness import is_finite
 from stepdistill.judges.clip import ClipSettings
 from stepdistill.run import RunFolder, check_place
 from stepdistill.seeds import RunSeed
-from stepdistill.settings import EvaluationSettings, RunSettings
+from stepdistill.settings import JudgeSettings, RunSettings
 from stepdistill.stock.folders import hub_folder, is_free
 from stepdistill.trainers.loop.trainer import Trainer
 
@@ -95,7 +98,7 @@ class CompareSettings(Section):
         return read_entries(self.runs, self.seeds, self.overrides, self.passes, Path(self.output), folder)
 
 
-def curve_protocol(own: EvaluationSettings, samples: int, extractor: str, reference: str) -> dict[str, Any]:
+def curve_protocol(own: JudgeSettings, samples: int, extractor: str, reference: str) -> dict[str, Any]:
     """What the points of two curves must share to be drawn together; extractor and reference by their hashes."""
     shared = {"samples": samples, "batch_size": own.batch_size, "seed": own.seed}
     return {**shared, "extractor": extractor[:12], "reference": reference[:12]}
@@ -141,7 +144,7 @@ class DistanceCurve:
                 pixels = family.decode(x0)
                 if not is_finite(pixels):
                     raise UserError(f"the student's pictures are not finite after {trainer.passes:,} network passes")
-                features.append(self.extractor(unit_uint8((pixels + 1) / 2)))
+                features.append(self.extractor(unit_to_bytes((pixels + 1) / 2)))
         meter.forward, meter.backward = kept
         return self.reference.frechet(torch.cat(features))
 
@@ -229,7 +232,7 @@ def _check_output(output: Path, entries: dict[str, Contestant]) -> None:
     begun = any((made.run.path / "config.yaml").exists() for made in entries.values())
     names = {"evaluation.work", "teacher.work", *(made.run.path.name for made in entries.values())}
     early = is_free(output, names | {path.name for path in output.glob("reference-*.safetensors")})
-    if not begun and not early and protocols.read(output / "evaluation.json") is None:
+    if not begun and not early and read_results(output / "evaluation.json") is None:
         raise UserError(
             f"output = {output}: the folder is not empty and holds no comparison; choose another with output=FOLDER"
         )

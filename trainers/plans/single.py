@@ -27,7 +27,7 @@ from stepdistill.config import dump_yaml, read_yaml
 from stepdistill.data.router import Router
 from stepdistill.digests import check_same
 from stepdistill.errors import UserError, writing
-from stepdistill.eval.measure.processes import alone
+from stepdistill.eval.measure.processes import environment_without_launcher
 from stepdistill.eval.show.run_page import write_report
 from stepdistill.families.base import Family
 from stepdistill.pipelines import export_student, export_students
@@ -592,7 +592,7 @@ def evaluate_and_report(enabled: bool, run: RunFolder) -> None:
     """Evaluate in a fresh process that loads the student as anyone would, then write the report."""
     if enabled:
         command = [sys.executable, "-P", "-m", "stepdistill", "evaluate", str(run.path)]
-        done = subprocess.run(command, check=False, env=alone())
+        done = subprocess.run(command, check=False, env=environment_without_launcher())
         if done.returncode:
             again = shlex.join(["stepdistill", "evaluate", str(run.path)])
             raise UserError(f"the evaluation ended with exit code {done.returncode}; try: {again}")

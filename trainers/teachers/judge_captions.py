@@ -20,8 +20,8 @@ from tqdm import tqdm
 from stepdistill.config import Section, UserPath
 from stepdistill.data.images import ImageSet, Order, read_array_images
 from stepdistill.errors import UserError
-from stepdistill.eval.extractors.base import as_extractor
-from stepdistill.eval.measure.frechet import make_reference
+from stepdistill.eval.extractors.load import as_extractor
+from stepdistill.eval.measure.reference_statistics import make_reference
 from stepdistill.files import write_tensors
 from stepdistill.judges.contrastive import MatchingNetwork
 from stepdistill.seeds import RunSeed

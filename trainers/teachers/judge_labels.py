@@ -18,8 +18,10 @@ from tqdm import tqdm
 from stepdistill.config import Section, UserPath
 from stepdistill.data.images import ImageSet, Order, mirrored, read_idx, read_npz, write_npz
 from stepdistill.errors import UserError
-from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
-from stepdistill.eval.measure.frechet import make_reference, pixels_uint8
+from stepdistill.eval.extractors.load import as_extractor
+from stepdistill.eval.extractors.small import FeatureNetwork
+from stepdistill.eval.measure.pixels import signed_to_bytes
+from stepdistill.eval.measure.reference_statistics import make_reference
 from stepdistill.seeds import RunSeed
 from stepdistill.stock.folders import without_places
 
@@ -80,7 +82,7 @@ class FeatureConfig(Section):
 def read_all(images: ImageSet, batch_size: int = 1000) -> Tensor:
     """Every picture as uint8 (N, C, H, W)."""
     starts = range(0, len(images), batch_size)
-    return torch.cat([pixels_uint8(images.batch(list(range(i, min(i + batch_size, len(images)))))) for i in starts])
+    return torch.cat([signed_to_bytes(images.batch(list(range(i, min(i + batch_size, len(images)))))) for i in starts])
 
 
 def _shifted(pixels: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -173,7 +175,7 @@ def balanced_subset(labels: list[int], count: int, seed: int) -> list[int]:
 def pack_images(images: ImageSet, count: int, seed: int, path: str | Path) -> Path:
     """A class-balanced subset as a compressed ``.npz``: ``images`` uint8 (N, H, W[, C]), ``labels`` int64 (N,)."""
     index = balanced_subset(images.labels, count, seed)
-    pixels = pixels_uint8(images.batch(index)).permute(0, 2, 3, 1).numpy()
+    pixels = signed_to_bytes(images.batch(index)).permute(0, 2, 3, 1).numpy()
     return write_npz(path, pixels, np.asarray(images.labels)[index])
 
 

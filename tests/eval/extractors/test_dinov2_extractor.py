@@ -12,9 +12,9 @@ from transformers import Dinov2Config, Dinov2Model
 from stepdistill.data.images import read_array_images
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors import dinov2
-from stepdistill.eval.extractors.base import load_extractor
 from stepdistill.eval.extractors.dinov2 import MEAN, STD, load_dinov2
-from stepdistill.eval.measure.frechet import make_reference
+from stepdistill.eval.extractors.load import load_extractor
+from stepdistill.eval.measure.reference_statistics import make_reference
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from stepdistill import assets
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors import inception
-from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor, load_extractor
-from stepdistill.eval.measure.frechet import ReferenceStatistics
+from stepdistill.eval.extractors.load import as_extractor, load_extractor
+from stepdistill.eval.extractors.small import FeatureNetwork
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.trainers.teachers.judge_labels import (
     FeatureConfig,
     balanced_subset,

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from stepdistill import assets
 from stepdistill.errors import UserError
-from stepdistill.eval.extractors.base import load_extractor
-from stepdistill.eval.measure.frechet import ReferenceStatistics
+from stepdistill.eval.extractors.load import load_extractor
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.readers import read_tensors
 
 

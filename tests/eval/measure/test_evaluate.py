@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 import torch
 from console import stepdistill
+from measuring import draw_all
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stepdistill.config import check
 from stepdistill.errors import UserError
-from stepdistill.eval.extractors.base import load_extractor
+from stepdistill.eval.extractors.load import load_extractor
 from stepdistill.eval.measure import evaluate as module
-from stepdistill.eval.measure.evaluate import EvaluationSettings, Target, conditions_for, evaluate, samples, unit_noise
-from stepdistill.eval.measure.frechet import ReferenceStatistics, unit_uint8
+from stepdistill.eval.measure.draws import select_conditions, unit_noise
+from stepdistill.eval.measure.evaluate import evaluate
+from stepdistill.eval.measure.pixels import unit_to_bytes
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
+from stepdistill.eval.measure.settings import Protocol
+from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.show.grids import grid, table
 from stepdistill.eval.speed.latency import PARTS, measure_latency
 from stepdistill.eval.stock_pipeline import StockPipeline
@@ -24,7 +29,7 @@ from stepdistill.judges.rewards import RewardSettings
 
 @pytest.fixture
 def settings(network_file, reference_file):
-    return EvaluationSettings(samples=20, batch_size=8, extractor=str(network_file), kid_subsets=3, kid_subset_size=15)
+    return Protocol(samples=20, batch_size=8, extractor=str(network_file), kid_subsets=3, kid_subset_size=15)
 
 
 @pytest.fixture
@@ -77,7 +82,7 @@ def test_the_row_is_the_distance_of_the_samples(tmp_path, label_folder, settings
     stock = StockPipeline.load(label_folder)
     extractor = load_extractor(str(network_file))
     # in the same batches: a convolution's last digits depend on how many pictures it is given
-    features = torch.cat([extractor(unit_uint8(x)) for x, _ in samples(stock, 2, None, settings)])
+    features = torch.cat([extractor(unit_to_bytes(x)) for x, _ in draw_all(stock, 2, None, settings)])
     reference = ReferenceStatistics.load(reference_file)
     assert row["frechet"] == pytest.approx(reference.frechet(features), rel=1e-9)
     assert (row["kid_mean"], row["kid_std"]) == pytest.approx(reference.kernel(features, 3, 15, 0))
@@ -141,41 +146,40 @@ def test_what_was_measured_before_a_stop_is_kept(tmp_path, label_folder, student
 
 def test_only_the_named_labels_are_drawn(label_folder):
     stock = StockPipeline.load(label_folder)
-    assert conditions_for(stock, range(2, 7), labels=[2, 0]) == [2, 0, 2, 0, 2]
+    assert select_conditions(stock, range(2, 7), labels=[2, 0]) == [2, 0, 2, 0, 2]
     with pytest.raises(UserError, match="names no label"):
-        check(EvaluationSettings, {"labels": []}, "evaluation")
+        check(Protocol, {"labels": []}, "evaluation")
 
 
 def test_prompts_in_turn_with_guidance(tmp_path, stable_diffusion_folder, network_file, drawn):
     """A guided call takes two passes an image; pictures of another shape than the reference's are refused."""
     (tmp_path / "prompts.txt").write_text("a cat\na dog\nan owl\n")
     stock = StockPipeline.load(stable_diffusion_folder)
-    settings = EvaluationSettings(
-        samples=4, batch_size=2, extractor=str(network_file), prompts=str(tmp_path / "prompts.txt")
-    )
+    settings = Protocol(samples=4, batch_size=2, extractor=str(network_file), prompts=str(tmp_path / "prompts.txt"))
     target = Target("sd", stable_diffusion_folder, 2, guidance_scale=3.0)
     with pytest.raises(UserError, match=r"its pictures are \(1, 16, 16\).*these are \(3, 16, 16\)"):
         evaluate([target], settings, tmp_path)
     assert not (tmp_path / "evaluation.json").exists()
     drawn.clear()
     prompts = ["a cat", "a dog", "an owl"]
-    list(samples(stock, 2, 3.0, settings, prompts))
+    list(draw_all(stock, 2, 3.0, settings, prompts))
     assert [call[1] for call in drawn] == [["a cat", "a dog"], ["an owl", "a cat"]]
     with pytest.raises(UserError, match="set prompts"):
-        conditions_for(stock, range(2), None)
+        select_conditions(stock, range(2), None)
 
 
 def test_passes_count_the_guided_half(stable_diffusion_folder, tmp_path):
     from stepdistill.data.images import read_array_images
-    from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
-    from stepdistill.eval.measure.frechet import make_reference
+    from stepdistill.eval.extractors.load import as_extractor
+    from stepdistill.eval.extractors.small import FeatureNetwork
+    from stepdistill.eval.measure.reference_statistics import make_reference
 
     file = FeatureNetwork(3, num_features=4, width=8, name="rgb").save(tmp_path / "features.safetensors")
     pixels = torch.randint(0, 256, (40, 16, 16, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
     images = read_array_images(pixels, None, (3, 16, 16), False, "noise")
     make_reference(images, as_extractor(FeatureNetwork.load(file))).save(tmp_path / "reference.safetensors")
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    settings = EvaluationSettings(
+    settings = Protocol(
         samples=4, batch_size=3, extractor=str(file), prompts=str(tmp_path / "prompts.txt"), kid=False, latency=True
     )
     guided, plain = evaluate(
@@ -269,7 +273,7 @@ def test_grid_has_a_block_for_each_target_on_the_same_noise(tmp_path, label_fold
         assert image.size == (3 * 68 + 4, 22 + 2 * (30 + 2 * 68))
         first = StockPipeline.load(label_folder).generate([0, 1, 2], drawn[0][2], 2, torch.Generator())[1, 0]
         cell = image.crop((68 + 4, 52, 68 + 68, 52 + 64)).resize((16, 16), Image.Resampling.NEAREST)
-        assert torch.equal(torch.from_numpy(np.array(cell)[..., 0]), unit_uint8(first))
+        assert torch.equal(torch.from_numpy(np.array(cell)[..., 0]), unit_to_bytes(first))
 
 
 def test_rewards_are_means_over_the_pictures_in_minus_one_to_one(tmp_path, student_folder, settings, network_file):
@@ -277,7 +281,7 @@ def test_rewards_are_means_over_the_pictures_in_minus_one_to_one(tmp_path, stude
     settings = settings.model_copy(update={"rewards": [RewardSettings(reward=name) for name in named]})
     (row,) = evaluate([Target("student", student_folder)], settings, tmp_path)
     stock = StockPipeline.load(student_folder)
-    pixels = 2 * torch.cat([pixels for pixels, _ in samples(stock, 1, None, settings)]) - 1
+    pixels = 2 * torch.cat([pixels for pixels, _ in draw_all(stock, 1, None, settings)]) - 1
     across, down = pixels.diff(dim=-1).abs().mean(), pixels.diff(dim=-2).abs().mean()
     expected = dict(zip(named, (pixels.mean().item(), (across + down).item() / 2), strict=True))
     assert row["rewards"] == pytest.approx(expected, abs=1e-6)

@@ -15,10 +15,14 @@ from console import stepdistill
 from safetensors.torch import load_file, save_file
 
 from stepdistill.errors import UserError
-from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
-from stepdistill.eval.measure import protocols
-from stepdistill.eval.measure.evaluate import EvaluationSettings, Target, evaluate
-from stepdistill.eval.measure.frechet import ReferenceStatistics, make_reference
+from stepdistill.eval.extractors.load import as_extractor
+from stepdistill.eval.extractors.small import FeatureNetwork
+from stepdistill.eval.measure.evaluate import evaluate
+from stepdistill.eval.measure.protocols import list_notes
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics, make_reference
+from stepdistill.eval.measure.results import read_results
+from stepdistill.eval.measure.settings import Protocol
+from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.show.grids import grid
 from stepdistill.eval.show.run_page import evaluation_table
 from stepdistill.judges.rewards import RewardSettings
@@ -29,7 +33,7 @@ KEPT = 100  # features of the reference of the tests, of 8 each
 
 @pytest.fixture
 def settings(network_file, reference_file):
-    return EvaluationSettings(samples=20, batch_size=8, extractor=str(network_file), kid_subsets=3, kid_subset_size=15)
+    return Protocol(samples=20, batch_size=8, extractor=str(network_file), kid_subsets=3, kid_subset_size=15)
 
 
 @pytest.fixture
@@ -121,7 +125,7 @@ def test_a_curve_has_no_point_of_what_is_no_number():
 
 
 def noted(samples: int, features: int = 8, n: int = 200, kept: int = KEPT, subset: int = 15, kid: bool = True):
-    return protocols.notes_of(
+    return list_notes(
         {
             "features": features,
             "settings": {"samples": samples, "kid": kid, "kid_subset_size": subset},
@@ -165,7 +169,7 @@ def test_they_are_printed_and_in_the_file_and_on_the_page(label_folder, network_
     page = evaluation_table(content["protocol"], content["rows"])
     for note in notes:
         assert f"Note: {note}." in page
-    assert protocols.read(file) is not None
+    assert read_results(file) is not None
 
 
 def test_an_older_file_without_notes_is_a_page_still(label_folder, settings, tmp_path):

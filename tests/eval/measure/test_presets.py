@@ -12,9 +12,9 @@ from PIL import Image
 
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors import inception
-from stepdistill.eval.extractors.base import FeatureNetwork
-from stepdistill.eval.measure.evaluate import EvaluationSettings
-from stepdistill.eval.measure.presets import PRESETS, make_settings
+from stepdistill.eval.extractors.small import FeatureNetwork
+from stepdistill.eval.measure.presets import PRESETS, make_protocol
+from stepdistill.eval.measure.settings import Protocol
 from stepdistill.eval.run_evaluation import protocol
 from stepdistill.judges.clip import ClipScorer
 from stepdistill.trainers.plans.resolve import read_job
@@ -34,18 +34,18 @@ def files(tmp_path, monkeypatch):
 
 
 def test_coco30k_is_dmd2s(files):
-    settings = make_settings("coco30k", files, [])
+    settings = make_protocol("coco30k", files, [])
     assert settings.preset == "coco30k"
     assert (settings.samples, settings.drawn_side, settings.resize, settings.clip_resize) == (30000, 512, 256, 256)
     assert (settings.extractor, settings.quantise, settings.distinct_prompts) == ("inception", "floor", True)
     assert (settings.clip.model, settings.clip.prefix, settings.clip.hub) == ("ViT-g-14", "A photo depicts ", False)
-    larger = make_settings("coco10k-sdxl", files, [])
+    larger = make_protocol("coco10k-sdxl", files, [])
     assert (larger.samples, larger.drawn_side, larger.resize, larger.clip_resize) == (10000, 1024, 512, 256)
 
 
 @pytest.mark.parametrize(("name", "side"), [("imagenet64", 64), ("cifar10", 32)])
 def test_edms_are_fifty_thousand_with_labels_in_turn(files, name, side):
-    settings = make_settings(name, {"reference": files["reference"]}, [])
+    settings = make_protocol(name, {"reference": files["reference"]}, [])
     assert (settings.samples, settings.drawn_side, settings.labels) == (50000, side, "uniform")
     assert (settings.extractor, settings.resize, settings.clip) == ("inception_tensorflow", None, None)
 
@@ -53,8 +53,8 @@ def test_edms_are_fifty_thousand_with_labels_in_turn(files, name, side):
 def test_fashion_mnist_is_what_the_quickstart_does():
     config = read_job("configs/quickstart.yaml").config.model_dump(mode="json")
     own = protocol(config, config["evaluation"]["samples"])
-    preset = make_settings("fashion_mnist", {}, [])
-    differing = {key for key in EvaluationSettings.model_fields if getattr(own, key) != getattr(preset, key)}
+    preset = make_protocol("fashion_mnist", {}, [])
+    differing = {key for key in Protocol.model_fields if getattr(own, key) != getattr(preset, key)}
     assert differing == {"preset", "extractor", "reference"}  # the same files by other names
     assert own.extractor == "asset:fashion_mnist/features.safetensors"
 
@@ -62,7 +62,7 @@ def test_fashion_mnist_is_what_the_quickstart_does():
 def test_what_is_not_there_is_named_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "default_location", lambda: tmp_path / "inception.pt")
     with pytest.raises(UserError) as error:
-        make_settings("coco30k", {"prompts": str(tmp_path / "none.txt")}, [])
+        make_protocol("coco30k", {"prompts": str(tmp_path / "none.txt")}, [])
     message = str(error.value)
     assert "\n" not in message
     for words in (
@@ -74,25 +74,25 @@ def test_what_is_not_there_is_named_in_one_line(tmp_path, monkeypatch):
         assert words in message
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"imagenet64 needs .*EDM's imagenet-64x64\.npz"):
-        make_settings("imagenet64", {}, [])
+        make_protocol("imagenet64", {}, [])
     with pytest.raises(UserError, match="use one of coco30k: zero-shot COCO-30k"):
-        make_settings("coco", {}, [])
+        make_protocol("coco", {}, [])
 
 
 def test_a_change_of_protocol_is_said_and_others_are_not(files):
     free = ["seeds=3", "precision_recall=true", "diversity=true", "latency=true", "kid=true"]
-    assert make_settings("coco30k", files, free).preset == "coco30k"
-    assert make_settings("coco30k", {**files, "extractor": f"inception:{files['reference']}"}, []).preset == "coco30k"
-    changed = make_settings("coco30k", {**files, "samples": 5000, "seed": 1}, ["clip.prefix=''"])
+    assert make_protocol("coco30k", files, free).preset == "coco30k"
+    assert make_protocol("coco30k", {**files, "extractor": f"inception:{files['reference']}"}, []).preset == "coco30k"
+    changed = make_protocol("coco30k", {**files, "samples": 5000, "seed": 1}, ["clip.prefix=''"])
     assert changed.preset == (
         "coco30k, but clip.prefix ('A photo depicts ' in the preset, '' here), samples (30000 in the preset, "
         "5000 here), seed (10 in the preset, 1 here)"
     )
-    assert make_settings("imagenet64", {"reference": files["reference"]}, ["resize=32"]).preset.startswith(
+    assert make_protocol("imagenet64", {"reference": files["reference"]}, ["resize=32"]).preset.startswith(
         "imagenet64, but"
     )
     with pytest.raises(UserError, match="preset coco30k: unknown key 'sample'"):
-        make_settings("coco30k", files, ["sample=3"])
+        make_protocol("coco30k", files, ["sample=3"])
 
 
 def test_presets_do_not_change():
@@ -100,7 +100,7 @@ def test_presets_do_not_change():
         PRESETS["coco30k"].title = "another"
     for name, preset in PRESETS.items():  # every preset's settings are settings
         raw = preset.settings | ({"clip": {**preset.settings["clip"], "pretrained": "f"}} if preset.clip else {})
-        assert EvaluationSettings.model_validate(raw).samples >= 5000, name
+        assert Protocol.model_validate(raw).samples >= 5000, name
         assert (preset.prompts is None) == (not preset.settings.get("distinct_prompts", False))
 
 

@@ -6,7 +6,7 @@ import pytest
 from console import stepdistill
 
 from stepdistill.errors import UserError
-from stepdistill.eval.measure.protocols import compared, protocol_line, require_same
+from stepdistill.eval.measure.protocols import comparable_part, protocol_line, require_same
 
 PROTOCOL = {
     "metric": "FID",
@@ -94,7 +94,7 @@ def test_what_differs_is_named(key, value, says):
 def test_another_machine_or_a_metric_less_is_the_same_protocol(key, value):
     require_same(PROTOCOL, changed(key, value), "x.json", "")
     require_same(changed(key, value), PROTOCOL, "x.json", "")
-    assert compared(PROTOCOL) == compared({**PROTOCOL, "versions": {"torch": "9"}})
+    assert comparable_part(PROTOCOL) == comparable_part({**PROTOCOL, "versions": {"torch": "9"}})
 
 
 @pytest.fixture

@@ -7,13 +7,16 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop
 
 from stepdistill.errors import UserError
-from stepdistill.eval.extractors.base import load_extractor
 from stepdistill.eval.extractors.inception import FILE_NAME
-from stepdistill.eval.measure.evaluate import EvaluationSettings, Target, evaluate
-from stepdistill.eval.measure.frechet import ReferenceStatistics, frechet_distance, kernel_distance, mean_and_covariance
-from stepdistill.eval.measure.preprocessing import Treatment, treated_folder
+from stepdistill.eval.extractors.load import load_extractor
+from stepdistill.eval.measure.distances import frechet_distance, kernel_distance, mean_and_covariance
+from stepdistill.eval.measure.evaluate import evaluate
+from stepdistill.eval.measure.preprocessing import Preprocessing, read_preprocessed_folder
 from stepdistill.eval.measure.processes import Processes
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.eval.measure.references import load_reference
+from stepdistill.eval.measure.settings import Protocol
+from stepdistill.eval.measure.targets import Target
 
 fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is an optional package", exc_type=ImportError)
 ONE = Processes()
@@ -64,7 +67,7 @@ def test_a_folders_statistics_are_clean_fids_own_with_dmd2s_transform(inception,
         str(photos), network, num_workers=0, device="cpu", verbose=False, custom_image_tranform=as_dmd2
     )
     extractor = load_extractor(f"inception:{inception}")
-    stored = Treatment(32, "floor", "stored")
+    stored = Preprocessing(32, "floor", "stored")
     made = load_reference(str(photos), "inception", extractor, stored, tmp_path, ONE)
     assert (made.n, made.source, made.shape) == (12, photos.name, (3, 32, 32))
     assert made.resize == "crop centre, to the shorter side, PIL lanczos to 32x32"
@@ -74,20 +77,20 @@ def test_a_folders_statistics_are_clean_fids_own_with_dmd2s_transform(inception,
     (kept,) = tmp_path.iterdir()
     assert kept.name.startswith("reference-")
     before = kept.stat().st_mtime_ns
-    again = load_reference(str(photos), "inception", extractor, Treatment(32, files="stored"), tmp_path, ONE)
+    again = load_reference(str(photos), "inception", extractor, Preprocessing(32, files="stored"), tmp_path, ONE)
     assert again.fingerprint == made.fingerprint
     assert kept.stat().st_mtime_ns == before
     # and a file of it is as good as the folder, for the same size alone
     assert load_reference(str(kept), "inception", extractor, stored, tmp_path, ONE).n == 12
     with pytest.raises(UserError, match="make the reference of the folder of pictures again"):
-        load_reference(str(kept), "inception", extractor, Treatment(64), tmp_path, ONE)
+        load_reference(str(kept), "inception", extractor, Preprocessing(64), tmp_path, ONE)
     with pytest.raises(UserError, match="set resize=SIDE"):
-        load_reference(str(photos), "inception", extractor, Treatment(), tmp_path, ONE)
+        load_reference(str(photos), "inception", extractor, Preprocessing(), tmp_path, ONE)
 
 
 def test_drawn_pictures_are_treated_as_the_folder_is(photos):
-    treatment = Treatment(32)
-    images = treated_folder(photos, treatment)
+    treatment = Preprocessing(32)
+    images = read_preprocessed_folder(photos, treatment)
     for i, file in enumerate(sorted(photos.iterdir())):
         array = np.array(Image.open(file).convert("RGB"))
         drawn = treatment(torch.from_numpy(array).permute(2, 0, 1)[None])
@@ -95,13 +98,13 @@ def test_drawn_pictures_are_treated_as_the_folder_is(photos):
         assert torch.equal(((images.batch([i]) + 1) * 127.5).round().byte(), drawn)
     grey = torch.randint(0, 256, (2, 1, 40, 50), dtype=torch.uint8)
     assert torch.equal(treatment(grey), treatment(grey.expand(-1, 3, -1, -1))[:, :1])
-    assert Treatment()(grey) is grey
+    assert Preprocessing()(grey) is grey
 
 
 def test_bytes_are_rounded_or_cut():
     pixels = torch.tensor([0.0, 0.9 / 255, 1.0, 1.2, -0.1])
-    assert Treatment().to_bytes(pixels).tolist() == [0, 1, 255, 255, 0]
-    assert Treatment(bytes="floor").to_bytes(pixels).tolist() == [0, 0, 255, 255, 0]
+    assert Preprocessing().to_bytes(pixels).tolist() == [0, 1, 255, 255, 0]
+    assert Preprocessing(bytes="floor").to_bytes(pixels).tolist() == [0, 0, 255, 255, 0]
 
 
 def test_the_resize_inside_is_clean_fids_legacy_tensorflow(inception):
@@ -137,7 +140,7 @@ def moments(tmp_path, reference_file):
 def test_published_moments_give_the_distance_and_nothing_else(
     tmp_path, moments, label_folder, network_file, reference_file
 ):
-    settings = EvaluationSettings(samples=20, batch_size=8, extractor=str(network_file), reference=str(moments))
+    settings = Protocol(samples=20, batch_size=8, extractor=str(network_file), reference=str(moments))
     target = Target("teacher", label_folder, 1)
     (row,) = evaluate([target], settings, tmp_path / "a.json")
     whole = settings.model_copy(update={"reference": str(reference_file), "kid_subset_size": 15, "kid_subsets": 2})
@@ -162,6 +165,6 @@ def test_files_that_hold_no_moments_are_one_line(tmp_path, network_file, arrays,
     if arrays is not None:
         np.savez(path, **arrays)
     with pytest.raises(UserError) as error:
-        load_reference(str(path), "tiny", load_extractor(str(network_file)), Treatment(), tmp_path, ONE)
+        load_reference(str(path), "tiny", load_extractor(str(network_file)), Preprocessing(), tmp_path, ONE)
     assert says in str(error.value)
     assert "\n" not in str(error.value)

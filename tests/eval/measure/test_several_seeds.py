@@ -8,11 +8,13 @@ import torch
 from console import stepdistill
 
 from stepdistill.errors import UserError
-from stepdistill.eval.extractors.base import load_extractor
-from stepdistill.eval.measure.evaluate import EvaluationSettings, Target, evaluate
-from stepdistill.eval.measure.frechet import ReferenceStatistics
+from stepdistill.eval.extractors.load import load_extractor
+from stepdistill.eval.measure.evaluate import evaluate
 from stepdistill.eval.measure.precision_recall import diversity, precision_recall
-from stepdistill.eval.measure.preprocessing import Treatment
+from stepdistill.eval.measure.preprocessing import Preprocessing
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
+from stepdistill.eval.measure.settings import Protocol
+from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.show.grids import table
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.judges.rewards import RewardSettings
@@ -22,7 +24,7 @@ SHARPNESS = "stepdistill.judges.rewards:Sharpness"
 
 @pytest.fixture
 def settings(network_file, reference_file):
-    return EvaluationSettings(
+    return Protocol(
         samples=16,
         batch_size=8,
         seed=5,
@@ -80,11 +82,11 @@ def test_precision_recall_and_diversity_are_those_of_the_features(
 ):
     settings = settings.model_copy(update={"diversity": True, "neighbours": 2})
     (row,) = evaluate([Target("teacher", label_folder, 1)], settings, tmp_path)
-    from stepdistill.eval.measure.evaluate import samples
+    from measuring import draw_all
 
     extractor = load_extractor(str(network_file))
-    drawn = list(samples(StockPipeline.load(label_folder), 1, None, settings))
-    features = torch.cat([extractor(Treatment().to_bytes(pixels)) for pixels, _ in drawn])
+    drawn = list(draw_all(StockPipeline.load(label_folder), 1, None, settings))
+    features = torch.cat([extractor(Preprocessing().to_bytes(pixels)) for pixels, _ in drawn])
     labels = [label for _, own in drawn for label in own]
     assert row["diversity"] == pytest.approx(diversity(features, labels), rel=1e-9)
     kept = ReferenceStatistics.load(reference_file).features

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from measuring import draw_all
 from PIL import Image
 from ranks import two_ranks
 
 from stepdistill.errors import UserError
-from stepdistill.eval.measure.evaluate import EvaluationSettings, Target, evaluate, samples
-from stepdistill.eval.measure.frechet import unit_uint8
-from stepdistill.eval.measure.processes import LAUNCHED, Processes, alone
+from stepdistill.eval.measure.evaluate import evaluate
+from stepdistill.eval.measure.pixels import unit_to_bytes
+from stepdistill.eval.measure.processes import LAUNCHED, Processes, environment_without_launcher
+from stepdistill.eval.measure.settings import Protocol
+from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.judges.rewards import RewardSettings
 from stepdistill.run import RunFolder
@@ -22,11 +25,11 @@ from stepdistill.run import RunFolder
 TIMES = {"seconds", "images_per_second"}
 
 
-def settings_with(network_file, **changes) -> EvaluationSettings:
+def settings_with(network_file, **changes) -> Protocol:
     rewards = [RewardSettings(reward="stepdistill.judges.rewards:Sharpness")]
     own = {"samples": 21, "batch_size": 4, "extractor": str(network_file), "kid_subsets": 2, "kid_subset_size": 15}
     measured = {"precision_recall": True, "diversity": True, "seeds": 2, "rewards": rewards}
-    return EvaluationSettings(**own | measured | changes)
+    return Protocol(**own | measured | changes)
 
 
 @pytest.fixture
@@ -103,9 +106,9 @@ def test_pictures_are_kept_where_asked(tmp_path, label_folder, settings, generat
     assert len(generated) == 6  # the stopped one's batches have no pictures
     (folder,) = (tmp_path / "kept").iterdir()
     assert folder.name == "a_teacher_1-1"
-    pixels = torch.cat([own for own, _ in samples(StockPipeline.load(label_folder), 1, None, settings)])
+    pixels = torch.cat([own for own, _ in draw_all(StockPipeline.load(label_folder), 1, None, settings)])
     found = [np.array(Image.open(path)) for path in sorted(folder.iterdir())]
-    assert np.array_equal(np.stack(found), unit_uint8(pixels)[:, 0].numpy())
+    assert np.array_equal(np.stack(found), unit_to_bytes(pixels)[:, 0].numpy())
     generated.clear()
     assert evaluate([target], settings, tmp_path / "x.json", keep_samples=tmp_path / "kept") == rows
     assert generated == []
@@ -200,7 +203,7 @@ def test_a_child_that_is_to_be_alone_is(monkeypatch):
     for name in LAUNCHED:
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("KEPT", "1")
-    left = alone()
+    left = environment_without_launcher()
     assert not set(LAUNCHED) & set(left)
     assert left["KEPT"] == "1"
     from stepdistill.trainers.plans import single as launch  # slow, and the two processes above have no use for it

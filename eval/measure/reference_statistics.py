@@ -1,103 +1,33 @@
-"""Fréchet distance and kernel distance between features, and the cached statistics of a reference set.
-
-The arithmetic is torchmetrics' own, fed with features (float64 for the Fréchet distance) instead of pictures,
-so that the reference is passed through the extractor once and kept.  It is of the process that calls it alone
-(``sync_on_compute=False``): of several, one measures what all have drawn.
-"""
+"""The statistics of a reference set, computed once and saved: moments, and some features."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
+from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.data.images import ImageSet
 from stepdistill.errors import UserError, reading
-from stepdistill.eval.extractors.base import Extractor, read_tensors, write_tensors
+from stepdistill.eval.extractors.base import Extractor
+from stepdistill.eval.tensor_files import read_tensors
+from stepdistill.files import write_tensors
 from stepdistill.finiteness import first_not_finite
 from stepdistill.readers import parse_json, read_arrays
 from stepdistill.seeds import generator
 
-
-class _AsGiven(nn.Module):
-    """Stands where torchmetrics wants an extractor: what it is given are features (N, F) already."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-def pixels_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1], any shape, to uint8 0..255, rounded to the nearest."""
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def unit_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1], any shape, to uint8 0..255, rounded to the nearest, as a picture file would hold them."""
-    return (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (F,) and unbiased covariance (F, F), float64, of features (N, F)."""
-    features = features.double()
-    return features.mean(0), torch.cov(features.T)
-
-
-def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`` (Heusel et al., 1706.08500, eq. 6).
-
-    Means (F,), covariances (F, F).  By torchmetrics in float64: its sums are set to what these moments imply
-    (a count of 2 each, for which the unbiased covariance is the sum of squares less 2 m m^T).
-    """
-    metric = FrechetInceptionDistance(feature=_AsGiven(len(mean_a)), sync_on_compute=False)
-    metric.orig_dtype = torch.float64
-    for side, mean, cov in (("real", mean_a, cov_a), ("fake", mean_b, cov_b)):
-        mean, cov = mean.double(), cov.double()
-        setattr(metric, f"{side}_features_sum", 2 * mean)
-        setattr(metric, f"{side}_features_cov_sum", cov + 2 * torch.outer(mean, mean))
-        setattr(metric, f"{side}_features_num_samples", torch.tensor(2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "compute before update": the sums were set, not updated
-        return float(metric.compute())
-
-
-def kernel_distance(
-    reference: Tensor, features: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """KID: the squared MMD with the kernel ``(x.y / F + 1)^3`` (Binkowski et al., 1801.01401, eq. 3), unbiased.
-
-    Reference (M, F), features (N, F).  Mean and std over ``subsets`` draws of ``subset_size`` (at most M and N).
-    The global random state is left as it was.
-    """
-    size = min(subset_size, len(reference), len(features))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it keeps features in memory is what we want
-        metric = KernelInceptionDistance(
-            feature=_AsGiven(reference.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
-        )
-    metric.update(reference.float(), real=True)
-    metric.update(features.float(), real=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        mean, std = metric.compute()
-    return float(mean), float(std)
+from .distances import frechet_distance, kernel_distance, mean_and_covariance
+from .pixels import signed_to_bytes
 
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """What is kept of a reference set.
+    """What is stored of a reference set.
 
     Attributes:
         n: how many pictures; 0 where the file does not say.
@@ -139,7 +69,7 @@ class ReferenceStatistics:
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> Path:
-        """One safetensors file, written beside and renamed in."""
+        """One safetensors file, written under another name and renamed."""
         tensors = {"mean": self.mean, "cov": self.cov, "features": self.features}
         metadata = {"kind": "stepdistill.ReferenceStatistics", "facts": json.dumps(self._facts())}
         return write_tensors(path, tensors, metadata)
@@ -150,10 +80,10 @@ class ReferenceStatistics:
         as EDM, ADM and clean-fid publish.
 
         Raises:
-            UserError: no such file, not safetensors, or not one of ours; an ``.npz`` without moments.
+            UserError: no such file, not safetensors, or of something else; an ``.npz`` without moments.
         """
         if Path(path).suffix == ".npz":
-            return cls._of_moments(Path(path))
+            return cls._load_moments(Path(path))
         kind, what = "stepdistill.ReferenceStatistics", "file of reference statistics"
         tensors, metadata = read_tensors(path, kind, what, "make them with make_reference")
         with reading(path, "make it again with make_reference", "not whole statistics"):
@@ -164,7 +94,7 @@ class ReferenceStatistics:
         return reference
 
     @classmethod
-    def _of_moments(cls, path: Path) -> ReferenceStatistics:
+    def _load_moments(cls, path: Path) -> ReferenceStatistics:
         if not path.exists():
             raise UserError(f"{path}: no such file of reference statistics; name another")
         with reading(path, "name another file", "not an .npz with arrays mu and sigma"):
@@ -247,7 +177,7 @@ def make_reference(
     resize: str = "none",
     device: str | torch.device = "cpu",
 ) -> ReferenceStatistics:
-    """Pass every picture through the extractor; keep the moments and a seeded subset of the features.
+    """Pass every picture through the extractor; store the moments and a seeded subset of the features.
 
     Args:
         images: the reference pictures, at least two.
@@ -264,17 +194,17 @@ def make_reference(
     with tqdm(total=len(images), desc=f"reference {source or images.source}", unit="img") as bar:
         for start in range(0, len(images), batch_size):
             index = list(range(start, min(start + batch_size, len(images))))
-            pixels = pixels_uint8(images.batch(index))
+            pixels = signed_to_bytes(images.batch(index))
             chunks.append(extractor(pixels.to(device)))
             bar.update(len(index))
     features = torch.cat(chunks)
     mean, cov = mean_and_covariance(features)
-    kept = torch.randperm(len(features), generator=generator(seed))[:kid_features]
+    chosen = torch.randperm(len(features), generator=generator(seed))[:kid_features]
     return ReferenceStatistics(
         n=len(features),
         mean=mean,
         cov=cov,
-        features=features[kept].half(),
+        features=features[chosen].half(),
         extractor=extractor.name,
         extractor_fingerprint=extractor.fingerprint,
         shape=tuple(pixels.shape[1:]),

@@ -5,16 +5,11 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from stepdistill.data.images import read_array_images
 from stepdistill.errors import UserError
-from stepdistill.eval.extractors.base import FeatureNetwork, as_extractor
-from stepdistill.eval.measure.frechet import (
-    ReferenceStatistics,
-    frechet_distance,
-    kernel_distance,
-    make_reference,
-    mean_and_covariance,
-    pixels_uint8,
-    unit_uint8,
-)
+from stepdistill.eval.extractors.load import as_extractor
+from stepdistill.eval.extractors.small import FeatureNetwork
+from stepdistill.eval.measure.distances import frechet_distance, kernel_distance, mean_and_covariance
+from stepdistill.eval.measure.pixels import signed_to_bytes, unit_to_bytes
+from stepdistill.eval.measure.reference_statistics import ReferenceStatistics, make_reference
 
 
 def gaussian(count, width, seed, scale=1.0, shift=0.0):
@@ -48,7 +43,7 @@ def test_equal_to_torchmetrics_called_directly(pictures, network_file):
     """From cached statistics, the number that torchmetrics gives when it sees all pictures itself."""
     network = FeatureNetwork.load(network_file)
     reference = make_reference(pictures, as_extractor(network), kid_features=200)
-    real = pixels_uint8(pictures.batch(list(range(200))))
+    real = signed_to_bytes(pictures.batch(list(range(200))))
     fake = (real.float() * 0.8 + 20).byte()[:150]
     features = as_extractor(network)(fake)
     frechet = FrechetInceptionDistance(feature=network)
@@ -97,7 +92,7 @@ def test_a_reference_comes_back(tmp_path, reference_file):
 def test_moments_are_those_of_all_features(pictures, reference_file, network_file):
     reference = ReferenceStatistics.load(reference_file)
     extractor = as_extractor(FeatureNetwork.load(network_file))
-    features = extractor(pixels_uint8(pictures.batch(list(range(200))))).double()
+    features = extractor(signed_to_bytes(pictures.batch(list(range(200))))).double()
     torch.testing.assert_close(reference.mean, features.mean(0))
     centred = features - features.mean(0)
     torch.testing.assert_close(reference.cov, centred.T @ centred / 199)
@@ -107,7 +102,7 @@ def test_moments_are_those_of_all_features(pictures, reference_file, network_fil
 def test_a_references_features_are_a_seeded_random_subset(pictures, network_file):
     """Pictures often lie sorted by class: the first ones are of one kind."""
     extractor = as_extractor(FeatureNetwork.load(network_file))
-    whole = extractor(pixels_uint8(pictures.batch(list(range(200))))).half()
+    whole = extractor(signed_to_bytes(pictures.batch(list(range(200))))).half()
 
     def places(seed, count=40):
         features = make_reference(pictures, extractor, kid_features=count, seed=seed).features
@@ -159,6 +154,6 @@ def test_one_picture_is_no_reference(pictures, network_file):
 
 def test_pixels_round_to_the_nearest_byte():
     levels = torch.arange(256)
-    assert torch.equal(unit_uint8(levels / 255 + 0.0015), levels.byte())
-    assert torch.equal(pixels_uint8(levels / 127.5 - 1 - 0.003), levels.byte())
-    assert unit_uint8(torch.tensor([-0.5, 1.5])).tolist() == [0, 255]
+    assert torch.equal(unit_to_bytes(levels / 255 + 0.0015), levels.byte())
+    assert torch.equal(signed_to_bytes(levels / 127.5 - 1 - 0.003), levels.byte())
+    assert unit_to_bytes(torch.tensor([-0.5, 1.5])).tolist() == [0, 255]
