@@ -17,10 +17,12 @@ from stepdistill.eval.measure.processes import Processes
 from stepdistill.eval.measure.settings import Protocol
 from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.show.grids import grid, table
+from stepdistill.families import claiming_family
 from stepdistill.pipelines.msd import is_msd_folder
 from stepdistill.readers import read_json
 from stepdistill.settings import DataSettings, JudgeSettings, SamplerSettings, TeacherSettings
 from stepdistill.stock.folders import hub_folder, is_whole
+from stepdistill.stock.loading import read_index
 
 SECTIONS = {
     "teacher": TeacherSettings,
@@ -175,11 +177,14 @@ def measured_text(file: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def label_names(pipeline: Path) -> list[str] | None:
-    """What a folder's labels are called, where its UNet's config says so."""
+    """The names of a folder's labels, where its network's config says them."""
     if is_msd_folder(pipeline):
         pipeline = pipeline / "student-0"
     try:
-        names = read_json(pipeline / "unet" / "config.json")["_stepdistill"]["label_names"]
-    except (OSError, ValueError, KeyError, TypeError):
+        family = claiming_family(read_index(pipeline, f"pipeline {pipeline}"))
+        if family is None:
+            return None
+        names = read_json(pipeline / family.component / "config.json")["_stepdistill"]["label_names"]
+    except (UserError, OSError, ValueError, KeyError, TypeError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

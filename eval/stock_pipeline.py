@@ -6,9 +6,8 @@ Nothing of ours takes part in the drawing: what is measured is what a user of pl
 from __future__ import annotations
 
 import contextlib
-import inspect
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,16 +15,14 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from stepdistill import assets
+from stepdistill.conditions import ConditionKind
 from stepdistill.data.images import label_ranges
 from stepdistill.errors import UserError, reading
-from stepdistill.families.unet2d import class_labels, stamp_of
+from stepdistill.families import calls_of
 from stepdistill.finiteness import is_finite
-from stepdistill.pipelines.explicit_noise import callable_with_noise
 from stepdistill.pipelines.msd import MSDPipeline, is_msd_folder
 from stepdistill.stock.folders import hub_folder
 from stepdistill.stock.loading import load_pipeline
-
-ConditionKind = Literal["none", "label", "prompt"]
 
 
 class StockPipeline:
@@ -34,6 +31,7 @@ class StockPipeline:
     Attributes:
         pipeline: the diffusers pipeline, or several students' (``MSDPipeline``).
         first: the pipeline itself, or the first student's.
+        calls: how that is called.
         path: where it came from.
         provenance: the ``_stepdistill`` mapping of its scheduler's config, {} for a folder that is not ours.
         null_label: the label that stands for no class, as ``null_label`` or else its network's config says; None: none.
@@ -41,18 +39,21 @@ class StockPipeline:
 
     def __init__(self, pipeline: DiffusionPipeline | MSDPipeline, path: str, null_label: int | None = None):
         self.path = path
-        several = isinstance(pipeline, MSDPipeline)
-        self.pipeline = pipeline if several else callable_with_noise(pipeline)
+        if isinstance(pipeline, MSDPipeline):
+            self.calls = calls_of(pipeline.student(0))
+            self.pipeline = pipeline
+        else:
+            self.calls = calls_of(pipeline).with_noise()
+            self.pipeline = self.calls.pipeline
         self.pipeline.set_progress_bar_config(disable=True)
-        self.first = pipeline.student(0) if several else self.pipeline
-        self._arguments = set(inspect.signature(type(self.first).__call__).parameters)
-        if not {"latents", "num_inference_steps"} <= self._arguments:
+        self.first = self.calls.pipeline
+        if not {"latents", "num_inference_steps"} <= self.calls.arguments_known:
             raise UserError(
                 f"{path}: {type(pipeline).__name__} cannot be given its noise or its number of steps, so it "
                 "cannot be compared; use a pipeline that takes latents= and num_inference_steps="
             )
         self.provenance: dict = dict(self.first.scheduler.config.get("_stepdistill") or {})
-        self.null_label = stamp_of(self.denoiser).get("null_label") if null_label is None else null_label
+        self.null_label = self.calls.null_label if null_label is None else null_label
 
     @classmethod
     def load(
@@ -86,24 +87,18 @@ class StockPipeline:
     @property
     def denoiser(self) -> nn.Module:
         """The network that is called at every step; of several students the first's."""
-        network = getattr(self.first, "unet", None) or getattr(self.first, "transformer", None)
-        if network is None:
-            raise UserError(f"pipeline {self.path}: has neither a unet nor a transformer; it cannot be measured")
-        return network
+        return self.calls.network
 
     @property
     def denoisers(self) -> list[nn.Module]:
         """The same of every student."""
         if isinstance(self.pipeline, MSDPipeline):
-            return [self.pipeline.student(k).unet for k in range(self.pipeline.students)]
+            return [calls_of(self.pipeline.student(k)).network for k in range(self.pipeline.students)]
         return [self.denoiser]
 
     @property
     def condition_kind(self) -> ConditionKind:
-        if "prompt" in self._arguments:
-            return "prompt"
-        labelled = self.denoiser.config.get("num_class_embeds") and "class_labels" in self._arguments
-        return "label" if labelled else "none"
+        return self.calls.condition_kind
 
     @property
     def num_labels(self) -> int:
@@ -113,24 +108,14 @@ class StockPipeline:
     @property
     def labels(self) -> list[int]:
         """The labels that can be drawn, ascending: all but the null one; of several students those that they divide."""
-        if self.condition_kind != "label":
-            return []
-        if isinstance(self.pipeline, MSDPipeline):
+        if self.condition_kind == "label" and isinstance(self.pipeline, MSDPipeline):
             return self.pipeline.router.labels
-        return list(class_labels(self.denoiser.config.num_class_embeds, self.null_label))
+        return self.calls.labels(self.null_label)
 
     @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the noise: pixels, or latents where there is a VAE."""
-        config = self.denoiser.config
-        size, channels = config.get("sample_size"), config.get("in_channels")
-        if size is None or channels is None:
-            raise UserError(
-                f"pipeline {self.path}: its {type(self.denoiser).__name__}'s config has no sample_size or "
-                "in_channels; add them"
-            )
-        height, width = (size, size) if isinstance(size, int) else size
-        return (channels, height, width)
+    def noise_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's noise: (C, H, W) of pixels, or of latents where there is a VAE."""
+        return self.calls.noise_shape
 
     @property
     def default_steps(self) -> int | None:
@@ -161,7 +146,8 @@ class StockPipeline:
 
         Args:
             conditions: B labels or B prompts, None for an unconditional pipeline.
-            noise: (B, C, H, W) unit normal; the pipeline scales it by its scheduler's ``init_noise_sigma``.
+            noise: (B, ...) unit normal, of the shape that :attr:`noise_shape` says; the pipeline scales it by its
+                scheduler's ``init_noise_sigma``.
             steps: ``num_inference_steps``.
             generator: for what the scheduler draws between steps.
             guidance_scale: passed on where the call has it; None leaves the pipeline's own default.
@@ -175,23 +161,12 @@ class StockPipeline:
                 steps that its scheduler refuses, or pixels that are not numbers.
         """
         self._check(conditions, noise, guidance_scale)
-        given = {
-            "batch_size": len(noise),
-            "latents": noise.to(self.device, self.denoiser.dtype),
-            "num_inference_steps": steps,
-            "generator": generator,
-            "guidance_scale": guidance_scale,
-            "eta": (self.provenance.get("call") or {}).get("eta"),
-            "prompt": conditions if self.condition_kind == "prompt" else None,
-            "class_labels": conditions if self.condition_kind == "label" else None,
-            "output_type": "pt",
-        }
-        accepted = {k: v for k, v in given.items() if k in self._arguments and v is not None}
-        if isinstance(self.pipeline, MSDPipeline):
-            accepted.pop("batch_size", None)
+        noise = noise.to(self.device, self.denoiser.dtype)
+        eta = (self.provenance.get("call") or {}).get("eta")
+        call = self.calls.arguments(conditions, noise, steps, generator, guidance_scale=guidance_scale, eta=eta)
         remedy = "give other steps, or look at the configs of its parts"
         with reading(f"pipeline {self.path}", remedy, f"cannot be sampled in {steps} steps"):
-            images = self.pipeline(**accepted, **further).images
+            images = self.calls.pictures(self.pipeline(**call, **further))
         if not is_finite(images):
             raise UserError(
                 f"pipeline {self.path}: drew pixels that are not numbers; its weights are broken, or its dtype too "
@@ -212,7 +187,7 @@ class StockPipeline:
         if kind == "label" and not set(conditions) <= set(self.labels):
             wrong = next(label for label in conditions if label not in self.labels)
             raise UserError(f"pipeline {self.path}: label {wrong} is outside {label_ranges(self.labels)}")
-        if guidance_scale not in (None, 0, 1) and "guidance_scale" not in self._arguments:
+        if guidance_scale not in (None, 0, 1) and "guidance_scale" not in self.calls.arguments_known:
             raise UserError(
                 f"pipeline {self.path}: {type(self.pipeline).__name__} has no guidance, so guidance_scale = "
                 f"{guidance_scale} cannot be; leave it out"

@@ -5,16 +5,13 @@ from .export import export_student
 from .merge import merge_students
 from .msd import MSDPipeline, export_students
 from .negative_prompts import NegativePrompts
-from .schedulers import check_expressible, student_scheduler
 
 __all__ = [
     "Acceleration",
     "MSDPipeline",
     "NegativePrompts",
     "accelerate",
-    "check_expressible",
     "export_student",
     "export_students",
     "merge_students",
-    "student_scheduler",
 ]

@@ -11,6 +11,8 @@ from torch import nn
 
 from stepdistill.attention import kernels
 from stepdistill.errors import UserError
+from stepdistill.families import calls_of
+from stepdistill.families.calls import compiled_blocks
 from stepdistill.families.stable_diffusion import read_tiny_vae
 
 Choice = bool | Literal["auto"]
@@ -82,46 +84,41 @@ def accelerate(
     Raises:
         UserError: a backend that does not run here, a tiny VAE that does not load or fit.
     """
-    networks = {
-        name: part
-        for name, part in pipe.components.items()
-        if name in ("unet", "transformer", "vae") and part is not None
-    }
-    if not networks.keys() & {"unet", "transformer"}:
-        raise UserError(f"{type(pipe).__name__}: has neither a unet nor a transformer to make faster")
-    made = Acceleration()
-    main = networks.get("unet", networks.get("transformer"))
+    calls = calls_of(pipe)
+    main = calls.network
+    networks = {calls.component: main} | ({} if calls.vae is None else {"vae": calls.vae})
+    acceleration = Acceleration()
     device, dtype = next(main.parameters()).device, main.dtype
     kernels.require(attention, "attention", device, dtype, gradients=False, networks=[main])
     if tiny_vae is not None:  # first: the other parts are for the VAE that stays
-        networks["vae"] = _replace_vae(made, pipe, tiny_vae, device, dtype)
+        networks["vae"] = _replace_vae(acceleration, pipe, tiny_vae, device, dtype)
     for name, network in sorted(networks.items(), key=lambda item: item[1] is not main):
-        _set_attention(made, name, network, main, attention)
+        _set_attention(acceleration, name, network, main, attention)
     if fuse_qkv:
-        _fuse(made, networks)
-    _channels_last(made, networks, device, channels_last)
-    _compile(made, networks, device, compile)
-    return made
+        _fuse(acceleration, networks)
+    _channels_last(acceleration, networks, device, channels_last)
+    _compile(acceleration, networks, device, compile)
+    return acceleration
 
 
-def _set_attention(made: Acceleration, name: str, network: nn.Module, main: nn.Module, asked: str) -> None:
-    chosen = asked
-    if network is main and asked == kernels.AUTO:
+def _set_attention(acceleration: Acceleration, name: str, network: nn.Module, main: nn.Module, choice: str) -> None:
+    chosen = choice
+    if network is main and choice == kernels.AUTO:
         chosen, reasons = kernels.fastest(main, next(main.parameters()).device, main.dtype)
-        made.skipped |= {f"attention: {other}": reason for other, reason in reasons.items()}
-    elif asked == kernels.AUTO:
+        acceleration.skipped |= {f"attention: {other}": reason for other, reason in reasons.items()}
+    elif choice == kernels.AUTO:
         return  # a VAE's one attention is no matter
     if network is not main and kernels.why_not(chosen, network.device, network.dtype, _widest(network)) is not None:
-        made.skipped[f"{name} attention"] = f"{chosen} does not run on its heads of {_widest(network)}"
+        acceleration.skipped[f"{name} attention"] = f"{chosen} does not run on its heads of {_widest(network)}"
         return
     before = {
         module: module.processor._attention_backend
         for module in kernels.modules_of(network)
         if hasattr(module.processor, "_attention_backend")
     }
-    kept = kernels.set_backend(network, chosen)
-    for module, reason in kept.items():
-        made.skipped[f"{name}.{module}"] = reason
+    refused = kernels.set_backend(network, chosen)
+    for module, reason in refused.items():
+        acceleration.skipped[f"{name}.{module}"] = reason
 
     def back() -> None:
         kernels.set_backend(network, kernels.NATIVE)
@@ -132,89 +129,84 @@ def _set_attention(made: Acceleration, name: str, network: nn.Module, main: nn.M
                 module.processor._attention_backend = backend
 
     if network is main:
-        made.add("attention", chosen, back)
+        acceleration.add("attention", chosen, back)
     else:
-        made._undo["attention"].append(back)
+        acceleration._undo["attention"].append(back)
 
 
 def _widest(network: nn.Module) -> int:
     return max((kernels.head_dim_of(module) for module in kernels.modules_of(network)), default=64)
 
 
-def _fuse(made: Acceleration, networks: dict[str, nn.Module]) -> None:
+def _fuse(acceleration: Acceleration, networks: dict[str, nn.Module]) -> None:
     count = 0
     for name, network in networks.items():
         left = kernels.fuse(network)
         count += sum(hasattr(module, "_fused_weight") for module in kernels.modules_of(network))
-        made.skipped |= {f"{name}.{module}": reason for module, reason in left.items()}
+        acceleration.skipped |= {f"{name}.{module}": reason for module, reason in left.items()}
     undo = [lambda n=n: kernels.unfuse(n) for n in networks.values()]
     if count:
-        made.add("fuse_qkv", f"{count} attentions", *undo)
+        acceleration.add("fuse_qkv", f"{count} attentions", *undo)
     else:
         for step in undo:  # stock processors again
             step()
-        made.skipped["fuse_qkv"] = "no attention module that it is for"
+        acceleration.skipped["fuse_qkv"] = "no attention module that it is for"
 
 
-def _channels_last(made: Acceleration, networks: dict[str, nn.Module], device: torch.device, asked: Choice) -> None:
-    if asked == "auto" and device.type != "cuda":
-        made.skipped["channels_last"] = f"auto, on a {device.type}; True does it"
-    elif asked:
+def _channels_last(
+    acceleration: Acceleration, networks: dict[str, nn.Module], device: torch.device, choice: Choice
+) -> None:
+    if choice == "auto" and device.type != "cuda":
+        acceleration.skipped["channels_last"] = f"auto, on a {device.type}; True does it"
+    elif choice:
 
         def all_to(memory_format: torch.memory_format) -> None:
             for network in networks.values():
                 network.to(memory_format=memory_format)
 
         all_to(torch.channels_last)
-        made.add("channels_last", ", ".join(networks), lambda: all_to(torch.contiguous_format))
+        acceleration.add("channels_last", ", ".join(networks), lambda: all_to(torch.contiguous_format))
 
 
 def _compile(
-    made: Acceleration, networks: dict[str, nn.Module], device: torch.device, asked: Choice | dict[str, Any]
+    acceleration: Acceleration, networks: dict[str, nn.Module], device: torch.device, choice: Choice | dict[str, Any]
 ) -> None:
-    if asked == "auto" and device.type != "cuda":
-        made.skipped["compile"] = f"auto, on a {device.type}: minutes of compiling for nothing; True does it"
+    if choice == "auto" and device.type != "cuda":
+        acceleration.skipped["compile"] = f"auto, on a {device.type}: minutes of compiling for nothing; True does it"
         return
-    if asked is False:
+    if choice is False:
         return
-    arguments = asked if isinstance(asked, dict) else {}
-    blocks = [b for network in networks.values() for b in _blocks(network)]
+    arguments = choice if isinstance(choice, dict) else {}
+    blocks = [b for network in networks.values() for b in compiled_blocks(network)]
     before = [block._compiled_call_impl for block in blocks]
     for block in blocks:
         block.compile(**arguments)
 
     def plain() -> None:
-        for block, own in zip(blocks, before, strict=True):
-            block._compiled_call_impl = own
+        for block, compiled in zip(blocks, before, strict=True):
+            block._compiled_call_impl = compiled
 
-    made.add("compile", f"{len(blocks)} blocks, each when it is first called", plain)
-
-
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    """What is compiled, each by itself: a UNet's down, mid and up blocks, a VAE decoder's, a transformer's repeated
-    blocks; a network without any of them whole.  (Smaller parts, such as every ResNet, share code and so run into
-    torch's limit of recompilations.)"""
-    network = getattr(network, "decoder", network)
-    own = [getattr(network, name, None) for name in ("down_blocks", "mid_block", "up_blocks")]
-    found = [b for part in own if part is not None for b in (part if isinstance(part, nn.ModuleList) else [part])]
-    names = getattr(network, "_repeated_blocks", None) or ()
-    return found or [m for m in network.modules() if type(m).__name__ in names] or [network]
+    acceleration.add("compile", f"{len(blocks)} blocks, each when it is first called", plain)
 
 
-def _replace_vae(made: Acceleration, pipe, given: str | AutoencoderTiny, device: torch.device, dtype: torch.dtype):
+def _replace_vae(
+    acceleration: Acceleration, pipe, tiny_vae: str | AutoencoderTiny, device: torch.device, dtype: torch.dtype
+):
     old = getattr(pipe, "vae", None)
     if old is None:
         raise UserError(f"tiny_vae: {type(pipe).__name__} has no VAE; leave it out")
-    tiny = read_tiny_vae(given, "tiny_vae") if isinstance(given, str) else given
+    tiny = read_tiny_vae(tiny_vae, "tiny_vae") if isinstance(tiny_vae, str) else tiny_vae
     if "block_out_channels" not in old.config:
         raise UserError(f"tiny_vae: an AutoencoderTiny cannot stand in for an {type(old).__name__}; leave it out")
     factor = 2 ** (len(old.config.block_out_channels) - 1)
-    own = 2 ** (len(tiny.config.decoder_block_out_channels) - 1)
-    if tiny.config.latent_channels != old.config.latent_channels or own != factor:
+    tiny_factor = 2 ** (len(tiny.config.decoder_block_out_channels) - 1)
+    if tiny.config.latent_channels != old.config.latent_channels or tiny_factor != factor:
         raise UserError(
-            f"tiny_vae: it decodes {tiny.config.latent_channels} channels by {own}, the pipeline's VAE "
+            f"tiny_vae: it decodes {tiny.config.latent_channels} channels by {tiny_factor}, the pipeline's VAE "
             f"{old.config.latent_channels} by {factor}; take the one for this model"
         )
     pipe.vae = tiny.to(device, dtype).eval()
-    made.add("tiny_vae", f"{sum(p.numel() for p in tiny.parameters()) / 1e6:.1f}M", lambda: setattr(pipe, "vae", old))
+    acceleration.add(
+        "tiny_vae", f"{sum(p.numel() for p in tiny.parameters()) / 1e6:.1f}M", lambda: setattr(pipe, "vae", old)
+    )
     return tiny

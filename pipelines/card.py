@@ -12,13 +12,15 @@ from diffusers import DiffusionPipeline
 
 from stepdistill.data.router import Router
 from stepdistill.errors import first_line
+from stepdistill.families import calls_of
+from stepdistill.families.calls import CONDITION_ARGUMENTS, EXAMPLE_PROMPTS
 
-PROMPTS = ("a photo of a cat", "a red bus")
 HEAD = """---
 library_name: diffusers
 tags: [stepdistill, distillation, few-step]
 ---
 """
+LABELS, PROMPT = CONDITION_ARGUMENTS["label"], CONDITION_ARGUMENTS["prompt"]
 
 
 def model_card(
@@ -33,6 +35,8 @@ def model_card(
     also = ", ".join(map(str, facts.get("also_steps") or []))
     trained = "The number of steps" + (f" (this, or {also})" if also else "")
     trained += " and the guidance scale are" if "guidance_scale" in facts["call"] else " is"
+    calls = calls_of(pipeline)
+    notes = "".join(f"\n{note}\n" for note in calls.notes())
     settings = json.dumps({k: v for k, v in facts.items() if k != "call"}, indent=1, default=str)
     return f"""{HEAD}# {name}: {facts["steps"]}-step student by {facts.get("method", "distillation")}
 
@@ -43,13 +47,13 @@ Distilled from `{facts.get("teacher", "a teacher")}` with stepdistill {facts["ve
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(".")  # or the path of this folder, or its hub id
-image = pipe({arguments(example(pipeline) | facts["call"])}).images[0]
+image = pipe({arguments(calls.example() | facts["call"])}).images[0]
 ```
 
 {trained} part of what was trained.
 {defaults(pipeline, facts["call"])}
 The teacher's licence applies.
-{_null_line(pipeline.unet.config)}{_dtype_line(dtype)}{_attention_line(facts)}
+{notes}{_dtype_line(dtype)}{_attention_line(facts)}
 <details><summary>How it was made</summary>
 
 ```json
@@ -63,18 +67,6 @@ def arguments(call: dict[str, Any]) -> str:
     """A call's arguments as Python source; what is named ``prompt`` comes without its name."""
     parts = [f"{key}={json.dumps(value) if isinstance(value, str | list) else value}" for key, value in call.items()]
     return ", ".join(part.removeprefix("prompt=") for part in parts)
-
-
-def example(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What one picture is drawn of, as arguments of the pipeline's own call."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    if "prompt" in parameters:
-        return {"prompt": PROMPTS[0]}
-    config = pipeline.unet.config
-    if "class_labels" in parameters and config.get("num_class_embeds"):
-        null = (config.get("_stepdistill") or {}).get("null_label")
-        return {"class_labels": [1 if null == 0 else 0]}
-    return {"batch_size": 1}
 
 
 def defaults(pipeline: DiffusionPipeline, call: dict[str, Any]) -> str:
@@ -102,13 +94,6 @@ def _dtype_line(dtype: torch.dtype) -> str:
     )
 
 
-def _null_line(config: Any) -> str:
-    null = (config.get("_stepdistill") or {}).get("null_label")
-    if null is None or not config.get("num_class_embeds"):
-        return ""
-    return f"\nLabel {null} stands for no class; a call without `class_labels` may draw it.\n"
-
-
 def _attention_line(facts: dict[str, Any]) -> str:
     kernel = facts.get("attention")
     if kernel is None:
@@ -122,10 +107,11 @@ def _attention_line(facts: dict[str, Any]) -> str:
 def students_card(name: str, manifest: dict[str, Any], router: Router) -> str:
     """The same of a folder of several students (``msd.json``)."""
     if router.kind == "labels":
-        both, one = {"class_labels": router.labels[:2]}, {"class_labels": router.parameters["labels"][0][:1]}
-        parts = "".join(f"- `student-{k}`: {p}\n" for k, p in enumerate(router.parameters["labels"]))
+        labels = router.parameters["labels"]
+        several, one = {LABELS: router.labels[:2]}, {LABELS: labels[0][:1]}
+        parts = "".join(f"- `student-{k}`: {part}\n" for k, part in enumerate(labels))
     else:
-        both, one, parts = {"prompt": list(PROMPTS)}, {"prompt": PROMPTS[0]}, ""
+        several, one, parts = {PROMPT: list(EXAMPLE_PROMPTS)}, {PROMPT: EXAMPLE_PROMPTS[0]}, ""
     largest = max(manifest["parameters"]) * torch.float32.itemsize / 2**20
     return f"""{HEAD}# {name}: {manifest["students"]} students of one teacher
 
@@ -136,7 +122,7 @@ draws a part of the conditions. In this folder, all of them, routed:
 from stepdistill.pipelines import MSDPipeline
 
 pipe = MSDPipeline.from_pretrained(".")  # or the path of this folder, or its hub id
-images = pipe({arguments(both)}).images
+images = pipe({arguments(several)}).images
 ```
 
 One student's network takes {largest:.0f} MB in float32; `from_pretrained(".", memory="...GB")` holds no more of them at

@@ -22,7 +22,6 @@ from stepdistill.stock.folders import check_replaceable, without_places
 
 from .card import model_card
 from .saving import save_in_one_dtype
-from .schedulers import student_scheduler
 
 
 def export_student(
@@ -48,31 +47,24 @@ def export_student(
         UserError: the sampler cannot be expressed, or the folder cannot be written.
     """
     facts = {"version": __version__, "steps": sampler.steps, "times": list(sampler.times)}
-    facts |= {"call": call_of(family, sampler), **without_places(provenance)}
+    facts |= {"call": family.call(sampler), **without_places(provenance)}
     if also_steps:
         facts["also_steps"] = list(also_steps)
     network = family.fresh_network(role.network)
     network.load_state_dict(role.plain_state_dict())
-    scheduler = student_scheduler(family, sampler)
+    scheduler = family.student_scheduler(sampler)
     pipeline = family.pipeline(stamped(network.eval(), facts), stamped(scheduler, facts))
-    lora = None if role.adapter is None else partial(save_lora, role, pipeline)
+    lora = None if role.adapter is None else partial(save_lora, role, family)
     # a router of prompts knows its text encoder by the hash of its weights
-    in_float32 = ("text_encoder",) if "msd" in provenance else ()
+    in_float32 = family.calls.encoder_parts if "msd" in provenance else ()
     return write_pipeline(pipeline, path, facts, lora, dtype, in_float32, inputs)
-
-
-def call_of(family: Family, sampler: FewStepSampler) -> dict[str, Any]:
-    """What a call of the exported pipeline must say, by its arguments' names."""
-    call = {"num_inference_steps": sampler.steps, **family.guidance_off}
-    if sampler.transition == "tcd" and family.passes_eta:
-        call["eta"] = sampler.eta
-    return call
 
 
 def stamped(part, facts: dict[str, Any]):
     """A network or scheduler with ``facts`` under ``_stepdistill`` in its config; a network keeps its labels' names."""
-    own = {k: v for k, v in (part.config.get("_stepdistill") or {}).items() if k in ("null_label", "label_names")}
-    part.register_to_config(_stepdistill={**own, **facts})
+    before = part.config.get("_stepdistill") or {}
+    about_labels = {key: before[key] for key in ("null_label", "label_names") if key in before}
+    part.register_to_config(_stepdistill={**about_labels, **facts})
     return part
 
 
@@ -108,13 +100,11 @@ def write_pipeline(
     return path
 
 
-def save_lora(role: Role, pipeline, folder: Path) -> None:
-    """The student's adapter, and what is below it, in diffusers' keys, alpha in the metadata.
-
-    Where the pipeline has ``load_lora_weights`` kohya's keys are written too; a network whose pipeline has none
-    (UNet2DModel) gets the first file alone, for peft's own loader.
+def save_lora(role: Role, family: Family, folder: Path) -> None:
+    """Write the student's adapter, and what is below it, in diffusers' keys, and in kohya's where the family's pipeline
+    loads those.  A network whose pipeline loads no LoRA (UNet2DModel) gets the first file alone, for peft's own loader.
     """
     lora = role.switch.lora(role.adapter)
-    lora.save(folder)
-    if hasattr(pipeline, "load_lora_weights"):
-        lora.save_kohya(folder)
+    lora.save(folder, family.component)
+    if family.kohya_prefix is not None:
+        lora.save_kohya(folder, family.kohya_prefix)

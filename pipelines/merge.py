@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from stepdistill import __version__
 from stepdistill.errors import UserError
+from stepdistill.families import calls_of
 from stepdistill.stock.folders import check_replaceable, without_places
 from stepdistill.stock.loading import load_pipeline
 
 from .export import stamped, write_pipeline
-
-DENOISERS = ("unet", "transformer")
 
 
 def interpolate(a: dict[str, Tensor], b: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
@@ -31,9 +30,9 @@ def interpolate(a: dict[str, Tensor], b: dict[str, Tensor], weight: float) -> di
     Raises:
         ValueError: other names or shapes.
     """
-    odd = [k for k in a.keys() | b.keys() if k not in a or k not in b or a[k].shape != b[k].shape]
-    if odd:
-        raise ValueError(min(odd))
+    different = [k for k in a.keys() | b.keys() if k not in a or k not in b or a[k].shape != b[k].shape]
+    if different:
+        raise ValueError(min(different))
     mixed = {}
     for key, value in a.items():
         if not value.is_floating_point():
@@ -48,10 +47,7 @@ def _load(path: str) -> tuple[Any, nn.Module]:
     if not Path(path).is_dir():
         raise UserError(f"{path}: no such folder; name an exported student")
     pipeline = load_pipeline(path, path, "export the student again")
-    for name in DENOISERS:
-        if (network := getattr(pipeline, name, None)) is not None:
-            return pipeline, network
-    raise UserError(f"{path}: a {type(pipeline).__name__} has no {' or '.join(DENOISERS)} to merge")
+    return pipeline, calls_of(pipeline).network
 
 
 def _plain(config) -> dict[str, Any]:
@@ -68,23 +64,24 @@ def merge_students(a: str, b: str, weight: float, output: str | Path) -> Path:
     (pipeline, network), (other, other_network) = _load(a), _load(b)
     if type(pipeline) is not type(other):
         raise UserError(f"{a} is a {type(pipeline).__name__} and {b} a {type(other).__name__}; they cannot be merged")
-    own, theirs = _plain(pipeline.scheduler.config), _plain(other.scheduler.config)
-    odd = sorted(k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k))
-    if type(pipeline.scheduler) is not type(other.scheduler) or odd:
-        raise UserError(f"{a} and {b} are sampled differently (scheduler: {odd[0] if odd else 'class'}); merge equals")
+    config, other_config = _plain(pipeline.scheduler.config), _plain(other.scheduler.config)
+    different = sorted(k for k in config | other_config if config.get(k) != other_config.get(k))
+    if type(pipeline.scheduler) is not type(other.scheduler) or different:
+        what = different[0] if different else "class"
+        raise UserError(f"{a} and {b} are sampled differently (scheduler: {what}); merge equals")
     try:
         network.load_state_dict(interpolate(network.state_dict(), other_network.state_dict(), weight))
     except ValueError as error:
         raise UserError(f"{a} and {b} have networks of other shapes ({error}); they cannot be merged") from None
-    made = (network.config.get("_stepdistill") or {}, other_network.config.get("_stepdistill") or {})
-    shared = {"steps": 1, "times": None, "call": {"num_inference_steps": 1}, **made[0]}
+    origins = [part.config.get("_stepdistill") or {} for part in (network, other_network)]
+    sampling = {"steps": 1, "times": None, "call": {"num_inference_steps": 1}, **origins[0]}
     facts = {
-        **{key: shared[key] for key in ("steps", "times", "call")},
+        **{key: sampling[key] for key in ("steps", "times", "call")},
         "version": __version__,
         "method": "interpolation",
-        "teacher": made[0].get("teacher"),
+        "teacher": origins[0].get("teacher"),
         "weight": weight,
-        "of": [{"path": path, "method": facts.get("method")} for path, facts in zip((a, b), made, strict=True)],
+        "of": [{"path": path, "method": origin.get("method")} for path, origin in zip((a, b), origins, strict=True)],
     }
     facts = without_places(facts)
     stamped(network, facts)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import re
 import shutil
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -22,21 +24,20 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill import __version__, files
 from stepdistill.data.router import FILE, Router
 from stepdistill.digests import check_folder, write_record
 from stepdistill.errors import UserError, reading
-from stepdistill.families.stable_diffusion import PromptEncoder
+from stepdistill.families import Family, calls_of, claiming_family
 from stepdistill.readers import read_json, regular
 from stepdistill.seeds import SEEDS
 from stepdistill.seeds import generator as seeded
 from stepdistill.stock.folders import MANIFEST, check_replaceable, is_whole, missing
-from stepdistill.stock.loading import load_pipeline
+from stepdistill.stock.loading import load_pipeline, read_index
 
 from .card import students_card
-from .explicit_noise import callable_with_noise
 
 
 def is_msd_folder(path: str | Path) -> bool:
@@ -59,7 +60,7 @@ class MSDPipeline:
         self.dtype, self.device, self.memory = dtype, torch.device(device), memory
         self.loaded: OrderedDict[int, DiffusionPipeline] = OrderedDict()
         self._common: dict[str, Any] = {}
-        self._encoder: PromptEncoder | None = None
+        self._encoder: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None
         self._bar: dict[str, Any] = {}
 
     @classmethod
@@ -111,8 +112,8 @@ class MSDPipeline:
         if k not in self.loaded:
             self._make_room(k)
             path = self.folder / f"student-{k}"
-            pipeline = load_pipeline(path, f"student {path}", "export it again", self.dtype, **self._given())
-            pipeline = callable_with_noise(pipeline).to(self.device)
+            pipeline = load_pipeline(path, f"student {path}", "export it again", self.dtype, **self._shared())
+            pipeline = calls_of(pipeline).with_noise().pipeline.to(self.device)
             pipeline.set_progress_bar_config(**self._bar)
             self.loaded[k] = pipeline
         self.loaded.move_to_end(k)
@@ -127,32 +128,52 @@ class MSDPipeline:
         while self.loaded and sum(sizes[j] for j in self.loaded) + sizes[k] > self.memory:
             self.loaded.popitem(last=False)
 
+    @cached_property
+    def family(self) -> type[Family]:
+        """The family of the students' pipelines.
+
+        Raises:
+            UserError: no family claims them.
+        """
+        return family_of_student(self.folder / "student-0")
+
     @property
     def common(self) -> dict[str, Any]:
-        """What every student has alike, loaded once, {} for pixels: text encoder and tokenizer in float32, which serve
-        routing and drawing, and the VAE in ``dtype``."""
+        """The parts that all students share, loaded once, {} for pixels: what encodes prompts, in float32, which
+        serves routing and drawing, and the rest (the VAE) in ``dtype``."""
+        calls = self.family.calls
         if self.router.kind != "labels" and not self._common:
             path = self.folder / "student-0"
-            found = load_pipeline(path, f"student {path}", "export it again", unet=None)
-            self._common = {name: found.components[name] for name in ("text_encoder", "tokenizer", "vae")}
-            self._common["text_encoder"].to(self.device)
-            self._common["vae"].to(self.device, self.dtype)
+            without = {self.family.component: None}
+            first = load_pipeline(path, f"student {path}", "export it again", **without)
+            self._common = {name: first.components[name] for name in calls.shared_parts}
+            for name, network in self._common_networks().items():
+                network.to(self.device, torch.float32 if name in calls.encoder_parts else self.dtype)
         return self._common
 
-    def _given(self) -> dict[str, Any]:
-        """The components of a student that are not its own: prompts come to it embedded."""
-        return {"vae": self.common["vae"], "text_encoder": None, "tokenizer": None} if self.common else {}
+    def _common_networks(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in self._common.items() if isinstance(part, nn.Module)}
 
     @property
-    def encoder(self) -> PromptEncoder:
+    def text_encoders(self) -> list[nn.Module]:
+        """The networks that encode prompts, for all students."""
+        encoders = self.family.calls.encoder_parts
+        return [part for name, part in self._common_networks().items() if name in encoders] if self.common else []
+
+    def _shared(self) -> dict[str, Any]:
+        """The parts that a student's pipeline is loaded with: prompts come to it encoded."""
+        encoders = self.family.calls.encoder_parts
+        return {name: None if name in encoders else part for name, part in self.common.items()}
+
+    @property
+    def encoder(self) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
         """The text encoder that routes.
 
         Raises:
             UserError: it is not the one that the router was made with.
         """
         if self._encoder is None:
-            common = self.common
-            encoder = PromptEncoder(common["tokenizer"], common["text_encoder"])
+            encoder = self.family.calls.prompt_encoder(self.common)
             if encoder.fingerprint != self.router.encoder:
                 raise UserError(
                     f"{self.folder}: its text encoder or tokenizer is not the one that the router was made with, so "
@@ -165,8 +186,8 @@ class MSDPipeline:
         self.device = torch.device(device)
         for pipeline in self.loaded.values():
             pipeline.to(device)
-        for name in ("text_encoder", "vae") if self._common else ():
-            self._common[name].to(device)
+        for network in self._common_networks().values():
+            network.to(device)
         return self
 
     def set_progress_bar_config(self, **arguments: Any) -> None:
@@ -217,36 +238,37 @@ class MSDPipeline:
         hidden, embeddings = self.encoder(items) if self.router.kind != "labels" else (None, None)
         routes = self.router.route_labels(items) if embeddings is None else self.router.route_embeddings(embeddings)
         noise = self._noise(latents, generator, len(items))
-        own = self._generators(generator, len(items)) if steps > 1 else None
+        generators = self._generators(generator, len(items)) if steps > 1 else None
         images: list[Any] = [None] * len(items)
-        waiting = sorted(set(routes), key=lambda k: (k not in self.loaded, k))  # those at hand first
-        for k in waiting:
+        loaded_first = sorted(set(routes), key=lambda k: (k not in self.loaded, k))
+        for k in loaded_first:
             index = [i for i, route in enumerate(routes) if route == k]
             pipeline = self.student(k)
-            given = {"latents": noise[index], **call}
-            if own is not None:
-                given["generator"] = [own[i] for i in index]
+            calls = calls_of(pipeline)
+            student_call = {"latents": noise[index], **call}
+            if generators is not None:
+                student_call["generator"] = [generators[i] for i in index]
             if hidden is not None:
-                given["prompt_embeds"] = hidden[index].to(self.device, self.dtype)
+                student_call |= calls.embedded(hidden[index].to(self.device, self.dtype))
             else:
-                given |= {"class_labels": [items[i] for i in index], "batch_size": len(index)}
-            for i, image in zip(index, pipeline(**given).images, strict=True):
+                student_call |= calls.conditioned([items[i] for i in index]) | {"batch_size": len(index)}
+            for i, image in zip(index, pipeline(**student_call).images, strict=True):
                 images[i] = image
         drawn = _together(images)
         return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
 
     def _items(self, prompt, class_labels, repeats: int) -> list:
         labels = self.router.kind == "labels"
-        given, other = (class_labels, prompt) if labels else (prompt, class_labels)
-        if given is None or other is not None:
+        items, other = (class_labels, prompt) if labels else (prompt, class_labels)
+        if items is None or other is not None:
             right, wrong = ("class_labels", "prompt") if labels else ("prompt", "class_labels")
             raise UserError(f"{self.folder}: these students draw from {right}; give {right} and no {wrong}")
-        if isinstance(given, Tensor):
-            given = given.tolist()
-        given = [given] if isinstance(given, str | Integral) else list(given)
-        if not given:
+        if isinstance(items, Tensor):
+            items = items.tolist()
+        items = [items] if isinstance(items, str | Integral) else list(items)
+        if not items:
             raise UserError(f"{self.folder}: nothing to draw; name at least one of {'labels' if labels else 'prompts'}")
-        return [item for item in given for _ in range(repeats)]
+        return [item for item in items for _ in range(repeats)]
 
     def _noise(self, latents: Tensor | None, generator, count: int) -> Tensor:
         shape = (count, *self.manifest["noise_shape"])
@@ -276,9 +298,9 @@ def _together(images: list) -> Any:
 def _bytes(memory: int | str | None) -> int | None:
     if memory is None or isinstance(memory, int):
         return memory
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B?\s*", memory, re.I)
+    size = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B?\s*", memory, re.I)
     try:
-        return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+        return int(float(size[1]) * 1024 ** " KMGT".index(size[2].upper() or " "))
     except (TypeError, ValueError):
         raise UserError(f"memory = {memory!r}: write bytes, or such as 500MB or 2GB") from None
 
@@ -313,14 +335,27 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         ValueError, KeyError: a key is missing, or of another type.
     """
     counts = [manifest["students"], *manifest["parameters"], *manifest["noise_shape"]]
-    if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts)
+    if not whole or not manifest["noise_shape"]:
         raise ValueError("students, parameters and noise_shape are not all counts")
-    if len(manifest["parameters"]) != manifest["students"] or len(manifest["noise_shape"]) != 3:
+    if len(manifest["parameters"]) != manifest["students"]:
         raise ValueError(f"{len(manifest['parameters'])} parameters of {manifest['students']} students")
     if not isinstance(manifest["router"], str) or not isinstance(manifest["call"], dict):
         raise ValueError("router is no text, or call no mapping")
     if not isinstance(manifest["call"]["num_inference_steps"], int):
         raise ValueError("call.num_inference_steps is no number")
+
+
+def family_of_student(folder: Path) -> type[Family]:
+    """The family of a student's folder.
+
+    Raises:
+        UserError: the folder is not a pipeline, or no family claims it.
+    """
+    family = claiming_family(read_index(folder, f"student {folder}"))
+    if family is None:
+        raise UserError(f"{folder}: no family of teachers knows this pipeline; export the student again")
+    return family
 
 
 def check_student(folder: Path, router: Router, k: int) -> dict[str, Any]:
@@ -332,14 +367,14 @@ def check_student(folder: Path, router: Router, k: int) -> dict[str, Any]:
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder}: student {k} of {router.students} is missing; train it with --student {k}")
     with reading(folder, "put back the student that was trained", "says nothing of a router, or not in the right form"):
-        said = read_json(folder / "scheduler" / "scheduler_config.json")["_stepdistill"]
-        own = {key: said["msd"][key] for key in ("router", "student")}
-    if own["router"] != router.hash or own["student"] != k:
+        provenance = read_json(folder / "scheduler" / "scheduler_config.json")["_stepdistill"]
+        hash_of_router, number = (provenance["msd"][key] for key in ("router", "student"))
+    if hash_of_router != router.hash or number != k:
         raise UserError(
-            f"{folder}: is student {own['student']} of router {str(own['router'])[:12]}, not {k} of "
+            f"{folder}: is student {number} of router {str(hash_of_router)[:12]}, not {k} of "
             f"{router.hash[:12]}; put back the student and the router that belong together"
         )
-    return said
+    return provenance
 
 
 def export_students(folders: list[Path], router: Router, path: Path) -> Path:
@@ -354,24 +389,26 @@ def export_students(folders: list[Path], router: Router, path: Path) -> Path:
                 f"{folder}: student {k} is not whole ({missing(folder)} is missing or cut short); train it with "
                 f"--student {k}, which exports it again"
             )
-    said = [check_student(folder, router, k) for k, folder in enumerate(folders)]
+    provenances = [check_student(folder, router, k) for k, folder in enumerate(folders)]
     for folder in folders:
         check_folder(folder, f"student {folder}")
     check_replaceable(path)
     with reading(folders[0], "export it again", "not a whole student"):
-        unet = read_json(folders[0] / "unet" / "config.json")
-        size = unet["sample_size"]
-        channels, steps, call = unet["in_channels"], said[0]["steps"], dict(said[0]["call"])
+        family = family_of_student(folders[0])
+        network = family.component
+        noise_shape = family.calls.noise_shape_of(read_json(folders[0] / network / "config.json"))
+        first = provenances[0]
+        steps, call = first["steps"], dict(first["call"])
     manifest = {
         "version": __version__,
         "students": len(folders),
         "router": router.hash,
-        "teacher": said[0].get("teacher"),
-        "method": said[0].get("method"),
+        "teacher": first.get("teacher"),
+        "method": first.get("method"),
         "steps": steps,
         "call": call,
-        "noise_shape": [channels, *(size if isinstance(size, list) else [size, size])],
-        "parameters": [_parameters(folder / "unet") for folder in folders],
+        "noise_shape": list(noise_shape),
+        "parameters": [_parameters(folder / network) for folder in folders],
     }
     with files.replacing_folder(path) as temporary:
         for k, folder in enumerate(folders):

@@ -9,13 +9,13 @@ scales: 0.1 on SD1.5, 0.2 on SD2.1, up to 1 for students trained with negative p
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 
 from stepdistill.attention import kernels as attention
 from stepdistill.errors import UserError
+from stepdistill.families import calls_of
 
 
 class NegativePrompts:
@@ -30,18 +30,17 @@ class NegativePrompts:
     """
 
     def __init__(self, pipe):
-        network = getattr(pipe, "unet", None)
-        known = "cross_attention_kwargs" in inspect.signature(type(pipe).__call__).parameters
-        if network is None or not known or not hasattr(pipe, "encode_prompt"):
+        calls = calls_of(pipe)
+        if "cross_attention_kwargs" not in calls.arguments_known or not hasattr(pipe, "encode_prompt"):
             raise UserError(f"{type(pipe).__name__}: negative prompts need a UNet with cross-attention to a text")
-        self.pipe, self.network, self.user = pipe, network, f"negative {id(self)}"
-        kept = attention.install(network, self.user)
-        if kept:
+        self.pipe, self.network, self.user = pipe, calls.network, f"negative {id(self)}"
+        refused = attention.install(self.network, self.user)
+        if refused:
             self.remove()
-            name, reason = next(iter(kept.items()))
+            module, reason = next(iter(refused.items()))
             raise UserError(
-                f"{type(pipe).__name__}: unet.{name} {reason}; reset all with "
-                "unet.set_attn_processor(AttnProcessor2_0())"
+                f"{type(pipe).__name__}: {calls.component}.{module} {reason}; reset all with "
+                f"{calls.component}.set_attn_processor(AttnProcessor2_0())"
             )
 
     @torch.no_grad()

@@ -31,88 +31,21 @@ from torch import Tensor
 
 from .denoiser import Condition, Denoiser
 from .errors import UserError
-from .schedule import Clipping, EDMSchedule, FlowSchedule, Schedule, VPSchedule, ancestral, expand, noise_up, upward
+from .schedule import Clipping, Schedule, Transition, ancestral, expand, noise_up, upward
 
 if TYPE_CHECKING:
     from stepdistill.roles.role import Role
 
-Transition = Literal["renoise", "ode", "tcd", "ancestral"]
 Final = Literal["clean", "timestep_0"]
 Draw = Callable[[Tensor], Tensor]
 """Standard normal noise of the shape, dtype and device of its argument."""
-
-EDM_STUDENT_RHO = 4.0
-"""Spacing of an EDM student's steps, ``sigma_k = sigma_1 (1 - k/N)^rho``: 80, 25, 5, 0.3 for four."""
 
 
 def few_step_times(
     schedule: Schedule, steps: int, start: float | None = None, key: str = "sampler.steps"
 ) -> tuple[float, ...]:
-    """The N times of a student, descending, as its exported scheduler will give them.
-
-    VP: ``k (N, ..., 1) - 1`` with ``k = (start + 1) // N``; N = 4, start 999: 999, 749, 499, 249.
-    Flow: ``0.999 (N, ..., 1) / N``, shifted.  EDM: ``start (1 - k/N)^4``.  ``start``: the first time (the noise's
-    conditioning timestep), by default the last of a VP schedule, and sigma_max.  ``key``: the config's name of
-    ``steps``, for errors.
-
-    Raises:
-        UserError: more steps than levels, a start outside the schedule.
-    """
-    if isinstance(schedule, VPSchedule):
-        last = schedule.num_levels - 1
-        first = last if start is None else start
-        if first != int(first) or not 0 < first <= last:
-            raise UserError(f"sampler.start = {first}: a whole timestep from 1 to {last} is needed")
-        stride = (int(first) + 1) // steps
-        if stride < 1:
-            raise UserError(f"{key} = {steps}: more than the {int(first) + 1} timesteps up to {first:g}")
-        if (int(first) + 1) % steps and stride * steps - 1 < 0.9 * first:
-            raise UserError(f"{key} = {steps} does not divide {int(first) + 1} timesteps; use a divisor")
-        return tuple(float(stride * k - 1) for k in range(steps, 0, -1))
-    if isinstance(schedule, FlowSchedule):
-        if start is not None:
-            raise UserError("sampler.start: a flow student always starts at pure noise; remove the key")
-        top = 1 - 1 / schedule.num_levels
-        return tuple(schedule.shifted(top * k / steps) for k in range(steps, 0, -1))
-    if isinstance(schedule, EDMSchedule):
-        first = schedule.sigma_max if start is None else start
-        if not 0 < first <= schedule.sigma_max:
-            raise UserError(f"sampler.start = {first}: a sigma in (0, {schedule.sigma_max}] is needed")
-        return tuple(first * (1 - k / steps) ** EDM_STUDENT_RHO for k in range(steps))
-    raise TypeError(f"no few-step times for {type(schedule).__name__}")
-
-
-def transition_of(scheduler) -> Transition | None:
-    """How a stock scheduler moves between steps; None where its kind says nothing of it."""
-    match type(scheduler).__name__:
-        case "LCMScheduler" | "CMStochasticIterativeScheduler" | "FlowMatchLCMScheduler":
-            return "renoise"
-        case "TCDScheduler":
-            return "tcd"
-        case "EulerAncestralDiscreteScheduler":
-            return "ancestral"
-        case "FlowMatchEulerDiscreteScheduler":
-            return "renoise" if scheduler.config.get("stochastic_sampling") else "ode"
-        case "DDIMScheduler" | "EulerDiscreteScheduler" | "DPMSolverMultistepScheduler":
-            return "ode"
-    return None
-
-
-def own_times(scheduler, steps: int) -> tuple[float, ...] | None:
-    """The times that an LCM scheduler takes in ``steps`` steps, as published models were trained at (999, 759, 499, 259
-    for four of the usual fifty); None for other kinds.
-
-    Raises:
-        UserError: it has fewer.
-    """
-    if type(scheduler).__name__ != "LCMScheduler":
-        return None
-    try:
-        scheduler.set_timesteps(steps)
-    except ValueError as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"sampler.steps = {steps}: the model's scheduler has not so many ({reason})") from None
-    return tuple(float(t) for t in scheduler.timesteps)
+    """The N times of a student, descending, as its exported scheduler will give them: ``schedule.student_times``."""
+    return schedule.student_times(steps, start, key)
 
 
 @dataclass(frozen=True)
@@ -126,16 +59,15 @@ class FewStepSampler:
     final: Final = "clean"
 
     def __post_init__(self):
-        vp = isinstance(self.schedule, VPSchedule)
-        if self.transition in ("tcd", "ancestral") and not vp:
+        if self.transition not in self.schedule.transitions:
             raise UserError(f"sampler.transition = {self.transition}: only VP teachers have it; use renoise or ode")
-        if self.final == "timestep_0" and (self.transition != "ode" or not vp):
+        if self.final == "timestep_0" and (self.transition != "ode" or not self.schedule.has_timestep_0):
             raise UserError(
                 "sampler.final = timestep_0: only students of VP teachers with transition = ode end there; use clean"
             )
 
     def in_steps(self, steps: int) -> FewStepSampler:
-        """The same sampler in fewer steps, a divisor of its own: every so many of its times."""
+        """The same sampler in fewer steps, a divisor of its number: every so many of its times."""
         return replace(self, times=self.times[:: self.steps // steps])
 
     @property
@@ -149,8 +81,7 @@ class FewStepSampler:
 
     def time(self, index: int, like: Tensor) -> Tensor:
         """``times[index]`` for each sample of ``like``, shape (B,); integer on VP schedules."""
-        dtype = torch.long if isinstance(self.schedule, VPSchedule) else torch.float64
-        return torch.full((len(like),), self.times[index], dtype=dtype, device=like.device)
+        return torch.full((len(like),), self.times[index], dtype=self.schedule.time_dtype, device=like.device)
 
     def start(self, noise: Tensor) -> Tensor:
         """Unit noise (B, ...) to the first input."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from torch import Tensor
 from .errors import UserError
 
 PredictionType = Literal["eps", "v", "x0", "flow", "edm"]
+Transition = Literal["renoise", "ode", "tcd", "ancestral"]
+"""How a few-step student moves from one of its times to the next; see :mod:`stepdistill.sampler`."""
 
 ALPHA_MIN = 1e-4
 """What x0 is divided by where alpha is exactly 0 and eps says nothing of x0, so that a conversion stays finite.  Any
@@ -41,10 +43,24 @@ DIFFUSERS_PREDICTION_TYPES: dict[str, PredictionType] = {
 }
 
 
+EDM_STUDENT_RHO = 4.0
+"""Spacing of an EDM student's steps, ``sigma_k = sigma_1 (1 - k/N)^rho``: 80, 25, 5, 0.3 for four."""
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """One value a sample, shape ``(B,)``, to ``(B, 1, ..., 1)`` with as many dims as ``like`` (B, ...); its dtype
+    stays."""
+    return values.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def per_channel_shape(like: Tensor) -> tuple[int, ...]:
+    """The shape ``(B, C, 1, ..., 1)`` of one value a channel of ``like`` (B, C, ...)."""
+    return (*like.shape[:2], *[1] * (like.ndim - 2))
+
+
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     """Shape ``(B,)`` to ``(B, 1, ..., 1)`` with the dims of ``like``, in its dtype, at least float32."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return coefficient.to(device=like.device, dtype=dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return per_sample(coefficient.to(like.device, torch.promote_types(like.dtype, torch.float32)), like)
 
 
 def upward(low: tuple[Tensor, Tensor], high: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -83,6 +99,16 @@ class Schedule(abc.ABC):
     """
 
     num_levels: int
+    time_dtype: ClassVar[torch.dtype] = torch.float64
+    """The dtype of t."""
+    transitions: ClassVar[tuple[Transition, ...]] = ("renoise", "ode")
+    """How a student on this schedule can move between its steps."""
+    stock_transitions: ClassVar[tuple[Transition, ...]]
+    """Those of them that a stock scheduler can be configured to make between several steps."""
+    has_timestep_0: ClassVar[bool] = False
+    """Whether the lowest level is an integer timestep 0 that still has noise, where a sampler can end."""
+    lowest_student_level: ClassVar[int] = 0
+    """The lowest level that a stock scheduler can be told as the one timestep of a student."""
 
     def level_of(self, thousandth: int) -> int:
         """The level where thousandth 0..999 begins; with fewer than 1000 levels, the one that it falls in."""
@@ -107,6 +133,22 @@ class Schedule(abc.ABC):
     @abc.abstractmethod
     def at_noise_ratio(self, ratio: Tensor) -> Tensor:
         """The time t where ``sigma/alpha`` is ``ratio`` (EDM's sigma), same shape; the nearest timestep on VP."""
+
+    @abc.abstractmethod
+    def student_times(self, steps: int, start: float | None, key: str) -> tuple[float, ...]:
+        """The N times of a student, descending, as its exported scheduler will give them.
+
+        Args:
+            start: the first time (the noise's conditioning timestep); None: the schedule's last.
+            key: the config's name of ``steps``, for errors.
+
+        Raises:
+            UserError: more steps than levels, a start outside the schedule.
+        """
+
+    def x0_weight(self, t: Tensor) -> Tensor | None:
+        """What the squared error of x0 is multiplied by in a denoising loss at t (B,), (B,); None for 1."""
+        return None
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """What the network sees in place of x_t: c_in x_t for EDM, x_t itself otherwise."""
@@ -236,6 +278,11 @@ class VPSchedule(Schedule):
     ``alphas_cumprod``: shape (T,), decreasing, in [0, 1]; a last entry of 0 (zero terminal SNR) is allowed.
     """
 
+    time_dtype = torch.long
+    transitions = stock_transitions = ("renoise", "ode", "tcd", "ancestral")
+    has_timestep_0 = True
+    lowest_student_level = 1
+
     def __init__(self, alphas_cumprod: Tensor):
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
         self.num_levels = len(self.alphas_cumprod)
@@ -249,6 +296,19 @@ class VPSchedule(Schedule):
 
     def level(self, index: Tensor) -> Tensor:
         return index
+
+    def student_times(self, steps: int, start: float | None, key: str) -> tuple[float, ...]:
+        """``k (N, ..., 1) - 1`` with ``k = (start + 1) // N``; N = 4, start 999: 999, 749, 499, 249."""
+        last = self.num_levels - 1
+        first = last if start is None else start
+        if first != int(first) or not 0 < first <= last:
+            raise UserError(f"sampler.start = {first}: a whole timestep from 1 to {last} is needed")
+        stride = (int(first) + 1) // steps
+        if stride < 1:
+            raise UserError(f"{key} = {steps}: more than the {int(first) + 1} timesteps up to {first:g}")
+        if (int(first) + 1) % steps and stride * steps - 1 < 0.9 * first:
+            raise UserError(f"{key} = {steps} does not divide {int(first) + 1} timesteps; use a divisor")
+        return tuple(float(stride * k - 1) for k in range(steps, 0, -1))
 
     def at_noise_ratio(self, ratio: Tensor) -> Tensor:
         """Nearest in ln(sigma/alpha); an alpha of 0 is infinitely far from any other."""
@@ -265,6 +325,8 @@ class FlowSchedule(Schedule):
     ``integer_labels``: the network is told floor(1000 t), as stock schedulers with integer timesteps tell it.
     """
 
+    stock_transitions = ("ode",)
+
     def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000, integer_labels: bool = False):
         self.shift = shift
         self.num_levels = num_train_timesteps
@@ -279,6 +341,13 @@ class FlowSchedule(Schedule):
 
     def at_noise_ratio(self, ratio: Tensor) -> Tensor:
         return ratio.double() / (1 + ratio.double())
+
+    def student_times(self, steps: int, start: float | None, key: str) -> tuple[float, ...]:
+        """``0.999 (N, ..., 1) / N``, shifted, of 1000 levels; always from pure noise."""
+        if start is not None:
+            raise UserError("sampler.start: a flow student always starts at pure noise; remove the key")
+        top = 1 - 1 / self.num_levels
+        return tuple(self.shifted(top * k / steps) for k in range(steps, 0, -1))
 
     def shifted(self, u):
         """The flow time that the unshifted time ``u`` in [0, 1] becomes."""
@@ -296,6 +365,8 @@ class EDMSchedule(Schedule):
     sd^2)``, ``c_noise = time_scale * ln(sigma) / 4``.  Levels are Karras' grid, ascending (rho 7).
     ``out_sign`` is -1 for schedulers that call the raw output a v-prediction.
     """
+
+    stock_transitions = ("renoise",)
 
     def __init__(
         self,
@@ -329,6 +400,17 @@ class EDMSchedule(Schedule):
 
     def start_scale(self, t: float) -> float:
         return float(t)
+
+    def student_times(self, steps: int, start: float | None, key: str) -> tuple[float, ...]:
+        """``start (1 - k/N)^4``, from sigma_max by default."""
+        first = self.sigma_max if start is None else start
+        if not 0 < first <= self.sigma_max:
+            raise UserError(f"sampler.start = {first}: a sigma in (0, {self.sigma_max}] is needed")
+        return tuple(first * (1 - k / steps) ** EDM_STUDENT_RHO for k in range(steps))
+
+    def x0_weight(self, t: Tensor) -> Tensor:
+        """``sigma^-2 + sigma_data^-2`` (2206.00364, table 1, up to a constant)."""
+        return t.double() ** -2 + self.sigma_data**-2
 
     def preconditioning(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma, sd = t.double(), self.sigma_data

@@ -144,7 +144,7 @@ def test_a_lora_on_a_lora_is_merged_in_float32_too(folders, tmp_path):
     base = {key: value.float() for key, value in family.network.state_dict().items()}
     first = Roles(family, RolesSettings(weights="shared", lora=LoRASettings(rank=2))).student
     stirred(first)
-    first.switch.lora("student").save(tmp_path)
+    first.switch.lora("student").save(tmp_path, "unet")
     again = load_family(folders["stable_diffusion"], dtype=torch.bfloat16)
     settings = RolesSettings(weights="shared", lora=LoRASettings(rank=4), lora_under=str(tmp_path))
     second = Roles(again, settings).student

@@ -17,7 +17,7 @@ from toys import linear_betas
 
 from stepdistill.denoiser import NetworkDenoiser, Prediction
 from stepdistill.families.analytic import AnalyticFamily
-from stepdistill.pipelines.schedulers import student_scheduler
+from stepdistill.families.schedulers import student_scheduler
 from stepdistill.roles.roles import Roles
 from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler, SignalSampler, ddim_times, few_step_times

@@ -12,7 +12,7 @@ from toys import linear_betas, zero_snr
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.errors import UserError
-from stepdistill.pipelines.schedulers import check_expressible, student_scheduler
+from stepdistill.families.schedulers import check_expressible, student_scheduler
 from stepdistill.sampler import FewStepSampler, few_step_times, ode_sample, renoised, strategic_step
 from stepdistill.schedule import EDMSchedule, FlowSchedule, VPSchedule
 

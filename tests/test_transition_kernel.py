@@ -22,8 +22,9 @@ from toys import linear_betas, zero_snr
 
 from stepdistill.denoiser import NetworkDenoiser
 from stepdistill.errors import UserError
+from stepdistill.families.schedulers import transition_of
 from stepdistill.objectives.preference import gaussian_log_prob
-from stepdistill.sampler import FewStepSampler, few_step_times, transition_of
+from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.schedule import EDMSchedule, FlowSchedule, VPSchedule
 
 F64 = torch.float64

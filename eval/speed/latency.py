@@ -75,11 +75,10 @@ class Clock:
 
 def parts_of(stock: StockPipeline) -> dict[str, list[nn.Module]]:
     """The pipeline's modules by part.  A VAE is entered through ``decode``, so its decoder is the one watched."""
-    components = stock.first.components
-    encoders = [m for name, m in components.items() if name.startswith("text_encoder") and m is not None]
-    if isinstance(stock.pipeline, MSDPipeline) and stock.pipeline.common:
-        encoders = [stock.pipeline.common["text_encoder"]]
-    decoder = getattr(components.get("vae"), "decoder", None)
+    encoders = stock.calls.text_encoders
+    if isinstance(stock.pipeline, MSDPipeline):
+        encoders = stock.pipeline.text_encoders
+    decoder = getattr(stock.calls.vae, "decoder", None)
     return {
         "text_encoder": encoders,
         "denoiser": stock.denoisers,

@@ -3,64 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from stepdistill.errors import UserError, reading
 from stepdistill.precision import norms_in_float32
-from stepdistill.stock.loading import check_index, load_pipeline, parts_of, read_index
+from stepdistill.stock.loading import check_index, load_pipeline, read_index
 
 from .base import Family, Source
+from .calls import StockCalls
 from .stable_diffusion import StableDiffusionFamily
 from .unet2d import UNet2DFamily
 
-FAMILIES: dict[str, type[Family]] = {
-    "unet2d": UNet2DFamily,
-    "stable_diffusion": StableDiffusionFamily,
-}
-NETWORKS = {"UNet2DModel": "unet2d", "UNet2DConditionModel": "stable_diffusion"}
-"""The class of a folder's ``unet`` to its family."""
+FAMILIES: tuple[type[Family], ...] = (
+    UNet2DFamily,
+    StableDiffusionFamily,
+)
+"""Every family that can be loaded from a folder, one a line."""
 TRIED = 100_000_000
 """Parameters of a network up to which a teacher is called once when it is loaded."""
 
 
-def family_of(model_index: dict, source: str) -> str:
-    """The family that a folder's ``model_index.json`` belongs to, by its pipeline's class and all of its parts.
+def claiming_family(index: dict[str, Any]) -> type[Family] | None:
+    """The family that says that a checked ``model_index.json`` is one of its pipelines; None where none does."""
+    return next((family for family in FAMILIES if family.claims(index)), None)
+
+
+def family_of(index: dict[str, Any], source: str) -> type[Family]:
+    """The family of a teacher, by its ``model_index.json``.
 
     Raises:
-        UserError: no family for it, a part that is missing or not understood, or another pipeline around the parts.
+        UserError: no family claims it, or the one that does cannot use it.
     """
-    check_index(model_index, f"teacher {source}")
-    name, parts = model_index["_class_name"], {part: kind for part, (_, kind) in parts_of(model_index).items()}
-    family = NETWORKS.get(parts.get("unet", ""))
+    check_index(index, f"teacher {source}")
+    family = claiming_family(index)
     if family is None:
+        networks = " or ".join(dict.fromkeys(str(known.parts[known.component]) for known in FAMILIES))
         raise UserError(
-            f"teacher {source}: a {name} is not supported; supported are pipelines around "
-            f"{' or '.join(NETWORKS)} (families {', '.join(FAMILIES)})"
+            f"teacher {source}: a {index['_class_name']} is not supported; supported are pipelines around "
+            f"{networks} (families {', '.join(known.name for known in FAMILIES)})"
         )
-    _check_parts(name, parts, FAMILIES[family], source)
+    family.check_parts(index, source)
     return family
 
 
-def _check_parts(name: str, parts: dict[str, str], family: type[Family], source: str) -> None:
-    """Refuse a pipeline class ``name`` with ``parts`` (classes by name) that is not a teacher of ``family``."""
-    expected = ", ".join(family.parts)
-    known = {*family.parts, *family.left_out}
-    if more := [f"{part} ({kind})" for part, kind in parts.items() if part not in known]:
-        raise UserError(
-            f"teacher {source}: a {name} with {', '.join(more)} is not supported: its network does not work on what "
-            f"one with {expected} alone works on"
-        )
-    for part, kind in family.parts.items():
-        if part not in parts:
-            raise UserError(f"teacher {source}: its {part} is missing; save the whole pipeline")
-        if kind is not None and parts[part] != kind:
-            raise UserError(f"teacher {source}: its {part} is of class {parts[part]}; only {kind} is supported")
-    if name not in family.pipelines:
-        raise UserError(
-            f"teacher {source}: a {name} is not supported; if {family.pipelines[0]} draws as well with its parts "
-            f"({expected}), save them as one"
-        )
+def calls_of(pipeline: DiffusionPipeline) -> StockCalls:
+    """How a loaded stock pipeline of any class is called: as its family says, or as its signature does."""
+    name = type(pipeline).__name__
+    family = next((family for family in FAMILIES if name in family.pipelines), None)
+    return (StockCalls if family is None else family.calls)(pipeline)
 
 
 def _folder(path: str, revision: str | None, variant: str | None) -> Path:
@@ -74,8 +67,6 @@ def _folder(path: str, revision: str | None, variant: str | None) -> Path:
         return folder
     if folder.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"teacher {path}: no such folder; give a diffusers folder or a hub id (owner/name)")
-    from diffusers import DiffusionPipeline
-
     remedy = "look at its name, or name a folder"
     with reading(f"teacher {path}", remedy, "no such folder here, and the hub did not give it"):
         check_index(dict(DiffusionPipeline.load_config(path, revision=revision)), f"teacher {path}")
@@ -128,15 +119,15 @@ def load_family(
     folder = _folder(path, revision, variant)
     what = f"teacher {path}"
     index = read_index(folder, what)
-    found = family_of(index, path)
-    if family not in ("auto", found):
-        raise UserError(f"teacher.family = {family}: the teacher {path} is of family {found}")
+    kind = family_of(index, path)
+    if family not in ("auto", kind.name):
+        raise UserError(f"teacher.family = {family}: the teacher {path} is of family {kind.name}")
     optional = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
     remedy, key = "save it again with save_pretrained", "teacher.variant"
     pipeline = load_pipeline(folder, what, remedy, dtype, variant, key, **optional)
-    norms_in_float32(pipeline.unet)
+    norms_in_float32(getattr(pipeline, kind.component))
     with reading(what, "look at the configs of its parts", "is not understood"):
-        teacher = FAMILIES[found].from_components(pipeline.components, path)
+        teacher = kind.from_components(pipeline.components, path)
     teacher.source = Source(path, folder, variant)
     if null_label is not None:
         teacher.state_null_label(null_label, path)
@@ -144,4 +135,13 @@ def load_family(
     return teacher
 
 
-__all__ = ["FAMILIES", "Family", "StableDiffusionFamily", "UNet2DFamily", "load_family"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "StableDiffusionFamily",
+    "StockCalls",
+    "UNet2DFamily",
+    "calls_of",
+    "claiming_family",
+    "load_family",
+]

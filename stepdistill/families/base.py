@@ -16,9 +16,13 @@ from stepdistill.conditions import ConditionKind, Conditions
 from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
 from stepdistill.digests import check_folder
 from stepdistill.errors import UserError, reading
+from stepdistill.sampler import FewStepSampler
 from stepdistill.schedule import Clipping, PredictionType, Schedule
-from stepdistill.stock.loading import load_network, oversized
+from stepdistill.stock.loading import load_network, oversized, parts_of
 from stepdistill.stock.variants import choose_variant, variants_of
+
+from . import schedulers
+from .calls import StockCalls
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,13 @@ class Family(abc.ABC):
     """
 
     name: ClassVar[str]
+    component: ClassVar[str]
+    """The network's name among the parts of a diffusers folder: ``unet`` or ``transformer``."""
+    calls: ClassVar[type[StockCalls]] = StockCalls
+    """How this family's stock pipelines are called."""
     lora_targets: ClassVar[list[str] | str]
+    kohya_prefix: ClassVar[str | None] = None
+    """What kohya's LoRA files put before the network's modules; None where no stock pipeline loads such a file."""
     architecture_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of the network's config that a smaller student may change."""
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -75,6 +85,43 @@ class Family(abc.ABC):
     knows_null: bool = True
     """Whether the folder says which label is the null one, or can have none."""
 
+    # -- folders -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def claims(cls, index: dict[str, Any]) -> bool:
+        """Whether a checked ``model_index.json`` is of a pipeline around this family's network.
+
+        What else must be there is for :meth:`check_parts`, whose errors say what is wrong.
+        """
+        kind = parts_of(index).get(cls.component, ("", ""))[1]
+        return kind == cls.parts.get(cls.component)
+
+    @classmethod
+    def check_parts(cls, index: dict[str, Any], source: str) -> None:
+        """Refuse a claimed pipeline whose class or parts are not those of a teacher of this family.
+
+        Raises:
+            UserError: a part that is missing, of another class or not understood, or another pipeline around them.
+        """
+        name, parts = index["_class_name"], {part: kind for part, (_, kind) in parts_of(index).items()}
+        expected = ", ".join(cls.parts)
+        known = {*cls.parts, *cls.left_out}
+        if more := [f"{part} ({kind})" for part, kind in parts.items() if part not in known]:
+            raise UserError(
+                f"teacher {source}: a {name} with {', '.join(more)} is not supported: its network does not work on "
+                f"what one with {expected} alone works on"
+            )
+        for part, kind in cls.parts.items():
+            if part not in parts:
+                raise UserError(f"teacher {source}: its {part} is missing; save the whole pipeline")
+            if kind is not None and parts[part] != kind:
+                raise UserError(f"teacher {source}: its {part} is of class {parts[part]}; only {kind} is supported")
+        if name not in cls.pipelines:
+            raise UserError(
+                f"teacher {source}: a {name} is not supported; if {cls.pipelines[0]} draws as well with its parts "
+                f"({expected}), save them as one"
+            )
+
     @classmethod
     def check_network(cls, network: nn.Module, source: str) -> None:
         """Refuse a network that wants to be called otherwise than this family calls it.
@@ -86,7 +133,8 @@ class Family(abc.ABC):
         for key, (plain, meaning) in cls.plain_config.items():
             if config.get(key) not in plain:
                 raise UserError(
-                    f"teacher {source}: {key} = {config[key]} in its unet's config is not supported: {meaning}"
+                    f"teacher {source}: {key} = {config[key]} in its {cls.component}'s config is not supported: "
+                    f"{meaning}"
                 )
         if config.out_channels != config.in_channels:
             raise UserError(
@@ -184,19 +232,23 @@ class Family(abc.ABC):
         if self.source is not None and place == self.source.path:
             place, variant = str(self.source.folder), self.source.variant
         if Path(place).is_dir():
-            check_folder(Path(place), what, ("unet",))
-        with reading(what, "name a student that was exported", "its unet cannot be loaded"):
-            variant = choose_variant({"unet": variants_of(Path(place) / "unet")}, variant, what, None)
-            found = load_network(type(self.network), place, what, variant=variant, subfolder="unet").state_dict()
-        found, own = self.complete_weights(found, like), like.state_dict()
-        odd = [k for k in own.keys() | found.keys() if k not in own or k not in found or own[k].shape != found[k].shape]
-        if odd:
-            raise UserError(f"roles.student_from = {path}: its unet is not of the student's architecture ({min(odd)})")
-        return found
+            check_folder(Path(place), what, (self.component,))
+        name = self.component
+        with reading(what, "name a student that was exported", f"its {name} cannot be loaded"):
+            variant = choose_variant({name: variants_of(Path(place) / name)}, variant, what, None)
+            loaded = load_network(type(self.network), place, what, variant=variant, subfolder=name).state_dict()
+        weights, expected = self.complete_weights(loaded, like), like.state_dict()
+        shapes, expected_shapes = ({k: v.shape for k, v in state.items()} for state in (weights, expected))
+        different = [k for k in shapes | expected_shapes if shapes.get(k) != expected_shapes.get(k)]
+        if different:
+            raise UserError(
+                f"roles.student_from = {path}: its {name} is not of the student's architecture ({min(different)})"
+            )
+        return weights
 
-    def complete_weights(self, found: dict[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
+    def complete_weights(self, weights: dict[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
         """Put back what an export leaves out, from ``like``."""
-        return found
+        return weights
 
     # -- conditions ----------------------------------------------------------------------------------------
 
@@ -259,6 +311,25 @@ class Family(abc.ABC):
     def pipeline(self, network: nn.Module, scheduler):
         """A stock diffusers pipeline around ``network`` and ``scheduler``, ready for ``save_pretrained``."""
 
+    def student_scheduler(self, sampler: FewStepSampler):
+        """A stock scheduler whose config alone makes the stock pipeline sample as ``sampler`` does.
+
+        Raises:
+            UserError: there is none; see :meth:`check_expressible`.
+        """
+        return schedulers.student_scheduler(self, sampler)
+
+    def check_expressible(self, sampler: FewStepSampler) -> None:
+        """Refuse a sampler that no stock scheduler can be configured to be; for asking before training starts."""
+        schedulers.check_expressible(self, sampler)
+
+    def call(self, sampler: FewStepSampler) -> dict[str, Any]:
+        """What a call of the exported pipeline must say, by its arguments' names."""
+        call = {"num_inference_steps": sampler.steps, **self.guidance_off}
+        if sampler.transition == "tcd" and self.passes_eta:
+            call["eta"] = sampler.eta
+        return call
+
     @property
     @abc.abstractmethod
     def guidance_off(self) -> dict[str, float]:
@@ -267,7 +338,7 @@ class Family(abc.ABC):
 
     def networks(self) -> dict[str, nn.Module]:
         """The teacher's networks by the names of their folders: what a student is trained from."""
-        return {"unet": self.network}
+        return {self.component: self.network}
 
     # -- housekeeping --------------------------------------------------------------------------------------
 

@@ -10,12 +10,16 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderTiny,
+    LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -28,7 +32,14 @@ from stepdistill.schedule import clipping_of, from_scheduler
 from stepdistill.stock.loading import load_network
 
 from .base import Family
+from .calls import StockCalls
 
+TEXT_TO_IMAGE: dict[type, type] = {
+    StableDiffusionImg2ImgPipeline: StableDiffusionPipeline,
+    StableDiffusionInpaintPipeline: StableDiffusionPipeline,
+    LatentConsistencyModelImg2ImgPipeline: LatentConsistencyModelPipeline,
+}
+"""Pipelines that change pictures, and the one that draws from prompts alone with the very same parts."""
 EMBEDDED_SCALE = 8.5
 """What LatentConsistencyModelPipeline embeds by default."""
 
@@ -90,8 +101,31 @@ class PromptEncoder:
         return hidden, (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
+class StableDiffusionCalls(StockCalls):
+    """Pipelines of prompts with one CLIP text encoder and a VAE."""
+
+    encoder_parts = ("text_encoder", "tokenizer")
+    shared_parts = (*encoder_parts, "vae")
+
+    def with_noise(self) -> StableDiffusionCalls:
+        """The pipeline that draws from prompts alone, in place of one that changes pictures."""
+        target = TEXT_TO_IMAGE.get(type(self.pipeline))
+        if target is None or self.network.config.in_channels != self.vae.config.latent_channels:
+            return self
+        return StableDiffusionCalls(target(**self.pipeline.components, requires_safety_checker=False))
+
+    @staticmethod
+    def prompt_encoder(parts: Mapping[str, Any]) -> PromptEncoder:
+        return PromptEncoder(parts["tokenizer"], parts["text_encoder"])
+
+    def embedded(self, hidden: Tensor) -> dict[str, Any]:
+        return {"prompt_embeds": hidden}
+
+
 class StableDiffusionFamily(Family):
     name = "stable_diffusion"
+    component = "unet"
+    calls = StableDiffusionCalls
     pipelines = (
         "StableDiffusionPipeline",
         "LatentConsistencyModelPipeline",
@@ -115,6 +149,7 @@ class StableDiffusionFamily(Family):
         "attention_type": (("default",), "it takes boxes beside the prompt (GLIGEN)"),
         "dual_cross_attention": ((False,), "it takes two kinds of conditions (Versatile Diffusion)"),
     }
+    kohya_prefix = "lora_unet"
     # the module set of DMD2's LoRA recipe and of LCM-LoRA
     lora_targets = [
         "to_q",

@@ -9,21 +9,85 @@ own numbers everywhere; the null one is no class, wherever it is.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
-from diffusers import ConsistencyModelPipeline, DDPMPipeline, UNet2DModel
+from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, PNDMPipeline, UNet2DModel
 from torch import Tensor, nn
 
+from stepdistill.conditions import ConditionKind
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.schedule import EDMSchedule, FlowSchedule, clipping_of, from_scheduler
 
 from .base import Family
+from .calls import StockCalls
+
+
+class UNet2DCalls(StockCalls):
+    """Pixel pipelines, called by the number of pictures and, where the network has classes, by their labels."""
+
+    def with_noise(self) -> UNet2DCalls:
+        """The consistency pipeline around the same network and scheduler, able to start from noise of any shape.
+
+        DDPM's, DDIM's and PNDM's pipelines have no ``latents``; the consistency pipeline runs the same loop and has
+        them.  Its own input check demands three channels and squares whatever its network has, which nothing after the
+        check does, so latents are hidden from the check; and it calls every scheduler in one way
+        (:func:`_as_the_loop_calls`).
+        """
+        pipeline = self.pipeline
+        if isinstance(pipeline, DDPMPipeline | DDIMPipeline | PNDMPipeline):
+            pipeline = ConsistencyModelPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler)
+        stock_check = pipeline.check_inputs
+
+        def check_inputs(steps, timesteps, latents, batch_size, img_size, callback_steps):
+            stock_check(steps, timesteps, None, batch_size, img_size, callback_steps)
+
+        pipeline.check_inputs = check_inputs
+        _as_the_loop_calls(pipeline.scheduler)
+        return UNet2DCalls(pipeline)
+
+    @property
+    def condition_kind(self) -> ConditionKind:
+        labelled = self.network.config.get("num_class_embeds") and "class_labels" in self.arguments_known
+        return "label" if labelled else "none"
+
+    @property
+    def null_label(self) -> int | None:
+        return stamp_of(self.network).get("null_label")
+
+    def labels(self, null_label: int | None) -> list[int]:
+        if self.condition_kind != "label":
+            return []
+        return list(class_labels(self.network.config.num_class_embeds, null_label))
+
+    def example(self) -> dict[str, Any]:
+        if self.condition_kind != "label":
+            return super().example()
+        return self.conditioned(self.labels(self.null_label)[:1])
+
+    def notes(self) -> list[str]:
+        if self.null_label is None or not self.network.config.get("num_class_embeds"):
+            return []
+        return [f"Label {self.null_label} stands for no class; a call without `class_labels` may draw it."]
+
+
+def _as_the_loop_calls(scheduler) -> None:
+    """Let the consistency pipeline's loop call a scheduler: some take no generator (PNDM, Heun, UniPC); those of flow
+    models start from unit noise that they do not scale, and do not say so."""
+    if not hasattr(scheduler, "init_noise_sigma"):
+        scheduler.init_noise_sigma = 1.0
+        scheduler.scale_model_input = lambda sample, timestep=None: sample
+    step = scheduler.step
+    if "generator" not in inspect.signature(step).parameters:
+        scheduler.step = lambda *arguments, generator=None, **named: step(*arguments, **named)
 
 
 class UNet2DFamily(Family):
     name = "unet2d"
+    component = "unet"
+    calls = UNet2DCalls
     pipelines = ("ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
     parts = {"unet": "UNet2DModel", "scheduler": None}
     plain_config = {
@@ -134,13 +198,16 @@ class UNet2DFamily(Family):
             )
         return {"label": torch.full((count,), self.null_label, dtype=torch.long, device=self.device)}
 
-    def complete_weights(self, found: dict[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
+    def complete_weights(self, weights: dict[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
         """An exported student has no null label: that of ``like`` is put back."""
         key = "class_embedding.weight"
-        own = like.state_dict().get(key)
-        if self.has_null and key in found and len(found[key]) == len(own) - 1 and self.null_label == len(own) - 1:
-            return {**found, key: torch.cat([found[key], own[-1:]])}
-        return found
+        if not self.has_null or key not in weights:
+            return weights
+        embeddings = like.state_dict()[key]
+        last = len(embeddings) - 1
+        if self.null_label == last and len(weights[key]) == last:
+            return {**weights, key: torch.cat([weights[key], embeddings[last:]])}
+        return weights
 
     def pipeline(self, network: UNet2DModel, scheduler) -> ConsistencyModelPipeline | DDPMPipeline:
         """ConsistencyModelPipeline: the one stock class for (class-conditional) pixel students; DDPMPipeline for

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from stepdistill.denoiser import Prediction
-from stepdistill.schedule import EDMSchedule, PredictionType, Schedule, expand
+from stepdistill.schedule import PredictionType, Schedule, expand
 
 
 def denoising_loss(
@@ -23,8 +23,9 @@ def denoising_loss(
     schedule, x_t, t = prediction.schedule, prediction.x_t, prediction.t
     if target in ("x0", "edm"):
         error = (prediction.x0 - x0).square()
-        if isinstance(schedule, EDMSchedule):
-            error = error * expand(t.double() ** -2 + schedule.sigma_data**-2, error)
+        x0_weight = schedule.x0_weight(t)
+        if x0_weight is not None:
+            error = error * expand(x0_weight, error)
     else:
         error = (prediction.of(target) - schedule.target(x0, eps, target, x_t, t)).square()
     return (error if weight is None else error * expand(weight, error)).mean()

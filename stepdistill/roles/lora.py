@@ -22,7 +22,6 @@ from stepdistill.readers import parse_json, read_tensors
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
-PREFIX = "unet."
 MOST_RANK, MOST_ALPHA = 4096, 1e6
 
 
@@ -47,29 +46,34 @@ class LoRA:
             for letter, factor in zip("AB", pair, strict=True)
         }
 
-    def save(self, folder: Path) -> Path:
-        """Write diffusers' keys, alpha in the metadata (without it every loader takes alpha = rank)."""
-        said = {
+    def save(self, folder: Path, component: str) -> Path:
+        """Write diffusers' keys, ``<component>.<path>.lora_A.weight``, where ``component`` is the network's name in its
+        pipeline (``unet``), and alpha in the metadata (without it every loader takes alpha = rank)."""
+        settings = {
             "r": self.rank,
             "lora_alpha": self.alpha,
             "target_modules": sorted(self.factors),
             "lora_dropout": 0.0,
             "bias": "none",
         }
-        metadata = json.dumps({f"{PREFIX}{k}": v for k, v in said.items()}, sort_keys=True)
-        tensors = {f"{PREFIX}{key}": value for key, value in self.portable_state_dict().items()}
+        metadata = json.dumps({f"{component}.{key}": value for key, value in settings.items()}, sort_keys=True)
+        tensors = {f"{component}.{key}": value for key, value in self.portable_state_dict().items()}
         return write_tensors(folder / FILE, tensors, {"format": "pt", METADATA: metadata})
 
-    def save_kohya(self, folder: Path) -> Path:
-        """Write kohya's keys: ``lora_unet_<path with _>.lora_down``, ``.lora_up`` and ``.alpha``."""
+    def save_kohya(self, folder: Path, prefix: str) -> Path:
+        """Write kohya's keys: ``<prefix>_<path with _>.lora_down``, ``.lora_up`` and ``.alpha``."""
         tensors = {}
         for path, (down, up) in self.factors.items():
-            name = f"lora_unet_{path.replace('.', '_')}"
+            name = f"{prefix}_{path.replace('.', '_')}"
             tensors[f"{name}.lora_down.weight"] = down
             tensors[f"{name}.lora_up.weight"] = up
             tensors[f"{name}.alpha"] = torch.tensor(float(self.alpha))
-        said = {"ss_network_module": "networks.lora", "ss_network_dim": str(self.rank)}
-        metadata = {"format": "pt", "ss_network_alpha": str(self.alpha), **said}
+        metadata = {
+            "format": "pt",
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(self.rank),
+            "ss_network_alpha": str(self.alpha),
+        }
         return write_tensors(folder / KOHYA_FILE, tensors, metadata)
 
 
@@ -105,8 +109,8 @@ def read_lora(path: str | Path, key: str) -> LoRA:
         key: the config key that named it, for errors.
 
     Raises:
-        UserError: no such file, not a LoRA of a UNet, one of several ranks or that is not finite, metadata that do not
-            fit, or not the file that stepdistill exported there.
+        UserError: no such file, not a LoRA of one network, one of several ranks or that is not finite, metadata that
+            do not fit, or not the file that stepdistill exported there.
     """
     path = Path(path)
     places = [path, path / FILE, path / "lora" / FILE]
@@ -115,25 +119,27 @@ def read_lora(path: str | Path, key: str) -> LoRA:
         raise UserError(f"{key} = {path}: no LoRA there; name a file, or a student that was exported with its LoRA")
     check_file(file, f"{key} = {file}")
     with reading(f"{key} = {file}", "name another, or export the student again", "not a readable LoRA file"):
-        tensors, said = read_tensors(file)
-        return _of_tensors(tensors, parse_json(said.get(METADATA, "{}")))
+        tensors, header = read_tensors(file)
+        return _of_tensors(tensors, parse_json(header.get(METADATA, "{}")))
 
 
 def _of_tensors(tensors: dict[str, Tensor], metadata: Any) -> LoRA:
     """
     Raises:
-        ValueError: not one LoRA of a UNet in diffusers' keys, one that is not finite, or metadata that do not fit.
+        ValueError: not one LoRA in diffusers' keys, one that is not finite, or metadata that do not fit.
     """
     if (odd := first_not_finite(tensors.items())) is not None:
         raise ValueError(f"it has weights that are not finite, {odd} holds a NaN or an infinity")
+    component = next(iter(tensors), "").partition(".")[0]
     factors = {}
     for name, down in tensors.items():
         up = name.replace(".lora_A.", ".lora_B.")
-        if name.startswith(PREFIX) and name.endswith(".lora_A.weight") and up in tensors:
-            factors[name.removeprefix(PREFIX).removesuffix(".lora_A.weight")] = (down.float(), tensors[up].float())
+        if name.startswith(f"{component}.") and name.endswith(".lora_A.weight") and up in tensors:
+            path = name.removeprefix(f"{component}.").removesuffix(".lora_A.weight")
+            factors[path] = (down.float(), tensors[up].float())
     ranks = {len(down) if down.ndim else 0 for down, _ in factors.values()}
     if 2 * len(factors) != len(tensors) or len(ranks) != 1:
-        raise ValueError(f"it is not one LoRA of a UNet in diffusers' keys, {PREFIX}... .lora_A.weight")
+        raise ValueError("it is not one LoRA in diffusers' keys, <network>.<module>.lora_A.weight")
     (rank,) = ranks
     if not 1 <= rank <= MOST_RANK:
         raise ValueError(f"its rank is {rank}; 1 to {MOST_RANK} are read")
@@ -141,8 +147,8 @@ def _of_tensors(tensors: dict[str, Tensor], metadata: Any) -> LoRA:
         if down.ndim < 2 or up.ndim != down.ndim or up.shape[1] != rank:
             raise ValueError(f"{path}: factors of {tuple(down.shape)} and {tuple(up.shape)} do not belong together")
     if not isinstance(metadata, dict):
-        raise ValueError("its metadata are no mapping")
-    alpha = metadata.get(f"{PREFIX}lora_alpha", rank)
+        raise ValueError("its metadata are not a mapping")
+    alpha = metadata.get(f"{component}.lora_alpha", rank)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MOST_ALPHA:
         raise ValueError(f"its alpha is {shown(alpha)}; a number above 0 is needed")
     return LoRA(rank, float(alpha), factors)

@@ -135,23 +135,21 @@ def scheduler_of_other_noise(family, sampler):
     [
         (UNet2DFamily, "pipeline", export_that_fails, "no pipeline for it"),
         (
-            "export",
+            UNet2DFamily,
             "student_scheduler",
             scheduler_of_other_times,
             "samples at 499, and the student would be trained at 999",
         ),
-        ("export", "student_scheduler", scheduler_of_other_noise, "draws other pictures than it is trained to"),
+        (UNet2DFamily, "student_scheduler", scheduler_of_other_noise, "draws other pictures than it is trained to"),
     ],
 )
 def test_an_export_that_is_wrong_is_found_before_the_first_update(
     root, tmp_path, monkeypatch, place, name, fake, says, arguments
 ):
-    from stepdistill.pipelines import export
-
     updates = []
     update = Trainer.update
     monkeypatch.setattr(Trainer, "update", lambda self, role: updates.append(self.run) or update(self, role))
-    monkeypatch.setattr(export if place == "export" else place, name, fake)
+    monkeypatch.setattr(place, name, fake)
     result = run(root, tmp_path / "run", "label", {}, *arguments)
     assert result.code == 2
     assert says in result.error
@@ -167,7 +165,7 @@ def test_a_large_teacher_is_looked_at_without_building_anything_of_its_size(root
         teacher, changes, says = BAD[name]
         changes = json.loads(json.dumps(changes).replace("{root}", str(root)))
         assert says in run(root, tmp_path / "run", teacher, changes, "--dry-run").error
-    monkeypatch.setattr(rehearsal, "student_scheduler", scheduler_of_other_times)
+    monkeypatch.setattr(UNet2DFamily, "student_scheduler", scheduler_of_other_times)
     assert "samples at 499" in run(root, tmp_path / "run", "label", {}, "--dry-run").error
 
 

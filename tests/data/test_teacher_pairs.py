@@ -16,8 +16,7 @@ from stepdistill.data.images import Order
 from stepdistill.data.teacher_pairs import PairRecipe, PairSet, make_pairs
 from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
-from stepdistill.families import load_family
-from stepdistill.pipelines.explicit_noise import callable_with_noise
+from stepdistill.families import calls_of, load_family
 from stepdistill.readers import read_tensors
 from stepdistill.roles.roles import Roles
 from stepdistill.roles.settings import LoRASettings, RolesSettings
@@ -80,7 +79,7 @@ def test_pairs_are_the_stock_ddim_samples_of_a_teacher_that_bounds_x0(name, kind
     family = load_family(str(tmp_path / "teacher"))
     make_pairs(family, [], recipe, tmp_path / "pairs", batch=4)
     pairs = PairSet(tmp_path / "pairs", family, [], recipe)
-    pipe = callable_with_noise(ConsistencyModelPipeline.from_pretrained(tmp_path / "teacher"))
+    pipe = calls_of(ConsistencyModelPipeline.from_pretrained(tmp_path / "teacher")).with_noise().pipeline
     latest = []
     pipe(4, num_inference_steps=8, latents=pairs.noise, callback=lambda i, t, x: latest.append(x))
     torch.testing.assert_close(pairs.x0, latest[-1], rtol=1e-6, atol=1e-4)

@@ -257,7 +257,7 @@ def test_without_a_network_it_is_one_line():
     class Nothing:
         components = {"scheduler": None}
 
-    with pytest.raises(UserError, match="Nothing: has neither a unet nor a transformer to make faster"):
+    with pytest.raises(UserError, match="Nothing: has neither a unet nor a transformer"):
         accelerate(Nothing())
 
 

@@ -81,7 +81,7 @@ def test_kohyas_keys(student):
 def test_a_file_is_read_as_it_was_written(student, tmp_path):
     ours = read_lora(student[1], "here")
     assert (ours.rank, ours.alpha) == (4, 6.0)
-    ours.save(tmp_path)
+    ours.save(tmp_path, "unet")
     again = read_lora(tmp_path / FILE, "here")
     assert again.factors.keys() == ours.factors.keys()
     assert all(torch.equal(a, b) for k in ours.factors for a, b in zip(ours.factors[k], again.factors[k], strict=True))
@@ -186,7 +186,7 @@ def test_a_lora_on_top_leaves_the_one_below_alone_and_both_are_exported_as_one(s
     with torch.no_grad():
         assert not torch.allclose(ask(role, family), half["said"], atol=1e-3)
     assert half["lora"].rank == 6
-    half["lora"].save(tmp_path)
+    half["lora"].save(tmp_path, "unet")
     again, loaded = roles_under(teacher, tmp_path, lora_from=str(tmp_path))
     with torch.no_grad():
         torch.testing.assert_close(ask(loaded.student, again), half["said"], rtol=0, atol=1e-5)
@@ -216,13 +216,13 @@ def test_what_is_no_lora_of_this_teacher_is_refused(student, tmp_path):
     with pytest.raises(UserError, match="not a readable LoRA file"):
         roles_under(teacher, folder, lora_from=str(tmp_path))
     save_file({"other.key": torch.zeros(2)}, tmp_path / FILE)
-    with pytest.raises(UserError, match="not one LoRA of a UNet"):
+    with pytest.raises(UserError, match="not one LoRA in diffusers' keys"):
         roles_under(teacher, folder, lora_from=str(tmp_path))
-    LoRA(1, 1.0, {"no.such.module": (torch.zeros(1, 3), torch.zeros(3, 1))}).save(tmp_path)
+    LoRA(1, 1.0, {"no.such.module": (torch.zeros(1, 3), torch.zeros(3, 1))}).save(tmp_path, "unet")
     with pytest.raises(UserError, match=r"roles\.lora_under = .*it is not a LoRA for this teacher"):
         roles_under(teacher, folder, lora_under=str(tmp_path))
     wrong = {k: (a[:, :1], b) for k, (a, b) in read_lora(folder, "here").factors.items()}
-    LoRA(4, 4.0, wrong).save(tmp_path)
+    LoRA(4, 4.0, wrong).save(tmp_path, "unet")
     with pytest.raises(UserError, match="it is not a LoRA for this teacher"):
         roles_under(teacher, folder, lora_from=str(tmp_path))
     with pytest.raises(ValueError, match="lora_under needs a LoRA student"):
@@ -231,7 +231,7 @@ def test_what_is_no_lora_of_this_teacher_is_refused(student, tmp_path):
 
 def lora_file(folder, change=None, metadata=None, keep_digest=False):
     """A small LoRA of one module, after ``change(tensors)`` and with ``metadata`` in place of its own."""
-    file = LoRA(2, 4.0, {"a.b": (torch.ones(2, 3), torch.ones(5, 2))}).save(folder)
+    file = LoRA(2, 4.0, {"a.b": (torch.ones(2, 3), torch.ones(5, 2))}).save(folder, "unet")
     tensors, said = read_tensors(file)
     if not keep_digest:
         del said["sha256"]
@@ -249,8 +249,8 @@ DOWN, UP = "unet.a.b.lora_A.weight", "unet.a.b.lora_B.weight"
 @pytest.mark.parametrize(
     ("change", "metadata", "says"),
     [
-        (None, "[]", "its metadata are no mapping"),
-        (None, "3", "its metadata are no mapping"),
+        (None, "[]", "its metadata are not a mapping"),
+        (None, "3", "its metadata are not a mapping"),
         (None, "{", "not valid JSON"),
         (None, '{"unet.lora_alpha": "4"}', "its alpha is '4'; a number above 0 is needed"),
         (None, '{"unet.lora_alpha": NaN}', "its alpha is nan"),
@@ -264,9 +264,9 @@ DOWN, UP = "unet.a.b.lora_A.weight", "unet.a.b.lora_B.weight"
         (lambda t: t.update({UP: torch.ones(5, 3)}), None, r"factors of \(2, 3\) and \(5, 3\)"),
         (lambda t: t.update({DOWN: torch.ones(2)}), None, r"factors of \(2,\) and \(5, 2\)"),
         (lambda t: t.update({DOWN: torch.tensor(2.0)}), None, "its rank is 0"),
-        (lambda t: t.update(more=torch.ones(1)), None, "not one LoRA of a UNet"),
-        (lambda t: t.pop(UP), None, "not one LoRA of a UNet"),
-        (lambda t: t.clear(), None, "not one LoRA of a UNet"),
+        (lambda t: t.update(more=torch.ones(1)), None, "not one LoRA in diffusers' keys"),
+        (lambda t: t.pop(UP), None, "not one LoRA in diffusers' keys"),
+        (lambda t: t.clear(), None, "not one LoRA in diffusers' keys"),
     ],
 )
 def test_a_lora_of_other_metadata_or_shapes_is_one_line(change, metadata, says, tmp_path):

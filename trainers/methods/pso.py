@@ -41,6 +41,7 @@ from stepdistill.data.preference_pairs import PreferenceSettings, read_preferenc
 from stepdistill.denoiser import Condition, cat_conditions
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.families.schedulers import lcm_times, transition_of
 from stepdistill.finiteness import is_finite
 from stepdistill.judges.rewards import RewardSettings, Sharpness, load_rewards
 from stepdistill.noise import Noise
@@ -55,7 +56,7 @@ from stepdistill.objectives.preference import (
 )
 from stepdistill.roles.role import Role
 from stepdistill.run import CACHE
-from stepdistill.sampler import Draw, FewStepSampler, Transition, few_step_times, own_times, transition_of
+from stepdistill.sampler import Draw, FewStepSampler, Transition, few_step_times
 from stepdistill.settings import RunSettings
 from stepdistill.trainers.loop.causes import REAL, REWARD
 from stepdistill.trainers.loop.trainer import Batch, Losses, RealSource
@@ -203,7 +204,7 @@ class PSO(DirectTrainer):
     def times_of(cls, config: RunSettings, family: Family, steps: int) -> tuple[float, ...]:
         """The times of ``steps`` steps: those of the model's own LCM scheduler, or as for any student."""
         start = cls.first_time(config, family)
-        own = own_times(family.scheduler, steps) if start is None else None
+        own = lcm_times(family.scheduler, steps) if start is None else None
         return own or few_step_times(family.schedule, steps, start)
 
     @classmethod

@@ -27,7 +27,6 @@ from stepdistill.judges.rewards import check_models
 from stepdistill.roles.roles import Roles
 from stepdistill.run import CACHE, RunFolder
 from stepdistill.sampler import FewStepSampler, SignalSampler
-from stepdistill.schedule import VPSchedule
 from stepdistill.settings import RunSettings
 from stepdistill.trainers.loop.ranks import on_main
 from stepdistill.trainers.loop.trainer import ConditionSource, RealSource, Trainer
@@ -138,8 +137,9 @@ def teacher_notes(family: Family, sampler: FewStepSampler) -> list[str]:
             f"the teacher's folder does not say which label is the null one, so all {count} are taken for classes; if "
             f"one stands for no class (often the last, {count - 1}, as of ImageNet's 1001), set teacher.null_label"
         )
-    if family.kind == "eps" and isinstance(family.schedule, VPSchedule):
-        alphas, signal = family.schedule.alphas_cumprod.sqrt(), isinstance(sampler, SignalSampler)
+    if family.kind == "eps":
+        alphas, _ = family.schedule.alpha_sigma(family.schedule.level(torch.arange(family.schedule.num_levels)))
+        signal = isinstance(sampler, SignalSampler)
         alpha = alphas[-1 if signal else int(sampler.times[0])].item()
         clear = int((alphas >= CLEAR).sum()) - 1
         remedy = f"; with sampler.start={clear} it is {1 / CLEAR:.0f} times" if clear > 0 and not signal else ""

@@ -27,12 +27,10 @@ from stepdistill.eval.run_evaluation import run_targets
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families.base import Family
 from stepdistill.pipelines import export_student
-from stepdistill.pipelines.export import call_of, model_card
-from stepdistill.pipelines.schedulers import student_scheduler
+from stepdistill.pipelines.export import model_card
 from stepdistill.roles.lora import read_lora
 from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler
-from stepdistill.schedule import VPSchedule
 from stepdistill.trainers.loop.trainer import Trainer
 from stepdistill.trainers.methods.regression import Regression
 
@@ -151,9 +149,9 @@ def check_export(job: Job, family: Family, sampler: FewStepSampler) -> None:
     Raises:
         UserError: the stock scheduler does not give the sampler's timesteps.
     """
-    scheduler = student_scheduler(family, sampler)
+    scheduler = family.student_scheduler(sampler)
     check_timesteps(scheduler, sampler)
-    facts = {"steps": sampler.steps, "version": "", "call": call_of(family, sampler)}
+    facts = {"steps": sampler.steps, "version": "", "call": family.call(sampler)}
     pipeline = family.pipeline(family.network, scheduler)
     model_card("student", pipeline, facts)
     if job.config.roles.weights == "shared" and not _names_lora_targets(job, family):
@@ -183,10 +181,7 @@ def check_timesteps(scheduler, sampler: FewStepSampler) -> None:
             f"sampler.steps = {sampler.steps}: {type(scheduler).__name__} of the export refuses it ({error}); use fewer"
         ) from None
     times = torch.tensor(sampler.times, dtype=torch.float64)
-    if isinstance(sampler.schedule, VPSchedule):
-        expected = times
-    else:
-        expected = sampler.schedule.network_time(times).double()
+    expected = sampler.schedule.network_time(times).double()
     actual = scheduler.timesteps.double().cpu()[: sampler.steps]
     if len(actual) != len(expected) or not torch.allclose(actual, expected, rtol=1e-4, atol=1e-3):
         raise UserError(

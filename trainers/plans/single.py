@@ -32,7 +32,6 @@ from stepdistill.eval.show.run_page import write_report
 from stepdistill.families.base import Family
 from stepdistill.pipelines import export_student, export_students
 from stepdistill.pipelines.msd import is_msd_folder
-from stepdistill.pipelines.schedulers import student_scheduler
 from stepdistill.run import RunFolder
 from stepdistill.sampler import FewStepSampler
 from stepdistill.stock.folders import check_replaceable, is_whole
@@ -248,7 +247,7 @@ def end_processes() -> None:
 def checked_sampler(job: Job, family: Family) -> FewStepSampler:
     """The student's sampler; what could not be trained, exported or measured in the end is refused now."""
     sampler = job.method.make_sampler(job.config, family)
-    student_scheduler(family, sampler)
+    family.student_scheduler(sampler)
     check_teacher_steps(job, family)
     check_named(job, family)
     check_judge(job.config, family)

@@ -14,7 +14,7 @@ from toys import linear_betas
 from stepdistill.analytic import GaussianMixture
 from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError
-from stepdistill.pipelines.schedulers import student_scheduler
+from stepdistill.families.schedulers import student_scheduler
 from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.schedule import EDMSchedule, FlowSchedule, VPSchedule
 from stepdistill.trainers.methods.segments import SegmentGrid, edges

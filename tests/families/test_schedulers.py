@@ -13,7 +13,7 @@ import tiny
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from stepdistill.pipelines.schedulers import betas_of, betas_with_product, student_scheduler
+from stepdistill.families.schedulers import betas_of, betas_with_product, student_scheduler
 from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.schedule import from_scheduler
 

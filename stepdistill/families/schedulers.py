@@ -1,8 +1,10 @@
-"""The stock scheduler whose config alone makes a stock pipeline sample as our few-step sampler does."""
+"""Stock schedulers: the one whose config alone makes a stock pipeline sample as our few-step sampler does, and what a
+teacher's own scheduler says of how it samples."""
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any, Protocol
 
 import torch
 from diffusers import (
@@ -15,22 +17,71 @@ from diffusers import (
 )
 from torch import Tensor
 
-from stepdistill.errors import UserError
-from stepdistill.families.base import Family
-from stepdistill.sampler import EDM_STUDENT_RHO, FewStepSampler, SignalSampler, own_times
-from stepdistill.schedule import DIFFUSERS_PREDICTION_TYPES, EDMSchedule, FlowSchedule, PredictionType, VPSchedule
+from stepdistill.errors import UserError, first_line
+from stepdistill.sampler import FewStepSampler, SignalSampler
+from stepdistill.schedule import (
+    DIFFUSERS_PREDICTION_TYPES,
+    EDM_STUDENT_RHO,
+    EDMSchedule,
+    FlowSchedule,
+    PredictionType,
+    Transition,
+    VPSchedule,
+)
 
 TCD_ETA = 0.3
 """TCDScheduler's own eta, where a pipeline passes none."""
 TIMESTEP_SCALING = 1e6
 """Makes LCM's c_skip 0 and c_out 1 to float32 at every timestep: the step is then exactly x0."""
 
-
 FLOW_ONE = 1e9
 """A shift that makes the first sigma of any flow grid 1."""
 
 
-def student_scheduler(family: Family, sampler: FewStepSampler):
+class Sampled(Protocol):
+    """What must be known of a teacher to choose its students' scheduler: its own scheduler, what its network predicts,
+    and whether its pipeline hands the scheduler an ``eta``."""
+
+    scheduler: Any
+    kind: PredictionType
+    passes_eta: bool
+
+
+def transition_of(scheduler) -> Transition | None:
+    """How a stock scheduler moves between steps; None where its class does not decide it."""
+    match type(scheduler).__name__:
+        case "LCMScheduler" | "CMStochasticIterativeScheduler" | "FlowMatchLCMScheduler":
+            return "renoise"
+        case "TCDScheduler":
+            return "tcd"
+        case "EulerAncestralDiscreteScheduler":
+            return "ancestral"
+        case "FlowMatchEulerDiscreteScheduler":
+            return "renoise" if scheduler.config.get("stochastic_sampling") else "ode"
+        case "DDIMScheduler" | "EulerDiscreteScheduler" | "DPMSolverMultistepScheduler":
+            return "ode"
+    return None
+
+
+def lcm_times(scheduler, steps: int) -> tuple[float, ...] | None:
+    """The times that an LCM scheduler takes in ``steps`` steps, as published models were trained at (999, 759, 499, 259
+    for four of the usual fifty); None for schedulers of another class.
+
+    Raises:
+        UserError: it takes fewer.
+    """
+    if not isinstance(scheduler, LCMScheduler):
+        return None
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise UserError(
+            f"sampler.steps = {steps}: the model's scheduler does not take so many ({first_line(error)})"
+        ) from None
+    return tuple(float(t) for t in scheduler.timesteps)
+
+
+def student_scheduler(family: Sampled, sampler: FewStepSampler):
     """A stock scheduler for the student of a teacher of ``family``.
 
     - VP: LCMScheduler with ``original_inference_steps`` = N: N steps give the sampler's times, more steps raise; for
@@ -73,12 +124,12 @@ def student_scheduler(family: Family, sampler: FewStepSampler):
 def _takes(scheduler, sampler: FewStepSampler) -> bool:
     """Whether a scheduler, an LCM one, takes the sampler's times in as many steps: that of a model that was tuned."""
     try:
-        return own_times(scheduler, sampler.steps) == sampler.times
+        return lcm_times(scheduler, sampler.steps) == sampler.times
     except UserError:
         return False
 
 
-def check_expressible(family: Family, sampler: FewStepSampler) -> None:
+def check_expressible(family: Sampled, sampler: FewStepSampler) -> None:
     """Refuse a sampler that no stock scheduler can be configured to be; asked before training starts.
 
     Raises:
@@ -86,16 +137,11 @@ def check_expressible(family: Family, sampler: FewStepSampler) -> None:
             passes no eta, ancestral for an x0 network or a schedule that ends in pure noise,
             an EDM teacher whose time label is not the consistency scheduler's, BOOT on an EDM teacher.
     """
-    schedule, several = sampler.schedule, sampler.steps > 1
-    if isinstance(schedule, FlowSchedule) and several and sampler.transition != "ode":
+    schedule = sampler.schedule
+    if sampler.steps > 1 and sampler.transition not in schedule.stock_transitions:
         raise UserError(
-            "sampler.transition = renoise: no stock scheduler re-noises a flow model in this family's pipeline; set "
-            "sampler.transition=ode"
-        )
-    if isinstance(schedule, EDMSchedule) and several and sampler.transition != "renoise":
-        raise UserError(
-            f"sampler.transition = ode: the exported {sampler.steps}-step student of this teacher re-noises; set "
-            "sampler.transition=renoise"
+            f"sampler.transition = {sampler.transition}: no stock scheduler makes these moves between "
+            f"{sampler.steps} steps for this teacher; set sampler.transition={schedule.stock_transitions[0]}"
         )
     if sampler.transition == "tcd" and sampler.eta != TCD_ETA and not family.passes_eta:
         raise UserError(
@@ -124,13 +170,13 @@ def _vp(scheduler, kind: PredictionType, sampler: FewStepSampler):
     common["set_alpha_to_one"] = sampler.final == "clean"
     match sampler.transition:
         case "renoise":
-            made, own = LCMScheduler, {"original_inference_steps": steps, "timestep_scaling": TIMESTEP_SCALING}
+            stock, settings = LCMScheduler, {"original_inference_steps": steps, "timestep_scaling": TIMESTEP_SCALING}
         case "ode":
-            made, own = DDIMScheduler, {"timestep_spacing": "trailing"}
+            stock, settings = DDIMScheduler, {"timestep_spacing": "trailing"}
         case "tcd":
-            made, own = TCDScheduler, {"original_inference_steps": steps}
+            stock, settings = TCDScheduler, {"original_inference_steps": steps}
         case "ancestral":
-            made, own = EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}
+            stock, settings = EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}
             common = {k: common[k] for k in ("steps_offset", "prediction_type")}
     table = sampler.schedule.alphas_cumprod
     length = int(sampler.times[0]) + 1 if steps == 1 else (int(sampler.times[0]) + 1) // steps * steps
@@ -138,14 +184,14 @@ def _vp(scheduler, kind: PredictionType, sampler: FewStepSampler):
         same = {k: config[k] for k in ("beta_start", "beta_end", "beta_schedule", "trained_betas") if k in config}
         same["rescale_betas_zero_snr"] = bool(config.get("rescale_betas_zero_snr", False))
         with contextlib.suppress(NotImplementedError):  # a beta schedule that only the teacher's own class knows
-            whole = made(num_train_timesteps=len(table), **same, **common, **own)
+            whole = stock(num_train_timesteps=len(table), **same, **common, **settings)
             if torch.equal(whole.alphas_cumprod.double(), table):
                 return whole
     betas = scheduler.betas[:length].tolist()
-    exact = made(num_train_timesteps=length, trained_betas=betas, **common, **own)
+    exact = stock(num_train_timesteps=length, trained_betas=betas, **common, **settings)
     if torch.equal(exact.alphas_cumprod.double(), table[:length]):
         return exact
-    return made(num_train_timesteps=length, trained_betas=betas_of(table[:length]), **common, **own)
+    return stock(num_train_timesteps=length, trained_betas=betas_of(table[:length]), **common, **settings)
 
 
 def betas_of(alphas_cumprod: Tensor) -> list[float]:
@@ -172,8 +218,8 @@ def _common(kind: PredictionType) -> dict:
 def _signal_lcm(kind: PredictionType, sampler: SignalSampler) -> LCMScheduler:
     """One step at label ``times[0]`` where alpha is that of the schedule's last timestep."""
     betas = betas_with_product(float(sampler.schedule.alphas_cumprod[-1]), int(sampler.times[0]) + 1)
-    own = {"original_inference_steps": 1, "timestep_scaling": TIMESTEP_SCALING}
-    return LCMScheduler(num_train_timesteps=len(betas), trained_betas=betas, **own, **_common(kind))
+    settings = {"original_inference_steps": 1, "timestep_scaling": TIMESTEP_SCALING}
+    return LCMScheduler(num_train_timesteps=len(betas), trained_betas=betas, **settings, **_common(kind))
 
 
 def betas_with_product(wanted: float, count: int) -> list[float]:
