@@ -10,7 +10,7 @@ import torch
 
 from stepdistill import assets
 from stepdistill.config import check, read_mapping
-from stepdistill.data.sources import prompts_of
+from stepdistill.data.sources import load_prompts
 from stepdistill.errors import UserError, reading, shown
 from stepdistill.eval.measure.evaluate import evaluate
 from stepdistill.eval.measure.processes import Processes
@@ -165,7 +165,7 @@ def shown_prompts(data: dict[str, Any]) -> list[str] | None:
     """The prompts of a run's pictures, by the ``data`` of its config: as said there, or its first ones; None: none."""
     if data.get("shown"):
         return data["shown"]
-    prompts = prompts_of(check(DataSettings, data, "data"))
+    prompts = load_prompts(check(DataSettings, data, "data"))
     return prompts and prompts[:10]
 
 

@@ -15,8 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from stepdistill import assets
-from stepdistill.conditions import ConditionKind
-from stepdistill.data.images import label_ranges
+from stepdistill.conditions import ConditionKind, label_ranges
 from stepdistill.errors import UserError, reading
 from stepdistill.families import calls_of
 from stepdistill.finiteness import is_finite

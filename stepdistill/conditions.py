@@ -1,24 +1,24 @@
-"""What teachers are conditioned on, and how names of classes and captions of the user's become that."""
+"""What teachers are conditioned on, and how a user's class names and captions become that."""
 
 from __future__ import annotations
 
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, shown
 
 ConditionKind = Literal["none", "label", "prompt"]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a teacher takes: nothing, ``labels`` (ascending), or prompts."""
+    """What a teacher is conditioned on: nothing, ``labels`` (ascending), or prompts."""
 
     kind: ConditionKind = "none"
     labels: Sequence[int] = ()
@@ -39,7 +39,7 @@ def labels_of_names(names: Iterable[str], source: str) -> dict[str, int]:
     """The number of each class name, in order: whole numbers are labels, other names count from 0 in sorted order.
 
     Args:
-        source: what the names are of, for errors.
+        source: where the names are from, for errors.
 
     Raises:
         UserError: numbers and other names together, or two names that differ in writing alone.
@@ -65,7 +65,7 @@ def labels_of_names(names: Iterable[str], source: str) -> dict[str, int]:
     return {name: label for label, name in enumerate(sorted(normal, key=normal.__getitem__))}
 
 
-def check_number(labels: dict[str, int], conditions: Conditions, source: str, empty: Iterable[str] = ()) -> None:
+def check_class_count(labels: dict[str, int], conditions: Conditions, source: str, empty: Iterable[str] = ()) -> None:
     """Refuse classes counted by their names that are not as many as the teacher's: the labels would be others.
 
     Args:
@@ -84,6 +84,30 @@ def check_number(labels: dict[str, int], conditions: Conditions, source: str, em
     )
 
 
+def check_labels(labels: Collection[int], known: Sequence[int], source: str) -> None:
+    """Refuse labels that are not all among ``known``, which ascend.
+
+    Raises:
+        UserError: one is outside.
+    """
+    if not set(labels) <= set(known):
+        raise UserError(
+            f"{source}: labels {min(labels)}..{max(labels)} are outside {label_ranges(known)}; correct them, or the "
+            "number of labels"
+        )
+
+
+def label_ranges(labels: Sequence[int]) -> str:
+    """Ascending labels in words: ``0..9``, ``1..4, 6..9``, ``0, 2, 3``."""
+    runs: list[list[int]] = []
+    for label in labels:
+        if runs and label == runs[-1][-1] + 1:
+            runs[-1].append(label)
+        else:
+            runs.append([label])
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
 def order_note(labels: dict[str, int]) -> str | None:
     """A line on names whose order as text is not that of the numbers in them (``class10`` before ``class2``)."""
     for a, b in itertools.pairwise(labels):
@@ -99,9 +123,9 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def listed(values: Iterable[Any], most: int = 3) -> str:
     """The first few of values, in words: ``a, b, c, ... (7 more)``."""
-    values = [str(value) for value in values]
-    more = len(values) - most
-    return ", ".join(values[:most]) + (f", ... ({more} more)" if more > 0 else "")
+    words = [str(value) for value in values]
+    more = len(words) - most
+    return ", ".join(words[:most]) + (f", ... ({more} more)" if more > 0 else "")
 
 
 def shortened(text: str, most: int = 70) -> str:
@@ -124,23 +148,23 @@ class Captions(str):
 
     def __new__(cls, every: Iterable[str]) -> Captions:
         every = tuple(every)
-        made = super().__new__(cls, every[0])
-        made.every = every
-        return made
+        caption = super().__new__(cls, every[0])
+        caption.every = every
+        return caption
 
     def __getnewargs__(self) -> tuple:
         return (self.every,)
 
 
 def drawn(item: Any, seed: int, position: int) -> Any:
-    """The condition at a position of an order: of several captions one, drawn by (seed, position) alone."""
+    """The condition at a position of an order: of :class:`Captions` one, drawn by (seed, position) alone."""
     if not isinstance(item, Captions):
         return item
     return item.every[int(np.random.default_rng((seed, position)).integers(len(item.every)))]
 
 
 def as_caption(value: Any, where: str) -> str | None:
-    """A text, or several (:class:`Captions`), stripped; None for a value that says nothing.
+    """A text, or several (:class:`Captions`), stripped; None for an empty value.
 
     Args:
         where: the value's place, for errors.
@@ -148,16 +172,16 @@ def as_caption(value: Any, where: str) -> str | None:
     Raises:
         UserError: neither a text nor a list of texts.
     """
-    if value is None or (isinstance(value, float) and value != value):  # pandas' way to say nothing
+    if value is None or (isinstance(value, float) and value != value):  # pandas writes NaN for an empty value
         return None
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, list | tuple | np.ndarray):
-        texts = [as_caption(text, where) for text in value]
-        if any(isinstance(text, Captions) for text in texts):
+        captions = [as_caption(text, where) for text in value]
+        if any(isinstance(caption, Captions) for caption in captions):
             raise UserError(f"{where}: a list of lists; a caption is a text, or a list of texts to draw from")
-        texts = [text for text in texts if text]
-        return None if not texts else texts[0] if len(texts) == 1 else Captions(texts)
-    shown = " ".join(repr(value).split())
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    raise UserError(f"{where}: {type(value).__name__} {shown} is no text; name a column of texts")
+        texts = [caption for caption in captions if caption]
+        if len(texts) > 1:
+            return Captions(texts)
+        return texts[0] if texts else None
+    raise UserError(f"{where}: {type(value).__name__} {shown(value, 60)} is no text; name a column of texts")

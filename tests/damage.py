@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 
 from stepdistill.cli import main as cli
 from stepdistill.config import merge, read_yaml
-from stepdistill.data.images import read_npz
+from stepdistill.data.arrays import read_npz
 from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork
 from stepdistill.eval.measure.reference_statistics import make_reference

@@ -4,7 +4,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from stepdistill import assets
-from stepdistill.data.images import read_npz
+from stepdistill.data.arrays import read_npz
 from stepdistill.data.prompts import read_prompts
 from stepdistill.eval.extractors.load import load_extractor
 from stepdistill.eval.measure.pixels import unit_to_bytes

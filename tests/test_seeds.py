@@ -13,7 +13,7 @@ from console import stepdistill
 from test_cli import write_config
 from toys import toy_config
 
-from stepdistill.data.router import PartitionSettings
+from stepdistill.data.partition import PartitionSettings
 from stepdistill.data.teacher_pairs import shard_seeds
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.draws import step_generator, unit_noise

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.data.sources import given_prompts
+from stepdistill.data.sources import read_named_prompts
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors.base import Extractor
 from stepdistill.eval.extractors.load import load_extractor
@@ -105,7 +105,7 @@ def load_tools(
 
 def read_prompts(protocol: Protocol, notes: list[str] | None = None) -> list[str] | None:
     """The prompts that a protocol names (None: none); ``notes`` gets what a user should know of them, a line each."""
-    prompts = given_prompts(
+    prompts = read_named_prompts(
         protocol.prompts, protocol.prompt_dataset, protocol.prompt_column, protocol.prompt_images, notes, ""
     )
     return prompts and [str(prompt) for prompt in prompts]

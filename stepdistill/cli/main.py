@@ -278,7 +278,7 @@ def sample(
 
 
 def _given_conditions(stock, prompts: list[str] | None, labels: list[int] | None, count: int) -> list | None:
-    from stepdistill.data.images import label_ranges
+    from stepdistill.conditions import label_ranges
 
     if stock.condition_kind == "prompt":
         if not prompts:

@@ -13,7 +13,7 @@ from stepdistill.conditions import are_labels, as_caption, labels_of_names, list
 from stepdistill.errors import UserError, first_line
 
 from .images import ImageSet
-from .pictures import UnreadablePicture, fit, open_picture
+from .pictures import Shape, UnreadablePicture, fit, open_picture
 from .rows import choose_column
 
 
@@ -75,7 +75,7 @@ def read_texts(
 
 def read_dataset(
     name: str,
-    shape: tuple[int, int, int] | None,
+    shape: Shape | None,
     split: str = "train",
     revision: str | None = None,
     image_column: str = "image",
@@ -119,7 +119,7 @@ def read_dataset(
     fingerprint = f"{dataset._fingerprint} {image_column} {background} {shape} {resize}"
     images = ImageSet(name, read, len(dataset), labels, fingerprint, names, hint, (), max_unreadable)
     if shape is not None:
-        images.look(1)
+        images.try_reading(1)
     return images
 
 

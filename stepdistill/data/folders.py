@@ -1,4 +1,4 @@
-"""Folders of pictures: which files count, and what each picture is of.
+"""Folders of pictures, with what each picture is of.
 
 Class labels come from a folder for each class, or from a column of labels in ``metadata.jsonl``, ``.csv`` or
 ``.parquet`` (the "imagefolder" convention: ``file_name`` and more); captions from such a column, or from ``NAME.txt``
@@ -8,131 +8,29 @@ order, and must be as many as the teacher's classes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import stat
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from stepdistill.conditions import NONE, Captions, Conditions, as_caption, labels_of_names, listed
-from stepdistill.errors import UserError, first_line
+from stepdistill.errors import UserError
 
-from .images import ImageSet
-from .pictures import IMAGE_SUFFIXES, UnreadablePicture, check_kind, fit, open_header, open_picture, upright_size
+from .images import ImageSet, Label
+from .listing import METADATA, Listing, list_pictures
+from .pictures import Shape, UnreadablePicture, check_kind, fit, open_header, open_picture, upright_size
 from .rows import choose_column, read_rows, read_text, text_columns
 
-HIDDEN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-"""Folders that systems leave among pictures, besides those that begin with a dot."""
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_NAME = "file_name"
-
-
-@dataclass
-class Listing:
-    """What lies in a folder, links followed.
-
-    Attributes:
-        files: the pictures, sorted.
-        folders: the folders right in it, those without a picture too.
-        metadata: the files that say more of the pictures beside and below them.
-        hidden: what was passed over as hidden or left by a system.
-        unread: suffixes of pictures that are not read, with their numbers.
-    """
-
-    root: Path
-    files: list[Path] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    metadata: list[Path] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)
-    unread: Counter = field(default_factory=Counter)
-
-    @property
-    def notes(self) -> list[str]:
-        """A line on each kind of thing that was passed over."""
-        notes = [f"passed over: {listed(self.hidden)}"] if self.hidden else []
-        if self.unread:
-            kinds = ", ".join(f"{count} of {suffix}" for suffix, count in sorted(self.unread.items()))
-            notes.append(f"pictures that are not read: {kinds} ({', '.join(sorted(IMAGE_SUFFIXES))} are)")
-        return notes
-
-
-def list_pictures(root: str | Path, key: str) -> Listing:
-    """Every picture in a folder and below, hidden ones aside.
-
-    Args:
-        key: the config's, for errors.
-
-    Raises:
-        UserError: no such folder, no picture in it, a folder that cannot be read, a link to nothing or back to a folder
-            that it lies in.
-    """
-    listing = Listing(Path(root))
-    if not listing.root.is_dir():
-        raise UserError(f"{root}: no such folder; set {key} to a folder of images")
-    Image.init()
-    _walk(listing.root, listing, ())
-    if not listing.files:
-        others = f", and {listing.notes[-1]}" if listing.unread else ""
-        raise UserError(f"{root}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))} are read){others}")
-    listing.files.sort()
-    return listing
-
-
-def _walk(folder: Path, listing: Listing, above: tuple[tuple[int, int], ...]) -> None:
-    try:
-        place = folder.stat()
-        with os.scandir(folder) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{folder}: the folder cannot be read ({first_line(error)}); change its rights") from None
-    if (place.st_dev, place.st_ino) in above:
-        raise UserError(f"{folder}: a link back to a folder that it lies in; remove it")
-    above = (*above, (place.st_dev, place.st_ino))
-    for entry in entries:
-        path, suffix = folder / entry.name, Path(entry.name).suffix.lower()
-        hidden = entry.name.startswith(".") or entry.name in HIDDEN
-        kind = _kind(path)
-        if hidden:
-            if kind == "folder" or suffix in IMAGE_SUFFIXES:
-                listing.hidden.append(str(path.relative_to(listing.root)))
-        elif kind == "nothing":
-            raise UserError(f"{path}: a link to nothing; mend or remove it")
-        elif kind == "folder":
-            if folder == listing.root:
-                listing.folders.append(entry.name)
-            _walk(path, listing, above)
-        elif kind == "file" and entry.name in METADATA:
-            listing.metadata.append(path)
-        elif kind == "file" and suffix in IMAGE_SUFFIXES:
-            listing.files.append(path)
-        elif Image.registered_extensions().get(suffix) in Image.OPEN:
-            listing.unread[suffix] += 1
-
-
-def _kind(path: Path) -> Literal["folder", "file", "nothing", "other"]:
-    """What a name is of, links followed."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return "nothing"
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return "nothing"
-        raise UserError(f"{path}: cannot be looked at ({first_line(error)}); change its rights") from None
-    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
 def read_folder(
     path: str | Path,
-    shape: tuple[int, int, int] | None,
+    shape: Shape | None,
     resize: bool = False,
     treat: Callable[[Image.Image], np.ndarray] | None = None,
     background: str = "white",
@@ -145,7 +43,7 @@ def read_folder(
 
     Args:
         shape: (C, H, W) of the images; None where they are not read, for their captions alone.
-        treat: in place of the library's own crop and resize: gives uint8 (H, W, C) of ``shape``.
+        treat: in place of the library's crop and resize: gives uint8 (H, W, C) of ``shape``.
         column: of captions or labels in the folder's metadata; by default the usual names.
         key: the config's section, for errors.
         max_unreadable: the share of the pictures that may be unreadable.
@@ -154,7 +52,8 @@ def read_folder(
         UserError: pictures that are not there, not readable, of another size, or without label or caption.
     """
     listing = list_pictures(path, f"{key}.folder")
-    files, notes, names, labels = listing.files, listing.notes, None, None
+    files, notes, names = listing.files, listing.notes, None
+    labels: Sequence[Label] | None = None
     if conditions.kind == "prompt":
         labels = _captions(listing, column, key, notes)
     elif conditions.kind == "label":
@@ -164,14 +63,7 @@ def read_folder(
         image = open_picture(files[index], str(files[index]))
         return fit(image, shape, resize, str(files[index]), background) if treat is None else treat(image)
 
-    unreadable = {}
-    for index, file in enumerate(files if shape is not None else []):  # headers only: there may be millions
-        try:
-            with open_header(file, str(file)) as image:
-                if treat is None:
-                    check_kind(image, upright_size(image), shape, resize, str(file))
-        except UnreadablePicture as error:
-            unreadable[index] = str(error)
+    unreadable = {} if shape is None else _check_headers(files, shape, resize, treat is None)
     stats = [(str(p.relative_to(listing.root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     fingerprint = hashlib.sha256(repr((stats, background, shape, resize)).encode()).hexdigest()
     images = ImageSet(str(path), read, len(files), labels, fingerprint, names, "", notes, max_unreadable, unreadable)
@@ -179,15 +71,35 @@ def read_folder(
     return images
 
 
+def _check_headers(files: list[Path], shape: Shape, resize: bool, as_they_are: bool) -> dict[int, str]:
+    """Why a picture cannot be read, by its index, as far as headers show it: there may be millions of pictures.
+
+    Args:
+        as_they_are: whether kind and size have to be those of ``shape``.
+
+    Raises:
+        UserError: they are not.
+    """
+    unreadable = {}
+    for index, file in enumerate(files):
+        try:
+            with open_header(file, str(file)) as image:
+                if as_they_are:
+                    check_kind(image, upright_size(image), shape, resize, str(file))
+        except UnreadablePicture as error:
+            unreadable[index] = str(error)
+    return unreadable
+
+
 # -- class labels ------------------------------------------------------------------------------------------
 
 
-def _labels(listing: Listing, column: str | None, key: str) -> tuple[list, dict[str, int] | None]:
+def _labels(listing: Listing, column: str | None, key: str) -> tuple[Sequence[Label], dict[str, int] | None]:
     """The class label, or name, of each picture, and the labels of the names."""
     if listing.metadata or column is not None:
-        found = _of_metadata(listing, column or "label", f"{key}.label_column", column is not None)
-        if found is not None:
-            return [_one_label(values, file) for values, file in zip(found, listing.files, strict=True)], None
+        rows = _read_metadata(listing, column or "label", f"{key}.label_column", column is not None)
+        if rows is not None:
+            return [_one_label(values, file) for values, file in zip(rows, listing.files, strict=True)], None
     source = str(listing.root)
     inside = [file.relative_to(listing.root).parts for file in listing.files]
     loose = [parts[0] for parts in inside if len(parts) == 1]
@@ -226,11 +138,10 @@ def _captions(listing: Listing, column: str | None, key: str, notes: list[str]) 
     """The caption of each picture: of the metadata, where there is such a column, or of the text files beside."""
     caption_key = f"{key}.caption_column"
     if listing.metadata or column is not None:
-        found = _of_metadata(listing, column, caption_key, column is not None, notes)
-        if found is not None:
-            return _one_each(
-                listing, [_merged(values, file) for values, file in zip(found, listing.files, strict=True)]
-            )
+        rows = _read_metadata(listing, column, caption_key, column is not None, notes)
+        if rows is not None:
+            pairs = zip(rows, listing.files, strict=True)
+            return _require_captions(listing, [_merge_captions(values, file) for values, file in pairs])
     texts = [file.with_suffix(".txt") for file in listing.files]
     if not any(text.exists() for text in texts):
         raise UserError(
@@ -238,33 +149,35 @@ def _captions(listing: Listing, column: str | None, key: str, notes: list[str]) 
             "picture, or metadata.jsonl with file_name and text"
         )
     captions = [read_text(text).strip() if text.exists() else None for text in texts]
-    return _one_each(listing, captions)
+    return _require_captions(listing, captions)
 
 
-def _merged(values: list, file: Path) -> str | None:
-    """What several rows of metadata say of one picture."""
+def _merge_captions(values: list, file: Path) -> str | None:
+    """One caption of all that several rows of metadata say of a picture; None: nothing."""
     captions = [as_caption(value, str(file)) for value in values]
-    each = [text for caption in captions if caption for text in getattr(caption, "every", (caption,))]
-    return Captions(each) if len(each) > 1 else each[0] if each else None
+    texts = [text for caption in captions if caption for text in getattr(caption, "every", (caption,))]
+    if len(texts) > 1:
+        return Captions(texts)
+    return texts[0] if texts else None
 
 
-def _one_each(listing: Listing, captions: list[str | None]) -> list[str]:
+def _require_captions(listing: Listing, captions: list[str | None]) -> list[str]:
     without = [str(file) for file, caption in zip(listing.files, captions, strict=True) if caption is None]
     if without:
         raise UserError(
             f"{len(without):,} of {len(captions):,} pictures have no caption: {listed(without)}; write one for each, "
             "or move these away"
         )
-    return captions
+    return [caption for caption in captions if caption is not None]
 
 
 # -- metadata ----------------------------------------------------------------------------------------------
 
 
-def _of_metadata(
+def _read_metadata(
     listing: Listing, column: str | None, key: str, required: bool, notes: list[str] | None = None
 ) -> list[list] | None:
-    """What the metadata says of each picture in a column, a value a row; None where no file has the column.
+    """The values of a column of metadata for each picture, one a row of it; None where no file has the column.
 
     Args:
         column: None: the first of the usual names of texts.

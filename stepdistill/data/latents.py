@@ -1,4 +1,4 @@
-"""Real images as latents, encoded once and kept in a file; what cannot be read is left 0, counted and named."""
+"""Real images as latents, encoded once and stored in a file; those that cannot be read are 0, counted and named."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -36,7 +36,7 @@ def check_posterior(posterior: Posterior, key: str, family: Family) -> None:
         raise UserError(f"{key} = sample: this teacher has no VAE, its samples are the pictures; remove the key")
 
 
-def latents_of(
+def load_latents(
     family: Family, images: ImageSet, folder: Path, posterior: Posterior
 ) -> tuple[Tensor | None, Tensor | None]:
     """:func:`cached_latents`, and the standard deviations that samples are drawn by: None with ``mean``."""
@@ -46,7 +46,7 @@ def latents_of(
 
 
 def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
-    """All images as latents (N, C, H, W), from ``folder`` if they lie there; None for a family without a VAE.
+    """All images as latents (N, C, H, W), from ``folder`` if they are stored there; None for a family without a VAE.
 
     The file is keyed by a fingerprint of the images, the VAE's weights and the size, so that a stale one is
     never used.  ``images.unreadable`` says which latents are of no picture.
@@ -61,8 +61,8 @@ def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 
 
 
 def cached_posterior(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of all images' latents, (N, C, H, W) each, as :func:`cached_latents` but in a file of
-    their own."""
+    """Mean and standard deviation of all images' latents, (N, C, H, W) each, as :func:`cached_latents` but in another
+    file."""
     mean, std = _cached(family, images, folder, batch, ("latents", "std"), family.encode_posterior)
     return mean, std
 
@@ -78,7 +78,8 @@ def _cached(
     """What ``encode`` makes of all pixels, one tensor (N, ...) for each of ``names``."""
     parts = (images.fingerprint, len(images), family.image_shape, *names[1:])
     digest = hashlib.sha256(repr(parts).encode())
-    for value in family.vae.state_dict().values():
+    vae: Any = getattr(family, "vae", None)
+    for value in vae.state_dict().values():
         digest.update(value.detach().float().cpu().numpy().tobytes())
     key = digest.hexdigest()
     file = folder / f"latents-{key[:16]}.safetensors"
@@ -89,22 +90,22 @@ def _cached(
             images.unreadable |= {int(index): reason for index, reason in known.items()}
             images.check_readable()
             return [tensors[name] for name in names]
-    tensors: dict[str, Tensor] = {}
+    encoded: dict[str, Tensor] = {}
     for start in tqdm(range(0, len(images), batch), desc="latents", unit="batch"):
         pixels, index = images.readable(list(range(start, min(start + batch, len(images)))))
         if images.too_many_unreadable:
             break
         if pixels is not None:
             for name, part in zip(names, encode(pixels.to(family.device)), strict=True):
-                if name not in tensors:
-                    tensors[name] = torch.zeros(len(images), *part.shape[1:])
-                tensors[name][index] = part.float().cpu()
+                if name not in encoded:
+                    encoded[name] = torch.zeros(len(images), *part.shape[1:])
+                encoded[name][index] = part.float().cpu()
     images.check_readable()
-    if not all(is_finite(tensor) for tensor in tensors.values()):
+    if not all(is_finite(tensor) for tensor in encoded.values()):
         raise UserError(
             f"{images.source}: the teacher's VAE gives latents that are not finite; load it in float32 "
             "(teacher.dtype=float32)"
         )
     facts = {"fingerprint": key, "unreadable": json.dumps(images.unreadable)}
-    write_tensors(file, tensors, facts)  # every process of a run may be here
-    return list(tensors.values())
+    write_tensors(file, encoded, facts)  # several processes of a run may write it
+    return list(encoded.values())

@@ -1,18 +1,23 @@
-"""One picture of the user's as pixels: as a viewer shows it, on a background where it is transparent, of one size."""
+"""Pictures as pixels: as a viewer shows them, on a background where they are transparent, of one size."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Annotated
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps
 from pydantic import AfterValidator
+from torch import Tensor
 
 from stepdistill.errors import UserError, first_line
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+Shape = tuple[int, int, int]
+"""(C, H, W)."""
 TURNED = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 
@@ -88,7 +93,7 @@ def opaque(image: Image.Image, background: str = "white") -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3]), image).convert("RGB")
 
 
-def check_kind(image: Image.Image, size: tuple[int, int], shape: tuple[int, int, int], resize: bool, name: str) -> None:
+def check_kind(image: Image.Image, size: tuple[int, int], shape: Shape, resize: bool, name: str) -> None:
     """Refuse a picture that :func:`fit` cannot bring to ``shape`` (C, H, W).
 
     Args:
@@ -107,9 +112,7 @@ def check_kind(image: Image.Image, size: tuple[int, int], shape: tuple[int, int,
         )
 
 
-def fit(
-    image: Image.Image, shape: tuple[int, int, int], resize: bool, name: str, background: str = "white"
-) -> np.ndarray:
+def fit(image: Image.Image, shape: Shape | None, resize: bool, name: str, background: str = "white") -> np.ndarray:
     """A picture as uint8 (H, W, C) of ``shape`` (C, H, W), upright and opaque.
 
     With ``resize`` another size is cropped to the largest window of the shape's proportions in the middle, and
@@ -117,7 +120,10 @@ def fit(
 
     Raises:
         UserError: more than 8 bits a channel, or another size without ``resize``; ``name`` is the picture's.
+        ValueError: ``shape`` is None, which says that the pictures are not needed.
     """
+    if shape is None:
+        raise ValueError(f"{name}: these pictures are read for their captions alone, without a shape")
     channels, height, width = shape
     image = upright(image)
     check_kind(image, image.size, shape, resize, name)
@@ -128,3 +134,14 @@ def fit(
         left, top = (image.size[0] - crop_w) / 2, (image.size[1] - crop_h) / 2
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + crop_w, top + crop_h))
     return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
+
+
+def mirror_half(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn each of the pictures (B, C, H, W) left to right with probability one half; ``generator`` is on the CPU."""
+    flip = torch.rand(len(pixels), generator=generator) < 0.5
+    return torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
+
+
+def as_pixels(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 images (H, W, C) as float32 (B, C, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -13,16 +13,17 @@ from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
 
 from .columns import read_column, read_dataset
-from .folders import list_pictures, read_folder
+from .folders import read_folder
 from .images import ImageSet
 from .latents import Posterior
-from .pictures import Colour
+from .listing import list_pictures
+from .pictures import Colour, Shape
 
 DEFAULT_PROMPTS = "prompt"
 
 
 class PreferenceSettings(Section):
-    """Where pairs are.
+    """Where the pairs come from.
 
     A folder holds ``winner`` and ``loser`` with pictures of equal names, each as ``data.images.folder`` is read: a
     caption ``NAME.txt`` beside each winner (or metadata.jsonl), or a sub-folder for each label.  A dataset has a column
@@ -58,10 +59,10 @@ class PreferenceSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _one_source(self):
-        given = [k for k in ("folder", "dataset") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(f"set exactly one of folder, dataset (set: {', '.join(given) or 'none'})")
+    def _check_sources(self) -> PreferenceSettings:
+        sources = [k for k in ("folder", "dataset") if getattr(self, k) is not None]
+        if len(sources) != 1:
+            raise ValueError(f"set exactly one of folder, dataset (set: {', '.join(sources) or 'none'})")
         if self.winner_column == self.loser_column:
             raise ValueError(f"winner_column and loser_column are both {self.winner_column!r}; name two columns")
         return self
@@ -89,9 +90,7 @@ class PreferencePairs:
         return [*lines, *(note for images in (first, second) for note in images.skipped_note)]
 
 
-def read_preferences(
-    settings: PreferenceSettings, shape: tuple[int, int, int], conditions: Conditions = NONE
-) -> PreferencePairs:
+def read_preferences(settings: PreferenceSettings, shape: Shape, conditions: Conditions = NONE) -> PreferencePairs:
     """The pairs that the settings name, for pictures (C, H, W); ties, and pairs without a condition, are left out.
 
     Args:
@@ -102,42 +101,51 @@ def read_preferences(
             that is not a tie.
     """
     if settings.folder is not None:
-        return _folder(Path(settings.folder), shape, settings, conditions)
-    first, second = (
-        read_dataset(
-            settings.dataset,
+        return _read_folder(Path(settings.folder), shape, settings, conditions)
+    return _read_dataset(str(settings.dataset), shape, settings, conditions)
+
+
+def _read_dataset(name: str, shape: Shape, settings: PreferenceSettings, conditions: Conditions) -> PreferencePairs:
+    def read(column: str, conditions: Conditions) -> ImageSet:
+        return read_dataset(
+            name,
             shape,
             settings.split,
             settings.revision,
             image_column=column,
-            label_column=settings.prompt_column if conditions.kind == "label" and asked else None,
-            caption_column=settings.prompt_column if conditions.kind == "prompt" and asked else None,
+            label_column=settings.prompt_column if conditions.kind == "label" else None,
+            caption_column=settings.prompt_column if conditions.kind == "prompt" else None,
             resize=settings.resize,
             background=settings.background,
             max_unreadable=settings.max_unreadable,
         )
-        for column, asked in ((settings.winner_column, True), (settings.loser_column, False))
-    )
+
+    first, second = read(settings.winner_column, conditions), read(settings.loser_column, NONE)
     first.hint = "set pso.pairs.prompt_column"
-    first.look()
-    second.look()
+    first.try_reading()
+    second.try_reading()
     first.prepare(conditions, "pso.pairs")
-    wins = [1.0] * len(first)
-    if settings.preference_column is not None:
-        wins = read_column(settings.dataset, settings.preference_column, settings.split, settings.revision)
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in wins):
-            raise UserError(f"pso.pairs.preference_column = {settings.preference_column}: its values are no numbers")
+    wins = _read_wins(name, settings, len(first))
     usable = range(len(first)) if first.usable is None else first.usable
-    kept = [i for i in usable if wins[i] != 0.5]
-    if not kept:
-        raise UserError(f"pso.pairs: {settings.dataset} holds no pair that is not a tie")
-    order = [((0, i), (1, i)) if wins[i] > 0.5 else ((1, i), (0, i)) for i in kept]
-    return PreferencePairs((first, second), order, None if first.labels is None else [first.labels[i] for i in kept])
+    decided = [i for i in usable if wins[i] != 0.5]
+    if not decided:
+        raise UserError(f"pso.pairs: {name} holds no pair that is not a tie")
+    order = [((0, i), (1, i)) if wins[i] > 0.5 else ((1, i), (0, i)) for i in decided]
+    labels = None if first.labels is None else [first.labels[i] for i in decided]
+    return PreferencePairs((first, second), order, labels)
 
 
-def _folder(
-    root: Path, shape: tuple[int, int, int], settings: PreferenceSettings, conditions: Conditions
-) -> PreferencePairs:
+def _read_wins(name: str, settings: PreferenceSettings, count: int) -> list[float]:
+    """How much the first picture of each pair is preferred."""
+    if settings.preference_column is None:
+        return [1.0] * count
+    wins = read_column(name, settings.preference_column, settings.split, settings.revision)
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in wins):
+        raise UserError(f"pso.pairs.preference_column = {settings.preference_column}: its values are no numbers")
+    return wins
+
+
+def _read_folder(root: Path, shape: Shape, settings: PreferenceSettings, conditions: Conditions) -> PreferencePairs:
     names = []
     for part in ("winner", "loser"):
         if not (root / part).is_dir():
@@ -149,22 +157,22 @@ def _folder(
         raise UserError(
             f"pso.pairs.folder = {root}: in one of winner and loser alone: {listed(odd)}; pair or remove them"
         )
-    column = None if settings.prompt_column == DEFAULT_PROMPTS else settings.prompt_column
-    first, second = (
-        read_folder(
+
+    def read(part: str, conditions: Conditions, column: str | None) -> ImageSet:
+        return read_folder(
             root / part,
             shape,
             settings.resize,
-            None,
-            settings.background,
-            needed,
-            column,
-            "pso.pairs",
-            settings.max_unreadable,
+            background=settings.background,
+            conditions=conditions,
+            column=column,
+            key="pso.pairs",
+            max_unreadable=settings.max_unreadable,
         )
-        for part, needed, column in (("winner", conditions, column), ("loser", NONE, None))
-    )
-    first.look()
-    second.look()
+
+    column = None if settings.prompt_column == DEFAULT_PROMPTS else settings.prompt_column
+    first, second = read("winner", conditions, column), read("loser", NONE, None)
+    first.try_reading()
+    second.try_reading()
     first.prepare(conditions, "pso.pairs")
     return PreferencePairs((first, second), [((0, i), (1, i)) for i in range(len(first))], first.labels)

@@ -1,9 +1,9 @@
-"""Prompts from the files and folders that people have them in, by their kind; nothing of a file is a prompt unseen."""
+"""Prompts from the files and folders that people have them in, by their kind; a file of no known kind is refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stepdistill import assets
@@ -12,7 +12,7 @@ from stepdistill.errors import UserError
 
 from .columns import is_saved, read_texts
 from .folders import read_folder
-from .rows import ROW_SUFFIXES, choose_column, lines_of, read_rows, read_text
+from .rows import ROW_SUFFIXES, choose_column, read_rows, read_text, split_lines
 
 LINE_SUFFIXES = ("", ".txt", ".text", ".lst", ".prompt", ".prompts")
 """Of files with one prompt a line."""
@@ -28,7 +28,7 @@ def read_prompts(
     """The prompts of a file or asset, by its suffix, or of a folder.
 
     ``.txt``: one a line.  ``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.parquet``: a column.  A folder: a dataset's (of
-    ``save_to_disk``), or pictures with captions.  What says nothing is passed over.
+    ``save_to_disk``), or pictures with captions.  Empty ones are passed over.
 
     Args:
         key, column_key: the config's, for errors.
@@ -42,24 +42,27 @@ def read_prompts(
     suffix = file.suffix.lower()
     if not file.exists():
         raise UserError(f"{path}: no such file; set {key} to a text file, one prompt a line")
+    texts: Sequence[str | None]
     if file.is_dir():
-        texts = _of_folder(file, key, column, column_key, notes)
+        texts = _read_folder(file, key, column, column_key, notes)
     elif suffix in ROW_SUFFIXES:
-        texts = _of_rows(file, column, column_key, notes)
+        texts = _read_rows(file, column, column_key, notes)
     elif suffix in LINE_SUFFIXES:
         if column is not None:
             raise UserError(f"{column_key} = {column}: {path} has lines, no columns; remove the key")
-        texts = _of_lines(file)
+        texts = _read_lines(file)
     else:
         raise UserError(
             f"{key} = {path}: files of {suffix} are not read; write one prompt a line into a .txt file, or a column "
             f"into one of {', '.join(ROW_SUFFIXES)}"
         )
-    return stated(texts, str(path), notes, "write one a line" if suffix in LINE_SUFFIXES else "name another column")
+    return drop_empty(texts, str(path), notes, "write one a line" if suffix in LINE_SUFFIXES else "name another column")
 
 
-def stated(texts: list[str | None], source: str, notes: list[str], remedy: str = "name another column") -> list[str]:
-    """The texts that say something; the others are counted in ``notes``.
+def drop_empty(
+    texts: Sequence[str | None], source: str, notes: list[str], remedy: str = "name another column"
+) -> list[str]:
+    """The texts that are not empty; the others are counted in ``notes``.
 
     Raises:
         UserError: there is none.
@@ -86,8 +89,8 @@ def content_notes(prompts: Iterable[str]) -> list[str]:
     return notes
 
 
-def _of_lines(file: Path) -> list[str]:
-    lines = [line.strip() for line in lines_of(read_text(file, "save it as UTF-8, one prompt a line"))]
+def _read_lines(file: Path) -> list[str]:
+    lines = [line.strip() for line in split_lines(read_text(file, "save it as UTF-8, one prompt a line"))]
     lines = [line for line in lines if line]
     if lines and _is_object(lines[0]):
         raise UserError(f"{file}: its lines are JSON; call it {file.stem}.jsonl, and its column is read")
@@ -101,17 +104,17 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _of_rows(file: Path, column: str | None, column_key: str, notes: list[str]) -> list[str | None]:
+def _read_rows(file: Path, column: str | None, column_key: str, notes: list[str]) -> list[str | None]:
     rows = read_rows(file)
     name, note = choose_column(rows.columns, column, str(file), column_key)
     notes += [note] if note else []
     return [as_caption(value, f"{file}: row {number}") for number, value in enumerate(rows.column(name), 1)]
 
 
-def _of_folder(folder: Path, key: str, column: str | None, column_key: str, notes: list[str]) -> list[str | None]:
+def _read_folder(folder: Path, key: str, column: str | None, column_key: str, notes: list[str]) -> list[str | None]:
     """A dataset's column, or the captions of pictures."""
     if is_saved(folder):
         return read_texts(str(folder), column, "train", None, column_key, notes)
     images = read_folder(folder, None, conditions=Conditions("prompt"), column=column, key=key)
     notes += images.notes
-    return images.labels
+    return images.captions

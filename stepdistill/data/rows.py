@@ -41,7 +41,7 @@ def read_text(path: Path, remedy: str = "save it as UTF-8 text") -> str:
         return raw.decode("utf-8-sig")
 
 
-def lines_of(text: str) -> list[str]:
+def split_lines(text: str) -> list[str]:
     """The lines of a text, by line feeds and carriage returns alone: other separators are parts of a line."""
     return re.split(r"\r\n|\r|\n", text)
 
@@ -54,13 +54,13 @@ def read_rows(path: Path) -> Rows:
     """
     match path.suffix.lower():
         case ".csv" | ".tsv":
-            return _of_table(path)
+            return _read_table(path)
         case ".parquet":
-            return _of_parquet(path)
+            return _read_parquet(path)
         case ".json":
-            return _of_json(path)
+            return _read_json(path)
         case _:
-            return _of_objects(_json_lines(path, read_text(path)), path)
+            return _rows_of_objects(_json_lines(path, read_text(path)), path)
 
 
 def text_columns(columns: Iterable[str]) -> list[str]:
@@ -94,10 +94,10 @@ def choose_column(columns: Iterable[str], column: str | None, where: str, key: s
     return usual[0], note if len(usual) > 1 else None
 
 
-def _of_table(path: Path) -> Rows:
+def _read_table(path: Path) -> Rows:
     """Comma-, semicolon- or tab-separated, the first line names the columns."""
     text = read_text(path)
-    header = next((line for line in lines_of(text) if line.strip()), "")
+    header = next((line for line in split_lines(text) if line.strip()), "")
     delimiter = "\t" if path.suffix.lower() == ".tsv" or ("\t" in header and "," not in header) else ","
     if delimiter == "," and ";" in header and "," not in header:
         delimiter = ";"
@@ -121,20 +121,20 @@ def _of_table(path: Path) -> Rows:
 
 def _json_lines(path: Path, text: str) -> list[Any]:
     values = []
-    for number, line in enumerate(lines_of(text), 1):
+    for number, line in enumerate(split_lines(text), 1):
         if line.strip():
             with reading(f"{path}: line {number}", "write one JSON value a line", "not JSON"):
                 values.append(json.loads(line))
     return values
 
 
-def _of_json(path: Path) -> Rows:
+def _read_json(path: Path) -> Rows:
     """A list of texts or of objects; an object of columns; an object that has such a list under one of its keys."""
     text = read_text(path)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
-        return _of_objects(_json_lines(path, text), path)  # JSON lines by another name
+        return _rows_of_objects(_json_lines(path, text), path)  # JSON lines by another name
     if isinstance(content, dict):
         lists = {key: value for key, value in content.items() if isinstance(value, list)}
         usual = [key for key in lists if key.lower() in (*TEXT_COLUMNS, "annotations", "data", "rows")]
@@ -144,10 +144,10 @@ def _of_json(path: Path) -> Rows:
                 f"or data (its keys are {listed(content, 8)}); write a list"
             )
         content = lists[usual[0]]
-    return _of_objects(content, path)
+    return _rows_of_objects(content, path)
 
 
-def _of_objects(values: Any, path: Path) -> Rows:
+def _rows_of_objects(values: Any, path: Path) -> Rows:
     """Rows of JSON: objects, or texts, which are then in a column ``text``."""
     values = values if isinstance(values, list) else [values]
     if all(isinstance(value, str) for value in values):
@@ -160,7 +160,7 @@ def _of_objects(values: Any, path: Path) -> Rows:
     return Rows(list(columns), lambda column: [value.get(column) for value in values])
 
 
-def _of_parquet(path: Path) -> Rows:
+def _read_parquet(path: Path) -> Rows:
     try:
         import pyarrow.parquet as parquet
     except ImportError:

@@ -7,15 +7,17 @@ from stepdistill.conditions import NONE, Conditions
 from stepdistill.errors import UserError
 from stepdistill.settings import DataSettings, ImagesSettings, PromptColumnSettings
 
+from .arrays import read_npz
 from .columns import read_dataset, read_texts
 from .folders import read_folder
-from .images import ImageSet, read_npz
-from .prompts import read_prompts, stated
+from .images import ImageSet
+from .pictures import Shape
+from .prompts import drop_empty, read_prompts
 
 
 def load_images(
     settings: ImagesSettings,
-    shape: tuple[int, int, int] | None,
+    shape: Shape | None,
     conditions: Conditions = NONE,
     key: str = "data.images",
 ) -> ImageSet:
@@ -34,12 +36,11 @@ def load_images(
             settings.folder,
             shape,
             settings.resize,
-            None,
-            settings.background,
-            conditions,
-            column,
-            key,
-            settings.max_unreadable,
+            background=settings.background,
+            conditions=conditions,
+            column=column,
+            key=key,
+            max_unreadable=settings.max_unreadable,
         )
     elif settings.npz is not None:
         if column is not None:
@@ -47,19 +48,19 @@ def load_images(
         images = read_npz(assets.resolve(settings.npz), shape, settings.resize, f"{key}.npz", settings.background)
     else:
         images = read_dataset(
-            settings.dataset,
+            str(settings.dataset),  # one of the three is set
             shape,
             settings.split,
             settings.revision,
             settings.image_column,
-            column if conditions.kind == "label" else None,
-            column if conditions.kind == "prompt" else None,
-            settings.resize,
-            settings.background,
-            settings.max_unreadable,
+            label_column=column if conditions.kind == "label" else None,
+            caption_column=column if conditions.kind == "prompt" else None,
+            resize=settings.resize,
+            background=settings.background,
+            max_unreadable=settings.max_unreadable,
         )
     if shape is not None and settings.npz is None:
-        images.look()
+        images.try_reading()
     images.prepare(conditions, key)
     return images
 
@@ -79,7 +80,7 @@ def _condition_column(settings: ImagesSettings, conditions: Conditions, key: str
     return column
 
 
-def prompts_of(
+def load_prompts(
     settings: DataSettings, notes: list[str] | None = None, images: ImageSet | None = None
 ) -> list[str] | None:
     """The prompts of a config's ``data``; None: it names none.
@@ -89,12 +90,12 @@ def prompts_of(
         images: the real images, where they are read already.
     """
     if settings.prompts_from_images and images is not None:
-        return stated(images.labels, "data.images", [] if notes is None else notes)
+        return drop_empty(images.captions, "data.images", [] if notes is None else notes)
     captioned = settings.images if settings.prompts_from_images else None
-    return given_prompts(settings.prompts, settings.prompt_dataset, settings.prompt_column, captioned, notes)
+    return read_named_prompts(settings.prompts, settings.prompt_dataset, settings.prompt_column, captioned, notes)
 
 
-def given_prompts(
+def read_named_prompts(
     file: str | None,
     dataset: PromptColumnSettings | None = None,
     column: str | None = None,
@@ -115,10 +116,10 @@ def given_prompts(
     if dataset is not None:
         key = f"{section}prompt_dataset.column"
         texts = read_texts(dataset.name, dataset.column, dataset.split, dataset.revision, key, notes)
-        return stated(texts, f"dataset {dataset.name!r}", notes)
+        return drop_empty(texts, f"dataset {dataset.name!r}", notes)
     if images is not None:
-        captions = load_images(images, None, Conditions("prompt")).labels
-        return stated(captions, "data.images", notes)
+        captions = load_images(images, None, Conditions("prompt")).captions
+        return drop_empty(captions, "data.images", notes)
     if file is None:
         return None
     return read_prompts(file, f"{section}prompts", column, f"{section}prompt_column", notes)

@@ -28,7 +28,7 @@ from stepdistill.readers import digest_of, parse_json, read_tensors, regular
 from stepdistill.sampler import ddim_times, ode_sample
 from stepdistill.seeds import DistinctSeeds, generator
 
-from .images import Order
+from .order import Order
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from stepdistill import assets
-from stepdistill.data.images import Order, read_npz
+from stepdistill.data.arrays import read_npz
+from stepdistill.data.order import Order
 from stepdistill.errors import UserError, described, running
 from stepdistill.objectives.segmentation import dice_loss, focal_loss
 from stepdistill.plugins import import_attribute, made_by

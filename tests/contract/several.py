@@ -9,7 +9,8 @@ from pathlib import Path
 import tiny
 import torch
 
-from stepdistill.data.router import PartitionSettings, Router, make_router
+from stepdistill.data.partition import PartitionSettings, make_router
+from stepdistill.data.router import Router
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
 from stepdistill.pipelines import export_student, export_students

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from stepdistill.config import read_yaml
-from stepdistill.data.images import read_array_images
+from stepdistill.data.arrays import read_array_images
 from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork
 from stepdistill.eval.measure.reference_statistics import make_reference

@@ -18,8 +18,8 @@ from console import stepdistill
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from stepdistill.data.images import read_array_images
-from stepdistill.data.router import PartitionSettings, make_router
+from stepdistill.data.arrays import read_array_images
+from stepdistill.data.partition import PartitionSettings, make_router
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors.load import as_extractor, load_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork

@@ -17,7 +17,7 @@ from stepdistill.config import check
 from stepdistill.data.columns import read_dataset
 from stepdistill.data.images import ImageSet
 from stepdistill.data.preference_pairs import PreferenceSettings, read_preferences
-from stepdistill.data.sources import given_prompts, load_images
+from stepdistill.data.sources import load_images, read_named_prompts
 from stepdistill.errors import UserError
 from stepdistill.settings import ImagesSettings, PromptColumnSettings
 from stepdistill.trainers.loop.trainer import ConditionSource, RealSource
@@ -276,7 +276,7 @@ def test_prompts_of_a_column_of_lists(tmp_path):
     """They were the prompt "['a cat', 'one cat sitting']"."""
     path = saved(tmp_path / "set", sentences=[["a cat", "one cat sitting"], None, ["a dog"]])
     notes = []
-    prompts = given_prompts(None, PromptColumnSettings(name=path, column="sentences"), notes=notes)
+    prompts = read_named_prompts(None, PromptColumnSettings(name=path, column="sentences"), notes=notes)
     assert prompts == ["a cat", "a dog"]
     assert prompts[0].every == ("a cat", "one cat sitting")
     assert notes == ["1 of 3 rows are empty and are passed over"]
@@ -286,4 +286,4 @@ def test_prompts_of_a_column_of_lists(tmp_path):
 def test_prompts_of_another_type_are_refused(tmp_path, values, says):
     path = saved(tmp_path / "set", text=values)
     with pytest.raises(UserError, match=says):
-        given_prompts(None, PromptColumnSettings(name=path))
+        read_named_prompts(None, PromptColumnSettings(name=path))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from stepdistill.conditions import Conditions, labels_of_names
-from stepdistill.data import folders
+from stepdistill.data.listing import list_pictures
 from stepdistill.data.sources import load_images
 from stepdistill.errors import UserError
 from stepdistill.settings import ImagesSettings
@@ -32,7 +32,7 @@ def read(root: Path, num_labels: int = 3, **settings):
 def labels(root: Path, num_labels: int = 3) -> dict[str, int]:
     """The label of the first picture in each top folder."""
     images = read(root, num_labels)
-    files = folders.list_pictures(root, "key").files
+    files = list_pictures(root, "key").files
     return {file.relative_to(root).parts[0]: label for file, label in zip(files, images.labels, strict=True)}
 
 

@@ -16,12 +16,13 @@ from PIL import Image
 
 from stepdistill.conditions import Conditions
 from stepdistill.data import columns
-from stepdistill.data import images as data
+from stepdistill.data.arrays import read_array_images, read_idx, read_npz, write_npz
 from stepdistill.data.columns import read_dataset
 from stepdistill.data.folders import read_folder
-from stepdistill.data.images import Order, mirrored, read_idx, read_npz, write_npz
+from stepdistill.data.order import Order
+from stepdistill.data.pictures import mirror_half
 from stepdistill.data.prompts import read_prompts
-from stepdistill.data.sources import given_prompts
+from stepdistill.data.sources import read_named_prompts
 from stepdistill.errors import UserError
 from stepdistill.settings import PromptColumnSettings
 
@@ -53,12 +54,12 @@ def assert_refused(call, *parts: str) -> None:
 
 def test_mirrored_turns_about_half_of_the_pictures_left_to_right():
     images = torch.rand(400, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    made = mirrored(images, torch.Generator().manual_seed(1))
+    made = mirror_half(images, torch.Generator().manual_seed(1))
     same = (made == images).flatten(1).all(1)
     turned = (made == images.flip(-1)).flatten(1).all(1)
     assert (same ^ turned).all()
     assert 150 < turned.sum() < 250
-    assert torch.equal(made, mirrored(images, torch.Generator().manual_seed(1)))
+    assert torch.equal(made, mirror_half(images, torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3)])
@@ -392,13 +393,13 @@ def test_no_picture_but_the_first_is_decoded_before_it_is_drawn(tmp_path):
 def test_prompt_column_skips_what_is_no_text(dataset):
     root, _ = dataset
     notes = []
-    assert given_prompts(None, PromptColumnSettings(name=str(root / "set")), notes=notes) == ["a cat"]
+    assert read_named_prompts(None, PromptColumnSettings(name=str(root / "set")), notes=notes) == ["a cat"]
     assert notes == ["2 of 3 rows are empty and are passed over"]
     column = PromptColumnSettings(name=str(root / "set"), column="caption")
-    assert_refused(lambda: given_prompts(None, column), "no column 'caption'; it has image, label, text, nested")
+    assert_refused(lambda: read_named_prompts(None, column), "no column 'caption'; it has image, label, text, nested")
     Dataset.from_dict({"text": ["", None]}).save_to_disk(root / "blank")
     blank = PromptColumnSettings(name=str(root / "blank"))
-    assert_refused(lambda: given_prompts(None, blank), "blank': no prompts in it")
+    assert_refused(lambda: read_named_prompts(None, blank), "blank': no prompts in it")
 
 
 # -- prompts -----------------------------------------------------------------------------------------------
@@ -423,9 +424,7 @@ def test_fingerprint_changes_with_any_image(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (5, 8, 8), dtype=np.uint8)
     changed = pixels.copy()
     changed[2, 3, 3] ^= 1
-    prints = [
-        data.read_array_images(p, None, (1, 8, 8), False, "made up").fingerprint for p in (pixels, pixels, changed)
-    ]
+    prints = [read_array_images(p, None, (1, 8, 8), False, "made up").fingerprint for p in (pixels, pixels, changed)]
     assert prints[0] == prints[1] != prints[2]
     for index in range(3):
         Image.fromarray(pixels[index]).save(tmp_path / f"{index}.png")

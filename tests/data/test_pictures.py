@@ -11,9 +11,9 @@ from datasets import Dataset
 from PIL import ExifTags, Image, ImageOps
 
 from stepdistill.config import check
+from stepdistill.data.arrays import read_npz
 from stepdistill.data.columns import read_dataset
 from stepdistill.data.folders import read_folder
-from stepdistill.data.images import read_npz
 from stepdistill.data.pictures import fit, opaque, open_picture, upright, upright_size
 from stepdistill.data.preference_pairs import PreferenceSettings, read_preferences
 from stepdistill.data.sources import load_images

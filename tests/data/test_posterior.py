@@ -8,8 +8,9 @@ import tiny
 import torch
 from PIL import Image
 
-from stepdistill.data.images import ImageSet, read_npz
-from stepdistill.data.latents import latents_of
+from stepdistill.data.arrays import read_npz
+from stepdistill.data.images import ImageSet
+from stepdistill.data.latents import load_latents
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.noise import Noise
@@ -52,11 +53,11 @@ def test_the_mean_alone_or_with_its_deviation(family, images, tmp_path):
     pictures = pictures_of(family, images)
     mean, std = posterior_of(family, pictures)
     assert std.min() > 1e-3
-    latents, deviation = latents_of(family, pictures, tmp_path, "mean")
+    latents, deviation = load_latents(family, pictures, tmp_path, "mean")
     torch.testing.assert_close(latents, mean)
     assert deviation is None
     for _ in range(2):  # made, then read
-        latents, deviation = latents_of(family, pictures, tmp_path, "sample")
+        latents, deviation = load_latents(family, pictures, tmp_path, "sample")
         torch.testing.assert_close(latents, mean)
         torch.testing.assert_close(deviation, std)
     assert len(list(tmp_path.iterdir())) == 2  # neither is taken for the other
@@ -64,7 +65,7 @@ def test_the_mean_alone_or_with_its_deviation(family, images, tmp_path):
 
 def test_every_use_draws_anew_from_the_noise_it_is_told(family, images, tmp_path):
     pictures = pictures_of(family, images)
-    latents, std = latents_of(family, pictures, tmp_path, "sample")
+    latents, std = load_latents(family, pictures, tmp_path, "sample")
     source = RealSource(family, pictures, latents, 0, std=std)
     index = [3, 1, 3]
     first, again, other = (source.samples(index, Noise(seed).randn_like) for seed in (1, 1, 2))
@@ -81,7 +82,7 @@ def test_every_use_draws_anew_from_the_noise_it_is_told(family, images, tmp_path
 
 def test_the_mean_draws_nothing(family, images, tmp_path):
     pictures = pictures_of(family, images)
-    source = RealSource(family, pictures, latents_of(family, pictures, tmp_path, "mean")[0], 0)
+    source = RealSource(family, pictures, load_latents(family, pictures, tmp_path, "mean")[0], 0)
     assert torch.equal(source.samples([2, 0]), source.latents[[2, 0]])
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from stepdistill.conditions import Conditions
 from stepdistill.config import check
 from stepdistill.data.prompts import content_notes, read_prompts
-from stepdistill.data.sources import load_images, prompts_of
+from stepdistill.data.sources import load_images, load_prompts
 from stepdistill.errors import UserError
 from stepdistill.settings import DataSettings, ImagesSettings
 
@@ -259,9 +259,9 @@ def test_captions_of_the_images_serve_as_prompts(tmp_path):
     )
     for images in ({"folder": str(tmp_path / "set")}, {"dataset": str(tmp_path / "saved"), "caption_column": "text"}):
         settings = DataSettings(images=images, prompts_from_images=True)
-        assert prompts_of(settings) == ["picture a", "picture b"]
+        assert load_prompts(settings) == ["picture a", "picture b"]
         loaded = load_images(settings.images, (1, 4, 4), Conditions("prompt"))
-        assert prompts_of(settings, images=loaded) == ["picture a", "picture b"]
+        assert load_prompts(settings, images=loaded) == ["picture a", "picture b"]
 
 
 @pytest.mark.parametrize(

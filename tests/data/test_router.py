@@ -16,7 +16,8 @@ import tiny
 import torch
 from pydantic import ValidationError
 
-from stepdistill.data.router import PartitionSettings, Router, make_router
+from stepdistill.data.partition import PartitionSettings, make_router
+from stepdistill.data.router import Router
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.families.stable_diffusion import PromptEncoder
@@ -312,7 +313,7 @@ def test_a_damaged_or_missing_file_is_one_line(content, tmp_path):
 
 
 def test_more_prompts_than_are_fitted_on_are_routed_all_the_same(monkeypatch):
-    from stepdistill.data import router as partition
+    from stepdistill.data import partition
 
     table = heavy_tailed(2000)
     monkeypatch.setattr(partition, "FIT_MOST", 500)
@@ -410,7 +411,7 @@ CHILD = """
 import json, sys, torch
 from test_router import PROMPTS, heavy_tailed, router_of
 from stepdistill.families import load_family
-from stepdistill.data.router import PartitionSettings, make_router
+from stepdistill.data.partition import PartitionSettings, make_router
 torch.set_num_threads(1)
 encoder = load_family(sys.argv[1]).prompt_encoder
 router = make_router(PartitionSettings(students=4, partition="medians"), PROMPTS, "prompt", encoder)
@@ -466,13 +467,13 @@ def test_routes_are_kept_by_router_and_prompts(family, tmp_path):
         calls.append(len(prompts))
         return encoder(prompts)[1]
 
-    routes = router.kept_routes(PROMPTS, embed, tmp_path)
+    routes = router.route_cached(PROMPTS, embed, tmp_path)
     made = len(calls)
     assert routes == router.route(PROMPTS, lambda prompts: encoder(prompts)[1])
-    assert router.kept_routes(PROMPTS, embed, tmp_path) == routes
+    assert router.route_cached(PROMPTS, embed, tmp_path) == routes
     assert len(calls) == made > 0
-    assert router.kept_routes(PROMPTS[:5], embed, tmp_path) == routes[:5]
+    assert router.route_cached(PROMPTS[:5], embed, tmp_path) == routes[:5]
     assert len(calls) == made + 1
     (file, _) = sorted(tmp_path.glob("routes-*.json"), key=lambda path: -path.stat().st_size)
     file.write_text("[0, 1")
-    assert router.kept_routes(PROMPTS, embed, tmp_path) == routes
+    assert router.route_cached(PROMPTS, embed, tmp_path) == routes

@@ -12,7 +12,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDIMScheduler
 from safetensors.torch import load_file, save_file
 
-from stepdistill.data.images import Order
+from stepdistill.data.order import Order
 from stepdistill.data.teacher_pairs import PairRecipe, PairSet, make_pairs
 from stepdistill.denoiser import guided
 from stepdistill.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import save_pixels, save_stable_diffusion
 
-from stepdistill.data.images import read_array_images
+from stepdistill.data.arrays import read_array_images
 from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork
 from stepdistill.eval.measure.reference_statistics import make_reference

@@ -11,7 +11,7 @@ import yaml
 from console import stepdistill
 from datasets import Dataset
 
-from stepdistill.data.images import read_array_images
+from stepdistill.data.arrays import read_array_images
 from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork
 from stepdistill.eval.measure.reference_statistics import make_reference

@@ -11,7 +11,7 @@ import tiny
 import torch
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 
-from stepdistill.data.images import label_ranges
+from stepdistill.conditions import label_ranges
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.draws import select_conditions
 from stepdistill.eval.run_evaluation import run_targets

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stepdistill import assets
-from stepdistill.data.images import read_npz
+from stepdistill.data.arrays import read_npz
 from stepdistill.errors import UserError
 from stepdistill.judges.perception import GridInstanceNet, Instances, OneInstance, cells, instance_loss, load_perceptual
 

@@ -29,7 +29,9 @@ from stepdistill import checkpoint
 from stepdistill.attention import kernels as attention
 from stepdistill.conditions import drawn
 from stepdistill.config import Section
-from stepdistill.data.images import ImageSet, Order, as_pixels
+from stepdistill.data.images import ImageSet
+from stepdistill.data.order import Order
+from stepdistill.data.pictures import as_pixels
 from stepdistill.denoiser import Condition, take
 from stepdistill.digests import Digests, check_same
 from stepdistill.errors import UserError, first_line

@@ -35,8 +35,9 @@ from tqdm import tqdm
 
 from stepdistill.conditions import drawn
 from stepdistill.config import Section, UserPath
-from stepdistill.data.images import ImageSet, Order
-from stepdistill.data.latents import check_posterior, latents_of
+from stepdistill.data.images import ImageSet
+from stepdistill.data.latents import check_posterior, load_latents
+from stepdistill.data.order import Order
 from stepdistill.data.preference_pairs import PreferenceSettings, read_preferences
 from stepdistill.denoiser import Condition, cat_conditions
 from stepdistill.errors import UserError
@@ -243,7 +244,7 @@ class PSO(DirectTrainer):
             cache = Path(config.output) / CACHE
             self.sources = []
             for images in self.pairs.sets:
-                latents, std = latents_of(self.family, images, cache, own.pairs.posterior)
+                latents, std = load_latents(self.family, images, cache, own.pairs.posterior)
                 self.sources.append(RealSource(self.family, images, latents, config.seed, std=std))
             self.order = Order(len(self.pairs), config.seed + 4)
         if own.best is not None and self.real is not None:  # an export needs no images

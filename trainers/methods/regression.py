@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.config import Section, UserPath
-from stepdistill.data.images import Order
+from stepdistill.data.order import Order
 from stepdistill.data.teacher_pairs import PairRecipe, PairSet, make_pairs
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family

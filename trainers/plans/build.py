@@ -11,12 +11,12 @@ from accelerate import Accelerator
 
 from stepdistill import assets, checkpoint
 from stepdistill.attention.kernels import NATIVE
-from stepdistill.conditions import shortened
-from stepdistill.data import images as data
-from stepdistill.data.latents import check_posterior, latents_of
+from stepdistill.conditions import label_ranges, shortened
+from stepdistill.data.images import ImageSet
+from stepdistill.data.latents import check_posterior, load_latents
 from stepdistill.data.prompts import content_notes
 from stepdistill.data.router import Router
-from stepdistill.data.sources import load_images, prompts_of
+from stepdistill.data.sources import load_images, load_prompts
 from stepdistill.digests import digests_of
 from stepdistill.errors import UserError, first_line
 from stepdistill.eval.extractors.load import load_extractor
@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def condition_items(
-    config: RunSettings, family: Family, notes: list[str] | None = None, images: data.ImageSet | None = None
+    config: RunSettings, family: Family, notes: list[str] | None = None, images: ImageSet | None = None
 ) -> list:
     """The labels or prompts that the student is trained on.
 
@@ -54,7 +54,7 @@ def condition_items(
     if family.condition_kind == "prompt":
         if own.labels != "all":
             raise UserError(f"data.labels: the teacher {config.teacher.path} takes prompts; remove the key")
-        prompts = prompts_of(own, notes, images)
+        prompts = load_prompts(own, notes, images)
         if prompts is None:
             raise UserError(
                 "data: this teacher takes prompts; set data.prompts (a file), data.prompt_dataset or "
@@ -71,7 +71,7 @@ def condition_items(
     labels = list(family.labels) if own.labels == "all" else own.labels
     for label in labels:
         if label not in family.labels:
-            known = data.label_ranges(family.labels)
+            known = label_ranges(family.labels)
             raise UserError(f"data.labels: {label} is outside {known}, the labels of the teacher's classes")
     return labels
 
@@ -159,7 +159,7 @@ class Fit:
 
     items: list
     all_items: list
-    images: data.ImageSet | None = None
+    images: ImageSet | None = None
     subset: list[int] | None = None
     router: str | None = None
     notes: tuple[str, ...] = ()
@@ -235,7 +235,7 @@ def _part(job: Job, family: Family, fit: Fit, router: Router) -> Fit:
             mine = set(router.parameters["labels"][part.student])
             return [index for index, value in enumerate(values) if value in mine]
         folder = Path(part.router).parent / CACHE
-        routes = router.kept_routes(values, lambda prompts: encoder(prompts)[1], folder)
+        routes = router.route_cached(values, lambda prompts: encoder(prompts)[1], folder)
         return [index for index, route in enumerate(routes) if route == part.student]
 
     items, images, subset = fit.items, fit.images, fit.subset
@@ -302,7 +302,7 @@ def build_trainer(
     real = None
     if fit.images is not None:
         cache = job.cache or Path(config.output) / CACHE
-        latents, std = latents_of(family, fit.images, cache, config.data.images.posterior)
+        latents, std = load_latents(family, fit.images, cache, config.data.images.posterior)
         real = RealSource(family, fit.images, latents, config.seed + 2, fit.subset, std)
     conditions = ConditionSource(family, fit.items, config.seed + 1, fit.all_items)
     trainer = job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)

@@ -101,7 +101,7 @@ def _few(fit: Fit) -> Fit:
     images = fit.images
     if images is not None:
         usable = [index for index in fit.subset or range(len(images)) if index not in images.unreadable]
-        images = images.part(usable[:FEW])
+        images = images.subset(usable[:FEW])
     return replace(fit, items=fit.items[:FEW], all_items=fit.items[:FEW], images=images, subset=None)
 
 

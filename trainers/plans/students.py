@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.config import check, merge, output_folder, section_of
-from stepdistill.data.router import FILE, PartitionSettings, Router, make_router
+from stepdistill.data.partition import PartitionSettings, make_router
+from stepdistill.data.router import FILE, Router
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.files import Lock

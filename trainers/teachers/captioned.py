@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stepdistill import files
-from stepdistill.data.images import write_npz
+from stepdistill.data.arrays import write_npz
 from stepdistill.errors import UserError, reading
 from stepdistill.readers import read_arrays, read_json
 

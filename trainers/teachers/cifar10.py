@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from stepdistill.data.images import write_npz
+from stepdistill.data.arrays import write_npz
 
 from .npm import read_package, unreadable
 

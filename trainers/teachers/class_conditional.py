@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill.config import Section, UserPath
-from stepdistill.data.images import Order, mirrored, read_idx, read_npz
+from stepdistill.data.arrays import read_idx, read_npz
+from stepdistill.data.order import Order
+from stepdistill.data.pictures import mirror_half
 from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError, reading
 from stepdistill.families.unet2d import UNet2DFamily, build_teacher_network
@@ -202,7 +204,7 @@ def train_teacher(config: TeacherConfig, device: str = "cpu") -> Path:
     def loss_at(step: int) -> Tensor:
         index = order.indices(step * config.batch_size, config.batch_size)
         x0, label = pixels[index], labels[index].to(device)
-        x0 = (mirrored(x0, generator) if data.mirror else x0).to(device)
+        x0 = (mirror_half(x0, generator) if data.mirror else x0).to(device)
         dropped = torch.rand(len(index), generator=generator) < config.label_dropout
         label = torch.where(dropped.to(device), family.null_label, label)
         eps = torch.randn(x0.shape, generator=generator).to(device)

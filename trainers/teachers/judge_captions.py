@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill.config import Section, UserPath
-from stepdistill.data.images import ImageSet, Order, read_array_images
+from stepdistill.data.arrays import read_array_images
+from stepdistill.data.images import ImageSet
+from stepdistill.data.order import Order
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.measure.reference_statistics import make_reference

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill.config import Section, UserPath
-from stepdistill.data.images import ImageSet, Order, mirrored, read_idx, read_npz, write_npz
+from stepdistill.data.arrays import read_idx, read_npz, write_npz
+from stepdistill.data.images import ImageSet
+from stepdistill.data.order import Order
+from stepdistill.data.pictures import mirror_half
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork
@@ -143,7 +146,7 @@ def _fit(network: FeatureNetwork, pixels: Tensor, labels: Tensor, config: Featur
     bar = tqdm(range(steps), desc="features", unit="step")
     for step in bar:
         index = order.indices(step * config.batch_size, config.batch_size)
-        x0 = mirrored(pixels[index], generator) if config.mirror else pixels[index]
+        x0 = mirror_half(pixels[index], generator) if config.mirror else pixels[index]
         logits = network.logits(_shifted(x0, config.shift, generator))
         loss = nn.functional.cross_entropy(logits, labels[index], label_smoothing=config.label_smoothing)
         optimizer.zero_grad()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from stepdistill.config import Section, UserPath
-from stepdistill.data.images import Order
+from stepdistill.data.order import Order
 from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError
 from stepdistill.families.stable_diffusion import StableDiffusionFamily, encode_prompts

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torchvision import transforms
 from transformers import Dinov2Config, Dinov2Model
 
-from stepdistill.data.images import read_array_images
+from stepdistill.data.arrays import read_array_images
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors import dinov2
 from stepdistill.eval.extractors.dinov2 import MEAN, STD, load_dinov2

@@ -3,7 +3,7 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from stepdistill.data.images import read_array_images
+from stepdistill.data.arrays import read_array_images
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork

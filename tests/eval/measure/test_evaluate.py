@@ -169,7 +169,7 @@ def test_prompts_in_turn_with_guidance(tmp_path, stable_diffusion_folder, networ
 
 
 def test_passes_count_the_guided_half(stable_diffusion_folder, tmp_path):
-    from stepdistill.data.images import read_array_images
+    from stepdistill.data.arrays import read_array_images
     from stepdistill.eval.extractors.load import as_extractor
     from stepdistill.eval.extractors.small import FeatureNetwork
     from stepdistill.eval.measure.reference_statistics import make_reference

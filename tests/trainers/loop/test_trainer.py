@@ -10,7 +10,8 @@ from toys import toy_family, toy_trainer
 
 from stepdistill import checkpoint
 from stepdistill.analytic import GaussianMixture
-from stepdistill.data.images import ImageSet, Order
+from stepdistill.data.images import ImageSet
+from stepdistill.data.order import Order
 from stepdistill.run import RunFolder
 from stepdistill.settings import OptimizerSettings
 from stepdistill.trainers.loop.trainer import ConditionSource, Interrupted, RealSource, RunStopped, learning_rate

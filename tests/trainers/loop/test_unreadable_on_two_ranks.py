@@ -28,7 +28,7 @@ def train(root: Path, batch: int, limit: float) -> dict:
     from stepdistill.trainers.plans.build import build_trainer
     from stepdistill.trainers.plans.job import make_job
 
-    data.LOOKED_AT = 0
+    data.MOST_TRIED = 0
     raw = {
         "method": "tsm",
         "output": str(root / "unused"),

@@ -124,22 +124,22 @@ def test_looking_finds_the_first_ones_once_in_a_process(monkeypatch):
     images = image_set(broken=(2, 8), max_unreadable=0.2)
     read = images._read
     images._read = lambda index: reads.append(index) or read(index)
-    monkeypatch.setattr(data, "LOOKED_AT", 6)
-    images.look()
+    monkeypatch.setattr(data, "MOST_TRIED", 6)
+    images.try_reading()
     assert images.unreadable == {2: "2.png: not a readable image (cut short); replace it"}
-    images.look()
+    images.try_reading()
     assert reads == list(range(6))
-    images.look(10)
+    images.try_reading(10)
     assert set(images.unreadable) == {2, 8}
 
 
 def test_looking_refuses_more_than_the_limit_and_all():
     with pytest.raises(UserError, match=r"^2\.png: not a readable image"):
-        image_set(broken=(2,), max_unreadable=0.0).look()
+        image_set(broken=(2,), max_unreadable=0.0).try_reading()
     with pytest.raises(UserError, match=r"^3 of 10 pictures cannot be used: 2\.png, 5\.png, 7\.png; the first: 2\.png"):
-        image_set(broken=(2, 5, 7), max_unreadable=0.2).look()
+        image_set(broken=(2, 5, 7), max_unreadable=0.2).try_reading()
     with pytest.raises(UserError, match=r"^0\.png: not a readable"):
-        image_set(1, broken=(0,), max_unreadable=0.5).look()
+        image_set(1, broken=(0,), max_unreadable=0.5).try_reading()
 
 
 # -- readers -----------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def run_of(tmp_path: Path, raw: dict, *arguments):
 
 
 def test_a_run_takes_another_picture_counts_and_names_it(teachers, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LOOKED_AT", 0)  # as of the 2,001st picture
+    monkeypatch.setattr(data, "MOST_TRIED", 0)  # as of the 2,001st picture
     root = folder(tmp_path / "set")
     cut(root / "1" / "4.png")
     result = run_of(tmp_path, raw(teachers, tmp_path / "run", {"folder": str(root)}))
@@ -252,7 +252,7 @@ def test_what_is_found_before_a_run_is_in_its_plan(teachers, tmp_path):
 
 @pytest.mark.parametrize(("limit", "broken"), [(0, 1), (0.2, 2)])
 def test_above_the_limit_a_run_is_saved_ends_in_one_line_and_goes_on(teachers, tmp_path, monkeypatch, limit, broken):
-    monkeypatch.setattr(data, "LOOKED_AT", 0)
+    monkeypatch.setattr(data, "MOST_TRIED", 0)
     root = folder(tmp_path / "set")
     good = {path: path.read_bytes() for path in sorted(root.rglob("*.png"))[:broken]}
     for path in good:
@@ -272,7 +272,7 @@ def test_above_the_limit_a_run_is_saved_ends_in_one_line_and_goes_on(teachers, t
 
 
 def test_a_run_that_was_resumed_sees_what_one_without_a_stop_does(teachers, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LOOKED_AT", 0)
+    monkeypatch.setattr(data, "MOST_TRIED", 0)
     root = folder(tmp_path / "set")
     cut(root / "1" / "4.png")
 
@@ -308,7 +308,7 @@ def test_latents_leave_out_what_cannot_be_read(teachers, tmp_path):
 
 
 def test_pairs_take_another_pair(teachers, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LOOKED_AT", 0)
+    monkeypatch.setattr(data, "MOST_TRIED", 0)
     for side in ("winner", "loser"):
         folder(tmp_path / "pairs" / side)
     cut(tmp_path / "pairs" / "loser" / "1" / "4.png")

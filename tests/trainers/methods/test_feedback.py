@@ -11,7 +11,7 @@ from toys import toy_family, toy_trainer, zero_snr
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.config import merge
-from stepdistill.data.images import Order
+from stepdistill.data.order import Order
 from stepdistill.data.teacher_pairs import PairRecipe, PairSet
 from stepdistill.errors import UserError
 from stepdistill.objectives.distribution_matching import distribution_matching_gradient

@@ -14,7 +14,7 @@ from toys import linear_betas, sigma_points, zero_snr
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.config import merge
-from stepdistill.data.router import PartitionSettings, make_router
+from stepdistill.data.partition import PartitionSettings, make_router
 from stepdistill.denoiser import Prediction
 from stepdistill.objectives.denoising import denoising_loss
 from stepdistill.objectives.distribution_matching import distribution_matching_gradient

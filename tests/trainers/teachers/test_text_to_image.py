@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from stepdistill.config import check
-from stepdistill.data.images import read_npz
+from stepdistill.data.arrays import read_npz
 from stepdistill.errors import UserError
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
