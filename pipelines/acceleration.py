@@ -10,6 +10,9 @@ from diffusers import AutoencoderTiny
 from torch import nn
 
 from stepdistill.attention import kernels
+from stepdistill.attention.choice import choose_fastest, require_backend
+from stepdistill.attention.fused import is_fused
+from stepdistill.attention.modules import find_attention, fuse, head_width, set_backend, unfuse
 from stepdistill.errors import UserError
 from stepdistill.families import calls_of
 from stepdistill.families.calls import compiled_blocks
@@ -89,7 +92,7 @@ def accelerate(
     networks = {calls.component: main} | ({} if calls.vae is None else {"vae": calls.vae})
     acceleration = Acceleration()
     device, dtype = next(main.parameters()).device, main.dtype
-    kernels.require(attention, "attention", device, dtype, gradients=False, networks=[main])
+    require_backend(attention, "attention", device, dtype, gradients=False, networks=[main])
     if tiny_vae is not None:  # first: the other parts are for the VAE that stays
         networks["vae"] = _replace_vae(acceleration, pipe, tiny_vae, device, dtype)
     for name, network in sorted(networks.items(), key=lambda item: item[1] is not main):
@@ -104,26 +107,26 @@ def accelerate(
 def _set_attention(acceleration: Acceleration, name: str, network: nn.Module, main: nn.Module, choice: str) -> None:
     chosen = choice
     if network is main and choice == kernels.AUTO:
-        chosen, reasons = kernels.fastest(main, next(main.parameters()).device, main.dtype)
+        chosen, reasons = choose_fastest(main, next(main.parameters()).device, main.dtype)
         acceleration.skipped |= {f"attention: {other}": reason for other, reason in reasons.items()}
     elif choice == kernels.AUTO:
         return  # a VAE's one attention is no matter
-    if network is not main and kernels.why_not(chosen, network.device, network.dtype, _widest(network)) is not None:
+    if network is not main and kernels.try_backend(chosen, network.device, network.dtype, _widest(network)) is not None:
         acceleration.skipped[f"{name} attention"] = f"{chosen} does not run on its heads of {_widest(network)}"
         return
     before = {
         module: module.processor._attention_backend
-        for module in kernels.modules_of(network)
+        for module in find_attention(network)
         if hasattr(module.processor, "_attention_backend")
     }
-    refused = kernels.set_backend(network, chosen)
+    refused = set_backend(network, chosen)
     for module, reason in refused.items():
         acceleration.skipped[f"{name}.{module}"] = reason
 
     def back() -> None:
-        kernels.set_backend(network, kernels.NATIVE)
+        set_backend(network, kernels.NATIVE)
         for backend in {backend for backend in before.values() if backend is not None}:
-            kernels.set_backend(network, backend.value)  # what was chosen before, with its processors
+            set_backend(network, backend.value)  # what was chosen before, with its processors
         for module, backend in before.items():
             if hasattr(module.processor, "_attention_backend"):
                 module.processor._attention_backend = backend
@@ -135,16 +138,16 @@ def _set_attention(acceleration: Acceleration, name: str, network: nn.Module, ma
 
 
 def _widest(network: nn.Module) -> int:
-    return max((kernels.head_dim_of(module) for module in kernels.modules_of(network)), default=64)
+    return max((head_width(module) for module in find_attention(network)), default=64)
 
 
 def _fuse(acceleration: Acceleration, networks: dict[str, nn.Module]) -> None:
     count = 0
     for name, network in networks.items():
-        left = kernels.fuse(network)
-        count += sum(hasattr(module, "_fused_weight") for module in kernels.modules_of(network))
+        left = fuse(network)
+        count += sum(is_fused(module) for module in find_attention(network))
         acceleration.skipped |= {f"{name}.{module}": reason for module, reason in left.items()}
-    undo = [lambda n=n: kernels.unfuse(n) for n in networks.values()]
+    undo = [lambda n=n: unfuse(n) for n in networks.values()]
     if count:
         acceleration.add("fuse_qkv", f"{count} attentions", *undo)
     else:

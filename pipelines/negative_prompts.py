@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.attention import kernels as attention
+from stepdistill.attention import modules as attention
 from stepdistill.errors import UserError
 from stepdistill.families import calls_of
 

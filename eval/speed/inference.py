@@ -19,15 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill import assets, files
-from stepdistill.attention.kernels import (
-    AUTO,
-    BACKENDS,
-    AttentionProcessor,
-    attend,
-    modules_of,
-    negative_away,
-    why_not_heads,
-)
+from stepdistill.attention.choice import try_on_heads
+from stepdistill.attention.kernels import AUTO, BACKENDS, attend
+from stepdistill.attention.modules import find_attention
+from stepdistill.attention.processor import AttentionProcessor, subtract_negative
 from stepdistill.errors import UserError, reading
 from stepdistill.eval.show.html import read_config
 from stepdistill.eval.stock_pipeline import StockPipeline
@@ -101,11 +96,11 @@ class Inference:
     def _backends(self) -> list[str]:
         place = (self.student.device, self.student.denoiser.dtype, [self.student.denoiser], False)
         if ALL in self.attention:
-            return [name for name in BACKENDS if not name.endswith("_hub") and why_not_heads(name, *place) is None]
+            return [name for name in BACKENDS if not name.endswith("_hub") and try_on_heads(name, *place) is None]
         for name in self.attention:
             if name not in BACKENDS:
                 raise UserError(f"--attention {name}: use all, or one of {', '.join(sorted(BACKENDS))}")
-            if (reason := why_not_heads(name, *place)) is not None:
+            if (reason := try_on_heads(name, *place)) is not None:
                 raise UserError(f"--attention {name}: it does not run on this {place[0].type} ({reason})")
         return list(self.attention)
 
@@ -203,7 +198,7 @@ def negative_cost(case: Inference) -> dict[str, float] | None:
             for projection, x in [(attn.to_q, hidden), *[(p, text) for p in (attn.to_k, attn.to_v) * 2]]
         )
         branches = (attend(query, *rows[i : i + 2], None, None) for i in (0, 2))
-        return attn.to_out[0](negative_away(*branches, 0.5).transpose(1, 2).flatten(2))
+        return attn.to_out[0](subtract_negative(*branches, 0.5).transpose(1, 2).flatten(2))
 
     ways = {
         "plain": lambda m, h, t: processor(m, h, t),
@@ -222,7 +217,7 @@ def negative_cost(case: Inference) -> dict[str, float] | None:
 
 
 def _cross(stock: StockPipeline) -> list[nn.Module]:
-    return [m for m in modules_of(stock.denoiser) if getattr(m, "is_cross_attention", False)]
+    return [m for m in find_attention(stock.denoiser) if getattr(m, "is_cross_attention", False)]
 
 
 def of_folders(student: str, teacher: str | None, device: str, dtype: torch.dtype, **settings: Any) -> Inference:

@@ -270,7 +270,7 @@ class Family(abc.ABC):
         """The null condition for ``count`` samples; raises UserError where the teacher has none."""
 
     def steering(self, negative: Condition, scale: Tensor) -> Condition:
-        """What a condition holds besides, to lead a network with :func:`stepdistill.attention.kernels.install`'s
+        """What a condition holds besides, to lead a network with :func:`stepdistill.attention.modules.install`'s
         processors away from ``negative`` by ``scale`` (B,): NASA."""
         raise UserError(f"teachers of family {self.name} take no negative prompts")
 

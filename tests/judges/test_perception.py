@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
+from solo import GridInstanceNet, OneInstance
 
 from stepdistill import assets
 from stepdistill.data.arrays import read_npz
 from stepdistill.errors import UserError
-from stepdistill.judges.perception import GridInstanceNet, Instances, OneInstance, cells, instance_loss, load_perceptual
+from stepdistill.judges.instances import Instances, find_cells, instance_loss
+from stepdistill.judges.perception import load_perceptual
 
 F64 = torch.float64
 ON, OFF = math.log(2) / 16, 3 * math.log(2) / 16  # the focal loss at logit 0, of a positive and of a negative
@@ -43,12 +45,12 @@ TOP_LEFT, TOP_RIGHT, BOTTOM = mask([0, 0, 1], [0, 1, 0]), mask([0, 1], [3, 3]), 
 def test_a_cell_is_where_the_centre_of_mass_is():
     masks = torch.stack([TOP_LEFT, TOP_RIGHT, BOTTOM, mask([0, 3], [3, 3]), mask([0, 0], [0, 3])])
     # BOTTOM's centre is x = 1.5 of 4: the left; the last two's are y = 2 and x = 2: the second row's and column's edge
-    assert cells(masks, 2).tolist() == [0, 1, 2, 3, 1]
-    assert cells(masks, 1).tolist() == [0, 0, 0, 0, 0]
-    assert cells(masks, 4).tolist() == [0, 7, 13, 11, 2]
+    assert find_cells(masks, 2).tolist() == [0, 1, 2, 3, 1]
+    assert find_cells(masks, 1).tolist() == [0, 0, 0, 0, 0]
+    assert find_cells(masks, 4).tolist() == [0, 7, 13, 11, 2]
     wide = torch.zeros(1, 2, 6, dtype=torch.bool)
     wide[0, 1, 5] = True
-    assert cells(wide, 2).tolist() == [3]
+    assert find_cells(wide, 2).tolist() == [3]
 
 
 def test_one_instance_is_the_label_and_the_bright_pixels():
@@ -122,7 +124,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def trained():
-    return load_perceptual("stepdistill.judges.perception:fashion_mnist")
+    return load_perceptual("solo:fashion_mnist")
 
 
 @pytest.fixture

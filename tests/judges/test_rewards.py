@@ -17,15 +17,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from stepdistill.config import check, dump_yaml
 from stepdistill.errors import UserError
 from stepdistill.judges.clip import ClipScorer
-from stepdistill.judges.rewards import (
-    AestheticHead,
-    Reward,
-    RewardSettings,
-    cropped_square,
-    image_reward_pixels,
-    load_reward,
-    padded_square,
-)
+from stepdistill.judges.rewards import Reward, RewardSettings, load_reward
+from stepdistill.judges.rewards.aesthetic import AestheticHead
+from stepdistill.judges.rewards.image_reward import prepare_pixels
+from stepdistill.judges.rewards.pixels import crop_square, pad_square
 
 F64 = torch.float64
 WIDTH = 6
@@ -345,7 +340,7 @@ def test_image_reward_goes_through_its_library(library, image_reward):
     assert (name, device, med_config) == (image_reward.weights, "cpu", image_reward.config)
     pixels = some_pixels(size=16)
     ids = torch.tensor([[ord(c) for c in p[:35].ljust(35, "\0")] for p in prompts])
-    expected = model.score_gard(ids, (ids > 0).long(), image_reward_pixels(pixels))[:, 0]
+    expected = model.score_gard(ids, (ids > 0).long(), prepare_pixels(pixels))[:, 0]
     found = reward(pixels, prompts)
     assert torch.equal(found, expected)
     assert found.shape == (3,)
@@ -371,12 +366,12 @@ def test_preprocessing_is_the_librarys(size):
     coarse = np.random.default_rng(0).integers(40, 216, (5, 6, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    torch.testing.assert_close(image_reward_pixels(pixels)[0], theirs(picture), rtol=0, atol=0.02)
+    torch.testing.assert_close(prepare_pixels(pixels)[0], theirs(picture), rtol=0, atol=0.02)
 
 
 def test_gray_pixels_are_taken_and_values_keep_their_gradient_outside_the_range():
     pixels = torch.full((2, 1, 8, 8), 1.5, requires_grad=True)
-    found = image_reward_pixels(pixels)
+    found = prepare_pixels(pixels)
     torch.testing.assert_close(found[0, :, 0, 0], (1.25 - torch.tensor(ClipScorer.mean)) / torch.tensor(ClipScorer.std))
     found.sum().backward()
     torch.testing.assert_close(pixels.grad.sum(), 2 * 224**2 * (0.5 / torch.tensor(ClipScorer.std)).sum())
@@ -517,7 +512,7 @@ def test_cropped_square_is_the_processors(size):
     theirs = processor(images=[picture], return_tensors="pt")["pixel_values"]
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (ClipScorer.mean, ClipScorer.std))
-    torch.testing.assert_close((cropped_square(pixels, 32) / 2 + 0.5 - mean) / std, theirs, rtol=0, atol=0.02)
+    torch.testing.assert_close((crop_square(pixels, 32) / 2 + 0.5 - mean) / std, theirs, rtol=0, atol=0.02)
 
 
 def without_a_tensor(folder):
@@ -662,8 +657,8 @@ def test_padded_square_pads_a_picture_of_the_size_too():
     pixels = torch.full((1, 1, 32, 20), 0.5)
     expected = torch.full((1, 3, 32, 32), -1.0)
     expected[..., 6:26] = 0.5
-    torch.testing.assert_close(padded_square(pixels, 32), expected)
-    assert padded_square(torch.zeros(1, 1, 1, 100), 32).shape == (1, 3, 32, 32)
+    torch.testing.assert_close(pad_square(pixels, 32), expected)
+    assert pad_square(torch.zeros(1, 1, 1, 100), 32).shape == (1, 3, 32, 32)
 
 
 def test_hps_is_vit_h_14_without_a_prefix_unless_the_settings_say_otherwise(hps, monkeypatch):
@@ -673,7 +668,7 @@ def test_hps_is_vit_h_14_without_a_prefix_unless_the_settings_say_otherwise(hps,
         asked.append(settings)
         raise UserError("enough")
 
-    monkeypatch.setattr("stepdistill.judges.rewards.load_clip", load)
+    monkeypatch.setattr("stepdistill.judges.rewards.hps.load_clip", load)
     for clip in ({}, {"clip": {}}, {"clip": {"model": "ViT-B-32", "prefix": "a "}}):
         settings = check(RewardSettings, {"reward": "hps", "weights": hps.weights, **clip}, "rewards")
         with pytest.raises(UserError, match="enough"):

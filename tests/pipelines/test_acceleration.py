@@ -25,7 +25,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from stepdistill.attention.kernels import AttentionProcessor, fused_projection, modules_of
+from stepdistill.attention import kernels
+from stepdistill.attention.fused import fused_projection
+from stepdistill.attention.modules import find_attention
+from stepdistill.attention.processor import AttentionProcessor
 from stepdistill.errors import UserError
 from stepdistill.pipelines import Acceleration, NegativePrompts, accelerate
 from stepdistill.pipelines import acceleration as speed
@@ -81,7 +84,7 @@ def networks(pipe) -> list:
 
 def assert_stock(pipe) -> None:
     for network in networks(pipe):
-        assert {type(own.processor) for own in modules_of(network)} <= {AttnProcessor2_0}
+        assert {type(own.processor) for own in find_attention(network)} <= {AttnProcessor2_0}
         assert not [name for name, _ in network.named_buffers() if "fused" in name]
         assert all(module._compiled_call_impl is None for module in network.modules())
         assert all(p.is_contiguous() for p in network.parameters())
@@ -126,7 +129,7 @@ def test_pictures_stay_within_rounding_and_come_back_to_the_bit(part, pipe):
 def test_each_part_does_what_it_says(pipe):
     with accelerate(pipe, **{**OFF, **PARTS["all"]}):
         for network in networks(pipe):
-            for own in modules_of(network):
+            for own in find_attention(network):
                 assert own.processor._attention_backend == AttentionBackendName("_native_math")
                 with torch.no_grad():
                     assert fused_projection(own) is not None
@@ -177,11 +180,10 @@ def test_one_inside_another_comes_back_to_the_outer_one(pipe):
         with accelerate(pipe, **{**OFF, "attention": "_native_flash"}):
             pass
         with accelerate(pipe, **OFF):
-            assert {type(own.processor) for own in modules_of(pipe.unet)} == {AttnProcessor2_0}
+            assert {type(own.processor) for own in find_attention(pipe.unet)} == {AttnProcessor2_0}
         for network in networks(pipe):
-            assert [own.processor._attention_backend.value for own in modules_of(network)] == ["_native_math"] * len(
-                list(modules_of(network))
-            )
+            backends = {module.processor._attention_backend.value for module in find_attention(network)}
+            assert backends == {"_native_math"}
     assert_stock(pipe)
 
 
@@ -240,14 +242,14 @@ def test_a_kernel_that_is_not_there_is_one_line_and_nothing_is_done(attention, s
 
 
 def test_a_vae_that_a_kernel_does_not_run_on_is_left_out(pipe, monkeypatch):
-    from stepdistill.attention import kernels as attention
-
-    own = attention.why_not
-    monkeypatch.setattr(attention, "why_not", lambda *given, **more: "too wide" if 8 in given else own(*given, **more))
+    own = kernels.try_backend
+    monkeypatch.setattr(
+        kernels, "try_backend", lambda *given, **more: "too wide" if 8 in given else own(*given, **more)
+    )
     stock = draw(pipe)
     made = accelerate(pipe, **{**OFF, "attention": "_native_math"})
     assert made.skipped == {"vae attention": "_native_math does not run on its heads of 8"}
-    assert {type(own.processor) for own in modules_of(pipe.vae)} == {AttnProcessor2_0}
+    assert {type(own.processor) for own in find_attention(pipe.vae)} == {AttnProcessor2_0}
     torch.testing.assert_close(draw(pipe), stock, rtol=0, atol=ROUNDING)
     made.undo()
     assert_stock(pipe)
@@ -397,7 +399,7 @@ def test_a_lora_loaded_fused_and_unloaded_afterwards_stays_in(pipe, folder):
     expected = draw(other)
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=ROUNDING)
     with torch.no_grad():
-        assert all(fused_projection(own) is not None for own in modules_of(pipe.unet))
+        assert all(fused_projection(own) is not None for own in find_attention(pipe.unet))
 
 
 def test_where_nothing_can_be_fused_nothing_stays_installed(pipe):
@@ -477,7 +479,7 @@ def test_negative_prompts_leave_the_stock_pipeline(pipe, folder, tmp_path):
     stock = draw(pipe)
     before = pipe.unet.attn_processors
     with NegativePrompts(pipe) as negative:
-        assert {type(own.processor) for own in modules_of(pipe.unet)} == {AttentionProcessor}
+        assert {type(own.processor) for own in find_attention(pipe.unet)} == {AttentionProcessor}
         assert_stock_vae(pipe)
         pipe.save_pretrained(tmp_path / "saved")
     assert all(pipe.unet.attn_processors[name] is own for name, own in before.items())
@@ -490,7 +492,7 @@ def test_negative_prompts_leave_the_stock_pipeline(pipe, folder, tmp_path):
 
 
 def assert_stock_vae(pipe) -> None:
-    assert {type(own.processor) for own in modules_of(pipe.vae)} == {AttnProcessor2_0}
+    assert {type(own.processor) for own in find_attention(pipe.vae)} == {AttnProcessor2_0}
 
 
 def test_two_on_one_pipeline_do_not_remove_each_other(pipe):
@@ -634,7 +636,7 @@ def test_one_foreign_processor_among_stock_ones_is_refused_and_all_stay(pipe):
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
     with pytest.raises(UserError, match=r"unet\.mid_block"):
         NegativePrompts(pipe)
-    kinds = [type(own.processor) for own in modules_of(pipe.unet)]
+    kinds = [type(own.processor) for own in find_attention(pipe.unet)]
     assert sorted(kind.__name__ for kind in kinds) == ["AttnProcessor", *["AttnProcessor2_0"] * 7]
 
 

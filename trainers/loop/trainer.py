@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill import checkpoint
-from stepdistill.attention import kernels as attention
+from stepdistill.attention.choice import choose_fastest, require_backend
+from stepdistill.attention.kernels import AUTO
+from stepdistill.attention.modules import set_backend
 from stepdistill.conditions import drawn
 from stepdistill.config import Section
 from stepdistill.data.images import ImageSet
@@ -430,13 +432,13 @@ class Trainer(abc.ABC):
         """
         asked, device = self.config.train.attention, self.family.device
         dtype = self.roles.autocast_dtype or torch.float32
-        attention.require(asked, "train.attention", device, dtype, gradients=True, networks=self.roles.networks())
+        require_backend(asked, "train.attention", device, dtype, gradients=True, networks=self.roles.networks())
         self.attention = asked
-        if asked == attention.AUTO:
-            self.attention, _ = attention.fastest(self.roles.student.network, device, dtype, gradients=True)
+        if asked == AUTO:
+            self.attention, _ = choose_fastest(self.roles.student.network, device, dtype, gradients=True)
             (self.attention,) = broadcast_object_list([self.attention])  # timings differ, processes must not
         for network in self.roles.networks():
-            attention.set_backend(network, self.attention)
+            set_backend(network, self.attention)
 
     def next_batch(self) -> Batch:
         """This process's next conditions with fresh noise."""

@@ -12,7 +12,7 @@ decay; ``stepdistill merge`` interpolates a student trained in full with one tra
 draws the scale anew each iteration for both networks; in expectation this is the gradient of the mean scale.
 
 NASA-T (2412.02687 version 3, section 5.3): with ``negatives`` the student is told a negative prompt too, inside its
-cross-attention (:class:`stepdistill.attention.kernels.AttentionProcessor`), the teacher's guidance leads away from it
+cross-attention (:class:`stepdistill.attention.processor.AttentionProcessor`), the teacher's guidance leads away from it
 in place of the null prompt, and the fake score does not know it.
 
 Not verified in the papers, so made choices: the shape of the CLIP weight's decay (linear over the run here), whether
@@ -30,7 +30,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stepdistill.attention import kernels as attention
+from stepdistill.attention.modules import install
 from stepdistill.conditions import shortened
 from stepdistill.config import Section, UserPath
 from stepdistill.data.prompts import content_notes, read_prompts
@@ -149,7 +149,7 @@ class SwiftBrush(ScoreTrainer):
             self.decode = self.family.decoder(self.settings.clip.decoder)
         if self.settings.negatives is not None:
             self.negatives = ConditionSource(self.family, self.settings.negatives.read(), self.config.seed)
-            kept = attention.install(self.roles.student.network, "negative")
+            kept = install(self.roles.student.network, "negative")
             if kept:
                 name, reason = next(iter(kept.items()))
                 raise UserError(f"swiftbrush.negatives: the teacher's {name} {reason}; remove the section")

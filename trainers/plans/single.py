@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from stepdistill import files
-from stepdistill.attention.kernels import AUTO, require
+from stepdistill.attention.choice import require_backend
+from stepdistill.attention.kernels import AUTO
 from stepdistill.config import dump_yaml, read_yaml
 from stepdistill.data.router import Router
 from stepdistill.digests import check_same
@@ -168,7 +169,7 @@ def _train(
 ) -> None:
     config = job.config
     dtype = config.train.autocast_dtype or torch.float32
-    require(config.train.attention, "train.attention", accelerator.device, dtype, gradients=True)
+    require_backend(config.train.attention, "train.attention", accelerator.device, dtype, gradients=True)
     family = load_teacher(config)
     sampler = checked_sampler(job, family)
     trainer = build_trainer(job, run, accelerator, family)

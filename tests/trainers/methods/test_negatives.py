@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from stepdistill.attention import kernels as attention
-from stepdistill.attention.kernels import AttentionProcessor, modules_of
+from stepdistill.attention import kernels
+from stepdistill.attention.modules import find_attention
+from stepdistill.attention.processor import AttentionProcessor
 from stepdistill.config import merge
 from stepdistill.errors import UserError
 from stepdistill.families.random_sizes import RandomStableDiffusion
@@ -139,14 +140,14 @@ def test_each_role_is_told_its_own(weights, root):
 def test_only_the_students_network_is_changed(weights, own, root):
     roles = trainer_of(root, weights=weights).roles
     kinds = {
-        name: {type(m.processor) for m in modules_of(getattr(roles, name).network)}
+        name: {type(m.processor) for m in find_attention(getattr(roles, name).network)}
         for name in vars(roles)
         if name in ("student", "teacher", "fake_score")
     }
     assert kinds["student"] == {AttentionProcessor}
     assert kinds["teacher"] == ({AttnProcessor2_0} if own else {AttentionProcessor})
     plain = trainer_of(root, weights=weights, negatives=False).roles
-    assert {type(m.processor) for m in modules_of(plain.student.network)} == {AttnProcessor2_0}
+    assert {type(m.processor) for m in find_attention(plain.student.network)} == {AttnProcessor2_0}
 
 
 def test_the_students_sample_is_nasa_and_scale_zero_its_plain_one(root):
@@ -323,7 +324,7 @@ def test_one_and_one_update_are_two_and_the_export_is_stock(weights, root, tmp_p
     folder = export_student(family, role, sampler, tmp_path / "student", provenance(job, whole))
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    assert {type(m.processor) for m in modules_of(pipe.unet)} == {AttnProcessor2_0}
+    assert {type(m.processor) for m in find_attention(pipe.unet)} == {AttnProcessor2_0}
     facts = pipe.scheduler.config["_stepdistill"]
     assert facts["settings"]["swiftbrush"]["negatives"] == {
         "prompts": "away.txt",
@@ -373,7 +374,8 @@ def test_disback_around_it(root, tmp_path):
     folder = export_student(
         trainer.family, trainer.roles.student, trainer.sampler, tmp_path / "out", provenance(job, trainer)
     )
-    assert {type(m.processor) for m in modules_of(DiffusionPipeline.from_pretrained(folder).unet)} == {AttnProcessor2_0}
+    unet = DiffusionPipeline.from_pretrained(folder).unet
+    assert {type(m.processor) for m in find_attention(unet)} == {AttnProcessor2_0}
 
 
 # -- refused ---------------------------------------------------------------------------------------------------
@@ -467,7 +469,7 @@ def test_the_kernel_is_written_down_and_may_change_on_the_way(root, tmp_path, ca
     assert "attention _native_math\n" in capsys.readouterr().out
     assert pipe.scheduler.config["_stepdistill"]["attention"] == "_native_math"
     assert pipe.unet.config["_stepdistill"]["attention"] == "_native_math"
-    assert {type(m.processor) for m in modules_of(pipe.unet)} == {AttnProcessor2_0}
+    assert {type(m.processor) for m in find_attention(pipe.unet)} == {AttnProcessor2_0}
     trainer = build_trainer(job, RunFolder(tmp_path / "a"))
     assert trainer.attention is None
     assert resume(trainer, RunFolder(tmp_path / "a"))
@@ -487,7 +489,7 @@ def test_every_network_of_a_trainer_gets_the_kernel(root):
         networks = trainer.roles.networks()
         assert len(networks) == count
         for network in networks:
-            assert {m.processor._attention_backend.value for m in modules_of(network)} == {"_native_math"}
+            assert {m.processor._attention_backend.value for m in find_attention(network)} == {"_native_math"}
 
 
 def test_auto_on_a_cpu_is_native_and_processors_stay_stock(root):
@@ -495,17 +497,17 @@ def test_auto_on_a_cpu_is_native_and_processors_stay_stock(root):
     trainer.use_attention()
     assert trainer.attention == "native"
     for network in trainer.roles.networks():
-        assert {type(m.processor) for m in modules_of(network)} == {AttnProcessor2_0}
+        assert {type(m.processor) for m in find_attention(network)} == {AttnProcessor2_0}
 
 
 def test_a_kernel_that_stops_at_some_head_is_refused_before_the_first_update(root, monkeypatch):
     """The tiny UNet's heads are of 4: what runs on 64 is not asked there alone."""
-    own = attention.why_not
+    own = kernels.try_backend
 
     def why_not(backend, device, dtype=torch.float32, head_dim=64, gradients=False, masked=False):
         return "heads below 8" if head_dim < 8 else own(backend, device, dtype, head_dim, gradients, masked)
 
-    monkeypatch.setattr(attention, "why_not", why_not)
+    monkeypatch.setattr(kernels, "try_backend", why_not)
     trainer = trainer_of(root, train={"attention": "_native_math"})
     with pytest.raises(UserError, match=r"train\.attention = _native_math: .*\(heads below 8\); use auto"):
         trainer.use_attention()
@@ -517,7 +519,7 @@ def test_a_kernel_without_backward_is_refused_by_the_trainer_too(root):
     with pytest.raises(UserError, match=r"train\.attention = flex: it does not run on this cpu \(.*backward"):
         trainer.use_attention()
     for network in trainer.roles.networks():
-        assert not any(getattr(m.processor, "_attention_backend", None) for m in modules_of(network))
+        assert not any(getattr(m.processor, "_attention_backend", None) for m in find_attention(network))
 
 
 def test_an_unknown_kernel_is_refused_with_the_config(root, tmp_path):

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+
+@pytest.fixture(autouse=True)
+def process_wide_default():
+    """No test here, so nothing that it calls, may move what all other networks of the process use."""
+    before = _AttentionBackendRegistry._active_backend
+    yield
+    assert _AttentionBackendRegistry._active_backend == before == AttentionBackendName.NATIVE
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often diffusers' kernels are called, by name, with masks and without."""
+    calls: dict[str, list[bool]] = {}
+    for name, own in list(_AttentionBackendRegistry._backends.items()):
+
+        def run(*, own=own, name=name, **given):
+            calls.setdefault(name.value, []).append(given.get("attn_mask") is not None)
+            return own(**given)
+
+        monkeypatch.setitem(_AttentionBackendRegistry._backends, name, run)
+    return calls
