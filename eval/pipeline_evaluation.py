@@ -12,7 +12,7 @@ from stepdistill.eval.measure.results import output_file
 from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.measure.tools import read_prompts
 from stepdistill.eval.show.grids import check_picture, grid
-from stepdistill.files import Lock
+from stepdistill.locks import Lock
 
 from .run_evaluation import evaluate_run, label_names, measured_text
 

@@ -24,10 +24,10 @@ STATE = "state.json"
 
 
 def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int) -> Path:
-    """Write ``root/step-NNNNNNNN`` with one file a group of tensors, then drop all but the last ``keep``.
+    """Write ``root/step-NNNNNNNN`` with one file for each group of tensors, then delete all but the last ``keep``.
 
     A whole checkpoint of the same step stays as it is: nothing has been trained since it was written.  An old one that
-    cannot be deleted is named, and tried again the next time.
+    cannot be deleted is named in a note, and tried again the next time.
 
     Raises:
         UserError: it cannot be written; earlier checkpoints are untouched.
@@ -59,7 +59,7 @@ def _write(target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict[str, 
 
 
 def _parts(root: Path) -> list[Path]:
-    """What earlier versions left when they were stopped: half-written and half-deleted checkpoints."""
+    """Half-written and half-deleted checkpoints, as earlier versions left them when they were stopped."""
     return [p for p in _named(root) if not (p / STATE).is_file()] + list(root.glob(".step-????????.tmp"))
 
 
@@ -74,14 +74,14 @@ def folders(root: Path) -> list[Path]:
 
 def latest(root: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
-    found = folders(root)
-    return found[-1] if found else None
+    whole = folders(root)
+    return whole[-1] if whole else None
 
 
 def load_latest(root: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """The newest whole checkpoint with what :func:`load` gives; None where there is none.
+    """The newest whole checkpoint with its content, as :func:`load` returns it; None where there is none.
 
-    One that a running training deletes while it is read is passed over for the newer one.
+    Where a running training deletes it meanwhile, the newer one is read.
 
     Raises:
         UserError: as :func:`load`.
@@ -99,7 +99,7 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The groups of tensors and the meta data of one checkpoint, every file checked against its digest.
 
     Raises:
-        UserError: a file is missing or damaged, or the folder is not a checkpoint of ours.
+        UserError: a file is missing or damaged, or the folder is no checkpoint of stepdistill.
     """
     remedy = f"delete {path} to go on from the one before it"
     if not (path / STATE).exists():
@@ -133,5 +133,5 @@ def _has_its_size(file: Path) -> bool:
 
 
 def _digest(state: dict[str, Any]) -> str:
-    """SHA-256 of a state as JSON keeps it."""
+    """SHA-256 of a state as JSON."""
     return hashlib.sha256(json.dumps(files.finite(state), sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor
 from .schedule import PredictionType, Schedule, expand
 
 Condition = dict[str, Tensor]
-"""What a network is told besides x_t and t: named tensors, each with the batch first; {} for nothing."""
+"""What a network is conditioned on besides x_t and t: named tensors, each with the batch first; {} for nothing."""
 
 
 def cat_conditions(*conditions: Condition) -> Condition:
@@ -31,7 +31,7 @@ def take(condition: Condition, index: Tensor | slice) -> Condition:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says at ``x_t`` (B, ...), ``t`` (B,): ``output`` is of type ``kind``, at least float32."""
+    """What a denoiser predicts at ``x_t`` (B, ...), ``t`` (B,): ``output`` is of type ``kind``, at least float32."""
 
     schedule: Schedule
     x_t: Tensor
@@ -44,7 +44,7 @@ class Prediction:
         return self.schedule.to_x0(self.output, self.kind, self.x_t, self.t)
 
     def of(self, kind: PredictionType) -> Tensor:
-        """The prediction as ``kind``; the network's own output if that is its kind."""
+        """The prediction as ``kind``; the network's output itself if that is its kind."""
         if kind == self.kind:
             return self.output
         return self.schedule.from_x0(self.x0, kind, self.x_t, self.t)
@@ -67,7 +67,7 @@ class Prediction:
 
 
 class Denoiser(Protocol):
-    """Anything that predicts: a network, a closed form, a mixture of both."""
+    """Anything that predicts: a network, or a closed form."""
 
     schedule: Schedule
 
@@ -102,7 +102,7 @@ def guided(
 ) -> Prediction:
     """Classifier-free guidance (2207.12598): ``x0_null + w (x0_cond - x0_null)``; w = 1 is no guidance.
 
-    Applied to the network's own output, which is affine in x0 at fixed (x_t, t), so this is the same thing.
+    Applied to the network's output, which is affine in x0 at fixed (x_t, t), so the result is the same.
     Both branches run as one batch of 2B.  ``guidance_scale``: a number, or one a sample, shape (B,).  At exactly
     1 the null branch is not run.
     """

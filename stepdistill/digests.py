@@ -1,7 +1,7 @@
-"""Digests that say whether weights are still the ones that they were.
+"""Digests that show whether weights have changed.
 
-An exported folder has ``stepdistill.json``, the SHA-256 of each of its weight files; stock diffusers ignores it.  What
-loads a folder compares the files that it is about to read.  A run remembers a digest of its teacher.
+An exported folder has ``stepdistill.json``, the SHA-256 of each of its weight files; stock diffusers ignores it.
+Loading a folder compares the files that are about to be read.  A run remembers a digest of its teacher.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def read_record(folder: Path) -> Digests | None:
 
 
 def check_folder(folder: Path, what: str, parts: Collection[str] | None = None, problem: str = EXPORTED) -> None:
-    """Refuse a folder of ours whose weight files are not those that were written; a folder without record is passed.
+    """Refuse a folder whose weight files are not those that its record is of; a folder without a record passes.
 
     Args:
         what: the folder's name in errors.
-        parts: the sub-folders, or files, that are about to be read; all by default.
+        parts: the sub-folders, or files, that are about to be read; all of them by default.
         problem: what is wrong with a file that differs, and what to do.
 
     Raises:
@@ -80,7 +80,7 @@ def check_folder(folder: Path, what: str, parts: Collection[str] | None = None, 
 
 
 def check_file(file: Path, what: str) -> None:
-    """Refuse one weight file that is not the one that was written, by the record of its folder or of the one above.
+    """Refuse a weight file that has changed, by the record of its folder or of the folder above.
 
     Raises:
         UserError: it is damaged or was changed.
@@ -104,14 +104,14 @@ def _compare(file: Path, digest: str, what: str, problem: str) -> None:
 
 
 def digests_of(networks: Mapping[str, nn.Module]) -> Digests:
-    """The digest of each network's weights, bit for bit, whatever LoRA is on it.
+    """The digest of each network's weights, bit for bit, without any LoRA on it.
 
-    Of values, not of how they are stored: a network that was loaded in half precision has the same digest in float32.
+    It is of values, not of how they are stored: a network loaded in half precision has the same digest in float32.
     """
-    return {name: _digest_of_values(_own_tensors(network)) for name, network in networks.items()}
+    return {name: _digest_of_values(_base_tensors(network)) for name, network in networks.items()}
 
 
-def _own_tensors(network: nn.Module) -> dict[str, Tensor]:
+def _base_tensors(network: nn.Module) -> dict[str, Tensor]:
     tensors = network.state_dict().items()
     return {name.replace(".base_layer.", "."): value for name, value in tensors if "lora_" not in name}
 
@@ -126,12 +126,12 @@ def _digest_of_tensor(value: Tensor) -> str:
     value = value.detach().cpu()
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
-    data = value.contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
 def check_same(remembered: object, now: Digests, what: str) -> None:
-    """Refuse to go on with another teacher than ``remembered``; what is no mapping of digests is passed over.
+    """Refuse to go on with another teacher than the one of the digests ``remembered``; anything else passes.
 
     Args:
         what: the teacher's name, for the error.

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", and how other libraries' errors become it."""
+"""The exception for what a user can correct, and how other libraries' errors become it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def shown(value: object, limit: int = 80) -> str:
     """A user's value as errors show it: its ``repr``, cut where it is long."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).splitlines())
     except ValueError:  # an integer of thousands of digits
         text = f"a {type(value).__name__} of very many digits"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def printable(text: str) -> str:
-    """``text`` in one line, without what a terminal would obey: other characters as their escapes."""
+    """``text`` in one line; characters that would steer a terminal are written as escapes."""
     text = " ".join(text.splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -53,7 +53,7 @@ def reading(what: str | Path, remedy: str, problem: str = "cannot be read") -> I
     """Whatever reading a user's file raises becomes one line: ``WHAT: PROBLEM (reason); REMEDY``.
 
     Libraries raise many kinds for damaged files (and a file may say that it needs more memory than there is), so every
-    :class:`Exception` is caught: keep nothing but the reading and the first look at what was read inside the block.
+    :class:`Exception` is caught: put nothing into the block but the reading and the first checks of what was read.
     A :class:`UserError` passes through.
 
     Args:
@@ -73,21 +73,21 @@ def reading(what: str | Path, remedy: str, problem: str = "cannot be read") -> I
 
 
 def raised_at(error: BaseException) -> str:
-    """``file.py:12``: where an exception was raised, in the last code that is no installed library's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "no file"
+    """``file.py:12``: where an exception was raised, in the last code outside of installed libraries."""
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in every if "site-packages" not in frame.filename] or list(every)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "no file"
 
 
 def described(value: object) -> str:
     """What a value is, in errors: ``a dict``, or a tensor's dtype and shape."""
-    shape = getattr(value, "shape", None)
-    return f"a {type(value).__name__}" if shape is None else f"{value.dtype} of shape {tuple(shape)}"
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    return f"a {type(value).__name__}" if shape is None else f"{dtype} of shape {tuple(shape)}"
 
 
 @contextlib.contextmanager
-def running(what: str, remedy: str = "mend it, or name another") -> Iterator[None]:
-    """Whatever a user's own code raises, its exit included, becomes one line that says where it was raised.
+def running(what: str, remedy: str = "correct it, or name another") -> Iterator[None]:
+    """Whatever a user's code raises, ``SystemExit`` included, becomes one line that says where it was raised.
 
     Raises:
         UserError: anything was raised inside.
@@ -121,7 +121,7 @@ def writing(what: str | Path, remedy: str = "choose another place, or its rights
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):  # as Rust says it
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):  # as Rust writes it
             raise
         remedy = "free some space and try again" if is_full(error) else remedy
         raise UserError(f"{what}: cannot be written ({first_line(error)}); {remedy}") from None

@@ -1,6 +1,6 @@
-"""Files and folders that are whole or absent, and folders with one writer.
+"""Files and folders that are whole or absent.
 
-Everything is written beside its place under a temporary name and renamed in.  A reader therefore never sees half a
+Everything is written next to its place under a temporary name and then renamed.  A reader therefore never sees half a
 file, and a process that is killed leaves the old content and at most a temporary name, which the next writer of the
 same place removes.
 """
@@ -22,9 +22,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from .errors import UserError, first_line, writing
+from .errors import first_line, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A new name beside ``path`` that says who writes it; what is left under it at the end is deleted."""
+    """A new name next to ``path`` that tells who writes it; what has that name at the end is deleted."""
     temporary = path.with_name(f"{_prefix(path)}{_host()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
     _writing.add(temporary.name)
     try:
@@ -63,7 +63,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _prefix(path: Path) -> str:
-    """A name may have 255 bytes, so a long one is cut."""
+    """How temporary names of ``path`` begin; a long name is cut, because file systems allow 255 bytes."""
     return f".{os.fsencode(path.name)[:100].decode(errors='ignore')}."
 
 
@@ -88,7 +88,7 @@ def is_internal(path: Path) -> bool:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether a name is a temporary one whose writer is gone: of this machine, or of any and a day old."""
+    """Whether a name is a temporary one whose writer is gone: a process of this machine, or any after a day."""
     parts = TEMPORARY_NAME.fullmatch(path.name)
     if parts is None or path.name in _writing:
         return False
@@ -99,12 +99,13 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete the temporary names of ``path`` whose writers are gone."""
+    """Delete what stands under temporary names of ``path`` whose writers are gone."""
     _remove_abandoned(path.parent, _prefix(path))
 
 
 def tidy(folder: Path) -> None:
-    """Delete every temporary name in a folder whose writer is gone, and bring back what was moved aside."""
+    """Delete what stands under temporary names in a folder whose writers are gone, and bring back what was moved
+    aside."""
     _remove_abandoned(folder, ".")
     with contextlib.suppress(OSError):
         for path in folder.glob(f".*{PREVIOUS}"):
@@ -119,7 +120,7 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
 
 
 def _delete(path: Path) -> None:
-    """A file or folder, as far as that is possible; a link is removed, not followed."""
+    """Delete a file or folder, as far as that is possible; a link is removed, not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -131,7 +132,7 @@ def _delete(path: Path) -> None:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path to write one file to; it becomes ``path`` when the block ends well, and is deleted otherwise.
 
-    The folder is made.  The file gets the rights that the umask gives any new file.
+    The folder is created.  The file gets the rights that the umask gives any new file.
 
     Raises:
         UserError: it cannot be written (see :func:`stepdistill.errors.writing`).
@@ -149,7 +150,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """A UTF-8 text file, whole or not at all.
+    """Write a UTF-8 text file, whole or not at all.
 
     Raises:
         UserError: it cannot be written.
@@ -159,7 +160,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """A JSON file, whole or not at all; NaN and infinities, which JSON has not, become null.
+    """Write a JSON file, whole or not at all; NaN and infinities, which JSON does not have, become null.
 
     Raises:
         UserError: it cannot be written.
@@ -168,8 +169,8 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """A safetensors file, whole or not at all, with the digest of its content that
-    :func:`stepdistill.readers.read_tensors` compares.
+    """Write a safetensors file, whole or not at all, with a digest that :func:`stepdistill.readers.read_tensors`
+    compares.
 
     Raises:
         UserError: it cannot be written.
@@ -200,8 +201,8 @@ def finite(value: object) -> object:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to fill; it becomes ``path`` when the block ends well, and is deleted otherwise.
 
-    What stood at ``path`` is there, whole, until the new one is: both change places in one step where the system can
-    (Linux), elsewhere the old one is moved aside first, and :func:`recover` brings it back if the process is killed
+    An earlier folder at ``path`` stays whole until the new one is: both change places in one step where the system can
+    (Linux); elsewhere the old one is moved aside first, and :func:`recover` brings it back if the process is killed
     in between.
 
     Raises:
@@ -223,7 +224,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a folder to ``path``; what stands there is under ``temporary`` afterwards, or deleted."""
+    """Rename a folder to ``path``; an earlier folder at ``path`` gets the temporary name, or is deleted."""
     if not os.path.lexists(path):
         temporary.rename(path)
         return
@@ -264,9 +265,9 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def remove_folder(path: Path) -> str | None:
-    """Delete a folder so that no part of it is ever seen under its name; the reason where it could not be.
+    """Delete a folder so that no part of it is ever seen under its name; returns why it could not be deleted.
 
-    It is renamed first; what a kill leaves of it is a temporary name, which :func:`remove_leftovers` finds.
+    It is renamed first: a killed process leaves the rest under a temporary name, for :func:`remove_leftovers`.
     """
     with _temporary(path) as temporary:
         try:
@@ -294,102 +295,6 @@ def digest(path: str | Path) -> str:
 
 
 def free_name(path: Path) -> Path:
-    """``path``, or with the first number behind it that is free."""
+    """``path``, or ``path-2``, ``path-3``, ...: the first that does not exist."""
     names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
     return next(name for name in names if not os.path.lexists(name))
-
-
-class Lock:
-    """One writer of a folder: held by a process until it ends, however it ends.
-
-    ``with Lock(folder): ...``; the file ``.lock`` is removed at the end, and means nothing where a killed process left
-    it.  A folder that was made for it and got nothing else is removed too.
-
-    Args:
-        wait: seconds to wait for another holder.
-        remedy: what else a user can do, after "wait for it, or stop it".
-        file: in place of ``.lock`` in the folder.
-    """
-
-    def __init__(self, folder: str | Path, wait: float = 0.0, remedy: str = "", file: Path | None = None):
-        self.folder, self.file = Path(folder), file or Path(folder) / LOCK
-        self.wait, self.remedy = wait, remedy
-        self._held: IO[str] | None = None
-        self._made: list[Path] = []
-
-    def __enter__(self) -> Lock:
-        """
-        Raises:
-            UserError: another process holds it, or the folder cannot be written.
-        """
-        self._made = [p for p in self.file.parents if not p.exists()]
-        deadline = time.monotonic() + self.wait
-        try:
-            while not self._take():
-                if time.monotonic() >= deadline:
-                    self._refuse()
-                time.sleep(0.1)
-        except BaseException:
-            self._remove_made()
-            raise
-        return self
-
-    def _take(self) -> bool:
-        """Whether the lock is held now."""
-        try:
-            import fcntl
-        except ImportError:  # Windows: no lock
-            return True
-        with writing(self.folder):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-            file = os.fdopen(os.open(self.file, flags, 0o666), "r+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return False
-        except OSError:  # a file system without locks
-            file.close()
-            return True
-        if not _is_same(file, self.file):  # its holder removed it in between
-            file.close()
-            return False
-        self._held = file
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
-            file.flush()
-        return True
-
-    def _refuse(self) -> NoReturn:
-        holder = ""
-        with contextlib.suppress(OSError, ValueError):
-            holder = " ".join(self.file.read_text(encoding="utf-8")[:200].split())
-        raise UserError(
-            f"{self.folder}: another process is writing here ({holder or 'unknown'}); wait for it, or stop it"
-            f"{self.remedy and ', ' + self.remedy}"
-        )
-
-    def __exit__(self, *_) -> None:
-        if self._held is None:
-            return
-        with contextlib.suppress(OSError):
-            self.file.unlink()  # whoever has opened it meanwhile sees that it is no longer the folder's
-        with contextlib.suppress(OSError):
-            self._held.close()
-        self._held = None
-        self._remove_made()
-
-    def _remove_made(self) -> None:
-        """Remove the folders that were made for the lock, as far as they are empty."""
-        with contextlib.suppress(OSError):
-            for folder in self._made:
-                folder.rmdir()
-
-
-def _is_same(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
-        return False

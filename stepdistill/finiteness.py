@@ -1,4 +1,4 @@
-"""What is not finite, and whose it is.
+"""Where numbers that are not finite come from.
 
 A NaN or an infinity that reaches a gradient has a first place where it came from.  :class:`Watch` remembers, without
 waiting for the device, whether each prediction was finite, so that a skipped update can name the network and the
@@ -57,7 +57,7 @@ def check_module(module: nn.Module, what: str, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class NotFinite:
-    """The first prediction that is not finite: whose, and at which timesteps."""
+    """The first prediction that is not finite: the role's name, and the timesteps."""
 
     name: str
     timesteps: tuple[float, ...] = ()
@@ -72,20 +72,20 @@ class NotFinite:
 
 
 class Watch:
-    """Whether each of the last predictions was finite; asked only when a gradient is not."""
+    """Whether each of the last predictions was finite; looked up only when a gradient is not."""
 
     def __init__(self) -> None:
         self._notes: deque[tuple[str, Tensor, Tensor | None]] = deque(maxlen=REMEMBERED)
 
     def note(self, name: str, values: Tensor, timestep: Tensor | None = None) -> None:
-        """Remember whether ``values`` (B, ...), said by ``name`` at ``timestep`` (B,), are finite."""
+        """Remember whether ``values`` (B, ...), predicted by ``name`` at ``timestep`` (B,), are finite."""
         self._notes.append((name, finite_rows(values), timestep))
 
     def clear(self) -> None:
         self._notes.clear()
 
     def first(self) -> NotFinite | None:
-        """The first note that was not finite: what came later may have it from there.  None where all were."""
+        """The first prediction that was not finite: later ones may follow from it.  None where all were finite."""
         for name, finite, timestep in self._notes:
             wrong = ~finite.cpu()
             if wrong.any():

@@ -1,7 +1,7 @@
 """YAML as configs need it: mappings with text keys, lists, text, numbers, booleans and null, and nothing else.
 
 The scalars are YAML 1.1's as PyYAML reads them, less what surprises: a date, a time (12:30) and a number with leading
-zeros stay the text that was typed.  Text of any size is read or refused in bounded time: nesting and what aliases
+zeros stay text.  Text of any size is read or refused in bounded time: nesting and what aliases
 expand to are counted before anything is made of them, and no constructor of YAML's tags is run.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -27,7 +27,7 @@ _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+
 _INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _TAG = "tag:yaml.org,2002:"
 _MERGE = object()
-"""In place of a key: what follows is merged in."""
+"""In place of a key: the value that follows is merged in."""
 
 
 class YamlProblem(ValueError):
@@ -57,9 +57,10 @@ def _line(mark: Any) -> str:
 
 
 def _text(text: str) -> str:
-    """
+    """The text itself.
+
     Raises:
-        YamlProblem: characters that neither files nor terminals take.
+        YamlProblem: it has characters that neither files nor terminals take.
     """
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise YamlProblem("it holds NUL or half of a surrogate pair, which are no text")
@@ -68,9 +69,9 @@ def _text(text: str) -> str:
 
 @dataclass
 class _Open:
-    """A list or mapping whose end has not come yet; ``size`` and ``depth`` of what is in it so far."""
+    """A list or mapping whose end has not come yet, with the size and depth of its content so far."""
 
-    value: list | dict
+    value: Any
     anchor: str | None
     key: Any = None
     merged: list[dict] = field(default_factory=list)
@@ -104,7 +105,7 @@ class _Builder:
                 self.alias(event)
 
     @staticmethod
-    def refuse(event: yaml.Event, what: str) -> None:
+    def refuse(event: yaml.Event, what: str) -> NoReturn:
         raise YamlProblem(f"{_line(event.start_mark)}{what}")
 
     def open(self, event: yaml.SequenceStartEvent | yaml.MappingStartEvent) -> None:
@@ -121,8 +122,9 @@ class _Builder:
 
     def close(self, event: yaml.Event) -> None:
         done = self.stack.pop()
-        for other in done.merged:  # the mapping's own keys win, then the first of those merged in
-            done.value |= {key: value for key, value in other.items() if key not in done.value}
+        if isinstance(done.value, dict):
+            for other in done.merged:  # the mapping's keys win, then the first of those merged in
+                done.value |= {key: value for key, value in other.items() if key not in done.value}
         self.add(event, done.value, done.anchor, done.size, done.depth + 1)
 
     def scalar(self, event: yaml.ScalarEvent) -> None:
@@ -134,11 +136,13 @@ class _Builder:
     def alias(self, event: yaml.AliasEvent) -> None:
         if self._wants_key():
             self.refuse(event, "an alias cannot be a key")
-        if event.anchor not in self.anchors:
-            self.refuse(event, f"the alias *{event.anchor} has no anchor before it")
-        if self.anchors[event.anchor] is None:
-            self.refuse(event, f"the alias *{event.anchor} stands inside of what it means")
-        value, size, depth = self.anchors[event.anchor]
+        anchor = str(event.anchor)
+        if anchor not in self.anchors:
+            self.refuse(event, f"the alias *{anchor} has no anchor before it")
+        anchored = self.anchors[anchor]
+        if anchored is None:
+            self.refuse(event, f"the alias *{anchor} stands inside of what it means")
+        value, size, depth = anchored
         self.add(event, value, None, size, depth)
 
     def _wants_key(self) -> bool:
@@ -182,10 +186,10 @@ class _Builder:
 
     def mappings(self, event: yaml.Event, value: Any) -> list[dict]:
         """What ``<<`` merges in."""
-        many = value if isinstance(value, list) else [value]
-        if not all(isinstance(one, dict) for one in many):
+        mappings = value if isinstance(value, list) else [value]
+        if not all(isinstance(mapping, dict) for mapping in mappings):
             self.refuse(event, "<< merges a mapping, or a list of mappings")
-        return many
+        return mappings
 
     def value_of(self, event: yaml.ScalarEvent) -> Any:
         """The scalar's value, by its tag where it has one, by its form where it is not quoted."""

@@ -1,4 +1,4 @@
-"""Objects that a config names as ``module:attribute``: the user's own networks."""
+"""Objects of a user's code that a config names as ``module:attribute``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .errors import UserError, first_line, running
 def import_attribute(spec: str, what: str) -> Any:
     """The object ``attribute`` of ``module``, for ``spec`` = ``module:attribute``; ``what`` names it in errors.
 
-    Modules of the current folder are found too.
+    Modules of the current folder can be named too.
 
     Raises:
         UserError: the module cannot be imported, or has no such attribute.
     """
     where, _, attribute = spec.partition(":")
-    if os.getcwd() not in sys.path:  # the last place to look, and a process of ours does not start with it
+    if os.getcwd() not in sys.path:  # searched last; the command line starts without it
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(where)
@@ -31,11 +31,11 @@ def import_attribute(spec: str, what: str) -> Any:
     return getattr(module, attribute)
 
 
-def made_by(found: Any, spec: str, what: str) -> Any:
-    """What a class or function without arguments gives when it is called.
+def call_factory(factory: Any, spec: str, what: str) -> Any:
+    """The result of a class or function that is called without arguments.
 
     Raises:
         UserError: it fails.
     """
     with running(f"{what} {spec!r}: called without arguments it"):
-        return found()
+        return factory()

@@ -1,4 +1,4 @@
-"""Reading users' files: plain files alone, of a size that such a file can have, never more than fits into memory.
+"""Reading users' files: plain files only, of a size that such a file can have, and never more than fits into memory.
 
 What is wrong is raised as :class:`ValueError` or :class:`OSError` in a few words; ``with errors.reading(...)`` around
 the call makes the user's line of it.
@@ -29,7 +29,7 @@ def regular(path: str | Path) -> Path:
     """``path``, a plain file: reading a pipe or a device may never end.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: no such file.
         ValueError: a folder, pipe, socket or device.
     """
     path = Path(path)
@@ -104,7 +104,7 @@ def parse_json(text: str) -> Any:
 
 
 def memory_available() -> int | None:
-    """Bytes of main memory that can be had without swapping; None where the system does not say."""
+    """Bytes of main memory that are free without swapping; None where the system does not say."""
     try:
         information = Path("/proc/meminfo").read_text(encoding="ascii")
         return 1024 * int(information.partition("MemAvailable:")[2].split()[0])
@@ -113,13 +113,14 @@ def memory_available() -> int | None:
 
 
 def require_memory(size: int) -> None:
-    """
+    """Refuse to read more than fits.
+
     Raises:
-        MemoryError: ``size`` bytes are more than there are.
+        MemoryError: ``size`` bytes are more than the memory that is available.
     """
-    there_are = memory_available()
-    if there_are is not None and size > there_are:
-        raise MemoryError(f"it needs {size / 2**30:,.1f} GiB of memory, {there_are / 2**30:,.1f} are available")
+    available = memory_available()
+    if available is not None and size > available:
+        raise MemoryError(f"it needs {size / 2**30:,.1f} GiB of memory, {available / 2**30:,.1f} are available")
 
 
 def check_extent(path: str | Path) -> Path:
@@ -154,11 +155,11 @@ def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not an .npz file; numpy.savez writes one")
     with zipfile.ZipFile(path) as archive:
-        held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        wanted = [name for name in names or held if name in held]
-        require_memory(sum(_checked_size(archive, held[name]) for name in wanted))
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        selected = [name for name in names or members if name in members]
+        require_memory(sum(_checked_size(archive, members[name]) for name in selected))
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in wanted}
+        return {name: file[name] for name in selected}
 
 
 def array_names(path: str | Path) -> list[str]:
@@ -221,7 +222,7 @@ def digest_of(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
     sha = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     if metadata is not None:
         sha.update(json.dumps({k: v for k, v in metadata.items() if k != DIGEST}, sort_keys=True).encode())
     return sha.hexdigest()

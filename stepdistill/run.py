@@ -34,6 +34,7 @@ from . import files
 from .config import dump_yaml, read_mapping
 from .digests import Digests
 from .errors import UserError, reading, shown, writing
+from .locks import Lock
 from .readers import read_json
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
@@ -204,9 +205,9 @@ class RunFolder:
         """
         return holds_run(self.path, config.model_dump(mode="json"), resume, {CACHE, PAIRS})
 
-    def lock(self) -> files.Lock:
+    def lock(self) -> Lock:
         """To be held by whoever writes here."""
-        return files.Lock(self.path, remedy="or choose another folder with output=FOLDER")
+        return Lock(self.path, remedy="or choose another folder with output=FOLDER")
 
     def tidy(self) -> None:
         """Remove what killed processes left, and bring back what they had moved aside.  The lock must be held."""

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 SEEDS = 2**32
-"""How many seeds there are."""
+"""The number of seeds."""
 OFFSETS = 16
 """Room for what a run derives from its seed: seed + 1, seed + 2, ..."""
 LARGEST = SEEDS - OFFSETS
@@ -25,7 +25,7 @@ RunSeed = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own.
+    """A new generator.
 
     Raises:
         ValueError: the seed is outside 0..2^32 - 1, so that another one would give the same numbers.
@@ -36,7 +36,7 @@ def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
 
 
 class DistinctSeeds:
-    """A seed for each index 0, 1, ...: a hash of it, or the next number that no lower index has.
+    """A seed for each index 0, 1, ...: a hash of it, or the next number that no lower index has taken.
 
     Hashes of 32 bits meet: of 10,000 of them two are equal with a probability of about 1 %.
     """

@@ -12,6 +12,7 @@ import pytest
 
 from stepdistill import files
 from stepdistill.errors import UserError, first_line, reading
+from stepdistill.locks import Lock
 
 KILLED = """
 import os, sys
@@ -101,8 +102,8 @@ def test_what_is_no_number_in_json_is_null(tmp_path):
 
 
 def test_a_folder_has_one_writer(tmp_path):
-    again = f"from stepdistill.files import Lock\nwith Lock({str(tmp_path)!r}): print('in')"
-    with files.Lock(tmp_path):
+    again = f"from stepdistill.locks import Lock\nwith Lock({str(tmp_path)!r}): print('in')"
+    with Lock(tmp_path):
         done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=False)
         assert f"UserError: {tmp_path}: another process is writing here (process {os.getpid()}" in done.stderr
     done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=False)
@@ -111,18 +112,18 @@ def test_a_folder_has_one_writer(tmp_path):
 
 def test_a_lock_is_free_once_its_holder_is_killed(tmp_path):
     hold = (
-        f"import os\nfrom stepdistill.files import Lock\nLock({str(tmp_path)!r}).__enter__()\nos.kill(os.getpid(), 9)"
+        f"import os\nfrom stepdistill.locks import Lock\nLock({str(tmp_path)!r}).__enter__()\nos.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", hold], check=False).returncode == -9
-    with files.Lock(tmp_path):
+    with Lock(tmp_path):
         pass
 
 
 def test_a_lock_goes_with_its_holder_and_so_does_a_folder_made_for_it(tmp_path):
-    with files.Lock(tmp_path / "a" / "b"):
+    with Lock(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / ".lock").exists()
     assert os.listdir(tmp_path) == []
-    with files.Lock(tmp_path / "a" / "b"):
+    with Lock(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "work").write_text("")
     assert os.listdir(tmp_path / "a" / "b") == ["work"]
 
@@ -130,7 +131,7 @@ def test_a_lock_goes_with_its_holder_and_so_does_a_folder_made_for_it(tmp_path):
 def test_whoever_waits_for_a_lock_gets_it(tmp_path):
     (tmp_path / "seen").write_text("")
     add = (
-        "import time\nfrom pathlib import Path\nfrom stepdistill.files import Lock\n"
+        "import time\nfrom pathlib import Path\nfrom stepdistill.locks import Lock\n"
         f"seen = Path({str(tmp_path / 'seen')!r})\n"
         f"with Lock({str(tmp_path / 'run')!r}, wait=60):\n"
         "    before = seen.read_text(); time.sleep(0.05); seen.write_text(before + 'x')\n"

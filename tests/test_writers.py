@@ -18,7 +18,7 @@ from tiny import save_pixels
 from stepdistill import checkpoint, run
 from stepdistill.config import merge
 from stepdistill.errors import UserError
-from stepdistill.files import Lock
+from stepdistill.locks import Lock
 from stepdistill.stock.folders import is_whole
 from stepdistill.trainers.loop.trainer import Trainer
 from stepdistill.trainers.plans import single as launch

@@ -12,7 +12,7 @@ from torch import nn
 from stepdistill import assets, readers
 from stepdistill.errors import UserError, reading
 from stepdistill.judges.contrastive import MatchingNetwork, is_matching
-from stepdistill.plugins import import_attribute, made_by
+from stepdistill.plugins import call_factory, import_attribute
 
 from .base import Extractor, module_fingerprint
 from .dinov2 import load_dinov2
@@ -110,7 +110,7 @@ def _load_torchscript(path: Path) -> nn.Module:
 def _import_module(spec: str) -> nn.Module:
     module = import_attribute(spec, "extractor")
     if not isinstance(module, nn.Module) and callable(module):
-        module = made_by(module, spec, "extractor")
+        module = call_factory(module, spec, "extractor")
     if not isinstance(module, nn.Module):
         raise UserError(f"extractor {spec!r}: is a {type(module).__name__}; it must be a torch.nn.Module, or give one")
     return module

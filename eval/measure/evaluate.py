@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from stepdistill import files
 from stepdistill.errors import UserError, reading
 from stepdistill.eval.speed.latency import measure_latency
 from stepdistill.eval.stock_pipeline import pipeline_folder
+from stepdistill.locks import Lock
 from stepdistill.readers import check_extent
 
 from .draws import select_conditions
@@ -67,7 +67,7 @@ def evaluate(
     check_replaceable(file)
     processes = processes or Processes(device=torch.device(device))
     work = file.with_name(f"{file.stem}.work")
-    with processes.locked(files.Lock(work, remedy="or name another --output")):
+    with processes.locked(Lock(work, remedy="or name another --output")):
         tools = load_tools(protocol, torch.device(device), processes, file.parent, work, keep_samples)
         rows = _evaluate(targets, tools, file, same_protocol)
     if processes.main:

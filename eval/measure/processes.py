@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from stepdistill.errors import UserError
-from stepdistill.files import Lock
+from stepdistill.locks import Lock
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets in a process's environment."""

@@ -176,7 +176,8 @@ def pairs(
     """Make the teacher's noise-sample pairs that a regression trains on; goes on where it stopped."""
     from stepdistill.config import apply_overrides, read_yaml
     from stepdistill.data.teacher_pairs import make_pairs
-    from stepdistill.files import LOCK, Lock
+    from stepdistill.files import LOCK
+    from stepdistill.locks import Lock
     from stepdistill.trainers.loop.ranks import locked
     from stepdistill.trainers.methods.regression import Regression
     from stepdistill.trainers.plans import single as launch
@@ -361,7 +362,7 @@ def teacher_train(config: Annotated[Path, typer.Argument(help="a YAML config")],
     import torch
 
     from stepdistill.config import apply_overrides, check, read_yaml
-    from stepdistill.files import Lock
+    from stepdistill.locks import Lock
     from stepdistill.trainers.plans import single as launch
     from stepdistill.trainers.teachers.class_conditional import TeacherConfig, train_teacher
     from stepdistill.trainers.teachers.text_to_image import TextTeacherConfig, train_text_teacher

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepdistill import assets
 from stepdistill.errors import UserError, first_line, running
-from stepdistill.plugins import import_attribute, made_by
+from stepdistill.plugins import call_factory, import_attribute
 
 from .clip import ClipScorer, ClipSettings
 from .contrastive import MatchingNetwork
@@ -65,7 +65,7 @@ def _import_scorer(settings: ClipSettings, device: str | torch.device) -> ClipSc
     """The scorer at ``module:attribute``, or what that gives when it is called."""
     scorer = import_attribute(settings.model, "clip")
     if callable(scorer) and not isinstance(scorer, ClipScorer):
-        scorer = made_by(scorer, settings.model, "clip")
+        scorer = call_factory(scorer, settings.model, "clip")
     if not isinstance(scorer, ClipScorer):
         raise UserError(
             f"clip {settings.model!r}: not a stepdistill.judges.clip.ClipScorer, nor a function that gives one"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError, described, running
-from stepdistill.plugins import import_attribute, made_by
+from stepdistill.plugins import call_factory, import_attribute
 
 
 class PerceptualModel(Protocol):
@@ -39,7 +39,7 @@ def load_perceptual(spec: str, device: str | torch.device = "cpu") -> Perceptual
     """
     model: Any = import_attribute(spec, "perceptual model")
     if isinstance(model, type) or (callable(model) and not hasattr(model, "loss")):
-        model = made_by(model, spec, "perceptual model")
+        model = call_factory(model, spec, "perceptual model")
     if not callable(getattr(model, "loss", None)):
         raise UserError(f"perceptual model {spec!r}: has no method loss(pixels, real, indices)")
     return model.eval().requires_grad_(False).to(device) if isinstance(model, nn.Module) else model

@@ -112,4 +112,5 @@ class MapHeads(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, C, h, w), one for each of ``channels``, to the logits (B, 1, h, w) of every head."""
         with torch.autocast(features[0].device.type, enabled=False):
-            return [head(one.float()) for heads, one in zip(self.maps, features, strict=True) for head in heads]
+            pairs = zip(self.maps, features, strict=True)
+            return [head(feature_map.float()) for heads, feature_map in pairs for head in heads.children()]

@@ -1,7 +1,7 @@
-"""Recorded weights of one network along a training: written whole, read back only if they are what was written.
+"""Recorded weights of one network along a training: each written whole, and read only if it is unchanged.
 
 A node is one safetensors file, ``node-NNNNNNNN.safetensors`` by the update that it was taken at; ``path.json`` says
-what the chosen ones are.  Without a folder (tests, benchmarks) they are kept in memory.
+which nodes the path has.  Without a folder (tests, benchmarks) they stay in memory.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class NodeStore:
         self.folder = folder
         self._memory: dict[int, bytes] = {}
 
-    def file(self, update: int) -> Path:
-        return self.folder / f"node-{update:08d}.safetensors"
+    def write(self, update: int, loss: float, tensors: dict[str, Tensor], to_disk: bool = True) -> Node:
+        """Record the tensors as they are now.
 
-    def write(self, update: int, loss: float, tensors: dict[str, Tensor], own: bool = True) -> Node:
-        """Keep the tensors as they are now.  ``own`` False (other processes): leave the file to the main one.
+        Args:
+            to_disk: False in all processes but the main one, which writes the file.
 
         Raises:
             UserError: the folder cannot be written.
@@ -50,8 +50,8 @@ class NodeStore:
         data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
         if self.folder is None:
             self._memory[update] = data
-        elif own:
-            with files.replacing(self.file(update)) as temporary:
+        elif to_disk:
+            with files.replacing(_file(self.folder, update)) as temporary:
                 temporary.write_bytes(data)
         return Node(update, loss, hashlib.sha256(data).hexdigest())
 
@@ -63,7 +63,7 @@ class NodeStore:
         """
         if self.folder is None:
             return load(self._memory[node.update])
-        file = self.file(node.update)
+        file = _file(self.folder, node.update)
         remedy = "the path cannot be walked without it: start the run again in another output folder"
         try:
             data = read_bytes(file)
@@ -77,20 +77,21 @@ class NodeStore:
             raise UserError(f"{file}: this node is damaged ({error}); {remedy}") from None
 
     def keep(self, nodes: list[Node], facts: dict[str, Any]) -> None:
-        """Delete all but ``nodes``, then say in ``path.json`` what they are.
+        """Delete all but ``nodes``, then describe these in ``path.json``.
 
-        One that cannot be deleted is named and left.
+        A file that cannot be deleted is named in a note.
 
         Raises:
             UserError: ``path.json`` cannot be written.
         """
-        kept = {node.update for node in nodes}
         if self.folder is None:
-            self._memory = {k: v for k, v in self._memory.items() if k in kept}
+            updates = {node.update for node in nodes}
+            self._memory = {update: data for update, data in self._memory.items() if update in updates}
             return
-        content = {**facts, "nodes": [{"file": self.file(n.update).name, **asdict(n)} for n in nodes]}
+        names = {node.update: _file(self.folder, node.update).name for node in nodes}
+        content = {**facts, "nodes": [{"file": names[node.update], **asdict(node)} for node in nodes]}
         for file in self.folder.glob("node-*.safetensors"):
-            if file not in {self.file(update) for update in kept}:
+            if file.name not in names.values():
                 try:
                     file.unlink(missing_ok=True)
                 except OSError as error:
@@ -101,3 +102,7 @@ class NodeStore:
     def has_path(self) -> bool:
         """Whether :meth:`keep` has come to its end; in memory it always has."""
         return self.folder is None or (self.folder / PATH).exists()
+
+
+def _file(folder: Path, update: int) -> Path:
+    return folder / f"node-{update:08d}.safetensors"

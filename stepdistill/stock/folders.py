@@ -18,9 +18,9 @@ from stepdistill.errors import UserError, reading, shown
 
 INDEX = "model_index.json"
 MANIFEST = "msd.json"
-"""What makes a folder one of several students."""
+"""The file that marks a folder of several students."""
 STAMP = "_stepdistill"
-"""The key of a config that says what made it."""
+"""The key of stepdistill's entry in a config."""
 CONFIGS = {
     "Scheduler": "scheduler_config.json",
     "Tokenizer": "tokenizer_config.json",
@@ -123,11 +123,11 @@ def _mapping(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-# -- what it says of itself -----------------------------------------------------------------------------------
+# -- stepdistill's entry in a config -----------------------------------------------------------------------------------
 
 
 def check_stamp(config: Mapping[str, Any], what: str) -> None:
-    """Refuse a config whose entry of stepdistill's is not what stepdistill writes.
+    """Refuse a config whose entry is not as stepdistill writes it.
 
     Raises:
         UserError: a part of it is of another type.
@@ -168,14 +168,14 @@ STAMPED = {
         for key in ("version", "method", "teacher", "teacher_revision", "teacher_variant", "attention", "precision")
     },
 }
-"""What a config's entry of stepdistill's may hold."""
+"""By the keys of stepdistill's entry, whether a value is valid."""
 
 
 # -- places on this machine ----------------------------------------------------------------------------------
 
 
 def without_places(value: Any) -> Any:
-    """Facts as an exported folder says them: of a path on this machine its last name, of a hub's cache the hub id."""
+    """Facts as an exported folder states them: of a path on this machine its last name, of a hub's cache the hub id."""
     if isinstance(value, dict):
         return {key: without_places(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -188,15 +188,16 @@ def _without_place(text: str) -> str:
         return text
     if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", text):
         return f"{cached[1]}/{cached[2]}"
-    prefix, place = re.match(r"([\w-]{2,}:)?(.*)", text).groups()
+    prefix = match[0] if (match := re.match(r"[\w-]{2,}:", text)) else ""
+    place = text.removeprefix(prefix)
     local = re.match(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]", place) or ("/" in place and Path(place).exists())
     if not local:
         return text
-    return (prefix or "") + (re.split(r"[/\\]", place.rstrip("/\\"))[-1] or "folder")
+    return prefix + (re.split(r"[/\\]", place.rstrip("/\\"))[-1] or "folder")
 
 
 def remove_places(folder: Path) -> None:
-    """Take out of a saved pipeline's configs where on a machine its parts were loaded from."""
+    """Remove from a saved pipeline's configs the paths on this machine that its parts were loaded from."""
     for file in folder.rglob("*.json"):
         config = _mapping(file) or {}
         named = {key: _without_place(config[key]) for key in NAMED if isinstance(config.get(key), str)}
@@ -216,7 +217,7 @@ def is_exported(folder: Path) -> bool:
     if (folder / MANIFEST).is_file():
         return True
     stamp = (_mapping(folder / "scheduler" / "scheduler_config.json") or {}).get(STAMP)
-    return isinstance(stamp, dict) and "version" in stamp  # a teacher of ours says its steps alone
+    return isinstance(stamp, dict) and "version" in stamp  # a teacher that stepdistill trained states its steps only
 
 
 def is_trained_teacher(folder: Path) -> bool:
@@ -226,14 +227,14 @@ def is_trained_teacher(folder: Path) -> bool:
 
 
 def is_free(folder: Path, names: Collection[str] = ()) -> bool:
-    """Whether there is no such folder, or nothing in it but what is called one of ``names``."""
+    """Whether a folder does not exist, or has nothing in it but files called one of ``names``."""
     if not folder.is_dir():
         return not folder.exists()
     return all(path.name in names or files.is_internal(path) for path in folder.iterdir())
 
 
 def check_replaceable(folder: str | Path, inputs: Iterable[str | Path | None] = (), teacher: bool = False) -> None:
-    """Refuse to write a pipeline over what stepdistill did not write, or over what it is made from.
+    """Refuse to write a pipeline over files that stepdistill did not write, or over what it is made from.
 
     Args:
         inputs: folders (``asset:NAME`` or hub ids too) that it is made from.
@@ -257,7 +258,7 @@ def check_replaceable(folder: str | Path, inputs: Iterable[str | Path | None] = 
 
 
 def holds_parts(folder: Path) -> bool:
-    """Whether all in a run's ``student`` are parts of one, as an interrupted deletion leaves them."""
+    """Whether a run's ``student`` has nothing but parts of a student, as an interrupted deletion leaves them."""
     parts = {INDEX, MANIFEST, RECORD, "router.json", "README.md", "lora", "scheduler", "unet", "transformer", "vae"}
     parts |= {"text_encoder", "tokenizer", "feature_extractor", "safety_checker", "image_encoder"}
     return all(p.name in parts or p.name.startswith("student-") or files.is_internal(p) for p in folder.iterdir())

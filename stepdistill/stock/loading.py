@@ -1,4 +1,4 @@
-"""Diffusers folders: looked at before anything that they name is imported or built, and loaded whole or not at all.
+"""Diffusers folders: checked before anything that they name is imported or built, and loaded whole or not at all.
 
 ``from_pretrained`` gives a transformers model random numbers in place of weights that are missing, leaves those of a
 diffusers model without storage, passes over weights that the model has not, and before diffusers 0.42.1 it imports
@@ -30,7 +30,7 @@ from .variants import choose_variant, variants_of
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
 MOST = 10_000_000
-"""The largest integer of a part's config: sizes beyond are damage, and building them takes all memory or time."""
+"""The largest integer of a part's config: larger ones are damage, and building such a network never ends."""
 MOST_PARTS = 1000
 """Layers and blocks of a network, and entries of a list."""
 MOST_TIMESTEPS = 100_000
@@ -90,7 +90,7 @@ def _is_known(library: str) -> bool:
 
 
 def parts_of(index: dict[str, Any]) -> Parts:
-    """The parts that a checked index says are there."""
+    """The parts that a checked index lists."""
     return {
         name: (entry[0], entry[1])
         for name, entry in index.items()
@@ -105,7 +105,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     variant_key: str | None = None,
-    **given: Any,
+    **replacements: Any,
 ) -> DiffusionPipeline:
     """``DiffusionPipeline.from_pretrained`` on a folder of this machine whose parts are all there, whole.
 
@@ -114,7 +114,7 @@ def load_pipeline(
         dtype: of every network.
         variant: of the parts that have it; by default the plain weights, or the only ones.
         variant_key: what names the variant, for errors; then the only ones are not taken without it.
-        given: parts in place of the folder's; None leaves one out.
+        replacements: parts to use in place of the folder's; None leaves a part out.
 
     Raises:
         UserError: as :func:`read_index`; a part's config or weights are missing, damaged, not finite, of another
@@ -122,18 +122,19 @@ def load_pipeline(
     """
     folder = Path(folder)
     index = read_index(folder, what)
-    parts = {name: part for name, part in parts_of(index).items() if name not in given}
+    parts = {name: part for name, part in parts_of(index).items() if name not in replacements}
     check_folder(folder, what, parts.keys())
     with reading(what, remedy, "cannot be loaded"):
         networks = {name: _network_class(*part) for name, part in parts.items()}
         variants = {name: variants_of(folder / name) for name, network in networks.items() if network is not None}
         variant = choose_variant(variants, variant, what, variant_key)
+        loaded = dict(replacements)
         for name, network in networks.items():
             if network is None:
                 check_config(folder / name, f"{what}: its {name}")
             else:
-                given[name] = load_network(network, folder / name, f"{what}: its {name}", dtype, variant)
-        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=dtype, **given)
+                loaded[name] = load_network(network, folder / name, f"{what}: its {name}", dtype, variant)
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=dtype, **loaded)
     for name, part in pipeline.components.items():
         if isinstance(part, ConfigMixin):
             check_stamp(part.config, f"{what}: its {name}")
@@ -141,10 +142,10 @@ def load_pipeline(
 
 
 def _network_class(library: str, class_name: str) -> type[nn.Module] | None:
-    """The class of a network that can say which weights it has not found; None for other parts."""
+    """The class of a network whose loading tells which weights are missing; None for other parts."""
     module = LIBRARIES.get(library) or getattr(diffusers.pipelines, library)
-    found = getattr(module, class_name, None)
-    return found if isinstance(found, type) and issubclass(found, ModelMixin | PreTrainedModel) else None
+    part = getattr(module, class_name, None)
+    return part if isinstance(part, type) and issubclass(part, ModelMixin | PreTrainedModel) else None
 
 
 def check_config(folder: Path, what: str) -> None:
@@ -189,14 +190,14 @@ def load_network(
     with_others: bool = False,
     remedy: str = "its config or its weights are another network's",
 ) -> Network:
-    """A model of diffusers or transformers, every weight found and of its shape.
+    """A model of diffusers or transformers, with every weight read from its files.
 
     Args:
         place: its folder, or that of ``subfolder``; or a hub id.
         what: its name in errors.
         variant: of the weights, where the folder has it.
-        remedy: the end of what is said of weights that do not fit.
-        with_others: the weights of another network around this one may stand beside its own.
+        remedy: the end of the message on weights that do not fit.
+        with_others: the file may also hold weights of a network around this one.
 
     Raises:
         UserError: weights are missing, of another shape, of another network, or not finite.
@@ -217,7 +218,8 @@ def load_network(
         arguments["variant"] = variant
     if issubclass(network, PreTrainedModel):
         arguments["ignore_mismatched_sizes"] = True  # they are refused below, with their names
-    loaded, found = network.from_pretrained(place, **arguments)
+    loader: Any = network
+    loaded, information = loader.from_pretrained(place, **arguments)
     for kind, problem in (
         ("missing_keys", "has no weights"),
         ("mismatched_keys", "has weights of another shape,"),
@@ -225,7 +227,7 @@ def load_network(
     ):
         if kind == "unexpected_keys" and with_others:
             continue
-        names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in found.get(kind) or [])
+        names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in information.get(kind) or [])
         if names:
             count = f" ({len(names)} such tensors)" if len(names) > 1 else ""
             raise UserError(f"{what} {problem} {names[0]}{count}; {remedy}")

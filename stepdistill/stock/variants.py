@@ -48,6 +48,6 @@ def choose_variant(parts: dict[str, Variants], variant: str | None, what: str, k
         raise UserError(f"{key} = {variant}: {what} has no weights of that variant, {remedy}")
     for part, variants in parts.items():
         if variants and not variants & {variant, None}:
-            names = ", ".join(sorted(variants))
+            names = ", ".join(sorted(map(str, variants)))
             raise UserError(f"{what}: its {part} has weights of variant {names} alone; set {key} to such a variant")
     return variant

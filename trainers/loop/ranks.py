@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from stepdistill.errors import UserError
-from stepdistill.files import Lock
+from stepdistill.locks import Lock
 
 Result = TypeVar("Result")
 

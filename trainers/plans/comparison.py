@@ -34,6 +34,7 @@ from stepdistill.eval.show.curves import CURVE, Curve, curves_table, draw_curves
 from stepdistill.eval.show.grids import grid, table
 from stepdistill.finiteness import is_finite
 from stepdistill.judges.clip import ClipSettings
+from stepdistill.locks import Lock
 from stepdistill.run import RunFolder, check_place
 from stepdistill.seeds import RunSeed
 from stepdistill.settings import JudgeSettings, RunSettings
@@ -217,7 +218,7 @@ def compare(
     """
     entries = settings.entries(folder)
     _check_output(Path(settings.output), entries)
-    lock = files.Lock(settings.output, remedy="or choose another folder with output=FOLDER")
+    lock = Lock(settings.output, remedy="or choose another folder with output=FOLDER")
     with contextlib.nullcontext() if only is not None else lock:  # one run alone has its own folder's
         return _compare(settings, entries, only, device, apart, finished)
 

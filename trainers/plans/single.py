@@ -21,7 +21,6 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from stepdistill import files
 from stepdistill.attention.choice import require_backend
 from stepdistill.attention.kernels import AUTO
 from stepdistill.config import dump_yaml, read_yaml
@@ -31,6 +30,7 @@ from stepdistill.errors import UserError, writing
 from stepdistill.eval.measure.processes import environment_without_launcher
 from stepdistill.eval.show.run_page import write_report
 from stepdistill.families.base import Family
+from stepdistill.locks import Lock
 from stepdistill.pipelines import export_student, export_students
 from stepdistill.pipelines.msd import is_msd_folder
 from stepdistill.run import RunFolder
@@ -275,7 +275,7 @@ def export_again(run: RunFolder, output: Path | None, dtype: torch.dtype, averag
     """
     target = run.student if output is None else output
     inside = target.absolute() == run.student.absolute()
-    with files.Lock(run.path, remedy="or name another folder by --output") if inside else contextlib.nullcontext():
+    with Lock(run.path, remedy="or name another folder by --output") if inside else contextlib.nullcontext():
         if inside:
             run.tidy()
         job = read_job(run.path / "config.yaml")

@@ -26,7 +26,7 @@ from stepdistill.data.partition import PartitionSettings, make_router
 from stepdistill.data.router import FILE, Router
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.files import Lock
+from stepdistill.locks import Lock
 from stepdistill.run import CACHE, PAIRS, RunFolder, holds_run
 from stepdistill.seeds import LARGEST
 from stepdistill.stock.folders import is_whole

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
-from stepdistill.plugins import import_attribute, made_by
+from stepdistill.plugins import call_factory, import_attribute
 
 from .files import freeze
 from .settings import RewardSettings
@@ -28,7 +28,7 @@ def import_reward(settings: RewardSettings, device: str | torch.device) -> Calla
     if inspect.isclass(reward) or (inspect.isroutine(reward) and _takes_nothing(reward)):
         if not _takes_nothing(reward):
             raise UserError(f"reward {settings.reward!r}: a class that needs arguments; name a function that makes one")
-        reward = made_by(reward, settings.reward, "reward")
+        reward = call_factory(reward, settings.reward, "reward")
     if not callable(reward) or inspect.isclass(reward):
         raise UserError(
             f"reward {settings.reward!r}: not an nn.Module or another callable of pixels and items, nor a class or "
