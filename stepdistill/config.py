@@ -240,6 +240,7 @@ def _keys_beside(model: type[BaseModel], location: list[str]) -> list[str]:
     return sorted(model.model_fields)
 
 
-def dump_yaml(model: BaseModel) -> str:
+def dump_yaml(config: BaseModel | dict[str, Any]) -> str:
     """The whole config, defaults included, as YAML."""
-    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    raw = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)

@@ -243,7 +243,7 @@ class RunFolder:
             return digests if isinstance(digests, dict) else {}
         return {}
 
-    def write_config(self, config: BaseModel) -> None:
+    def write_config(self, config: BaseModel | dict[str, Any]) -> None:
         """Record the resolved config."""
         files.write_text(self.path / "config.yaml", dump_yaml(config))
 

@@ -19,9 +19,7 @@ from stepdistill.config import Section, apply_overrides, check, dump_yaml, expan
 from stepdistill.errors import UserError
 from stepdistill.settings import RunSettings
 from stepdistill.trainers.plans.job import make_job
-from stepdistill.trainers.plans.resolve import read_job
-from stepdistill.trainers.plans.stages import make_recipe
-from stepdistill.trainers.plans.students import make_multi_student
+from stepdistill.trainers.plans.resolve import read_job, resolve
 
 
 def write(path, **content):
@@ -404,16 +402,16 @@ def test_a_parent_may_lie_in_a_folder_of_the_environment(tmp_path, monkeypatch):
 def test_the_output_of_stages_and_of_several_students_takes_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("PLACE", str(tmp_path))
     raw = {**toy_config(), "output": "$PLACE/run"}
-    recipe = make_recipe({**raw, "stages": [{"name": "one"}, {"name": "two"}]})
-    assert recipe.output == tmp_path / "run"
-    assert [stage.run.path for stage in recipe.stages] == [tmp_path / "run" / "01-one", tmp_path / "run" / "02-two"]
-    assert recipe.config["output"] == str(tmp_path / "run")
-    several = make_multi_student({**raw, "msd": {"students": 2}})
+    stages = resolve({**raw, "stages": [{"name": "one"}, {"name": "two"}]})
+    assert stages.output == tmp_path / "run"
+    assert [stage.output for stage in stages.stages] == [tmp_path / "run" / "01-one", tmp_path / "run" / "02-two"]
+    assert stages.config["output"] == str(tmp_path / "run")
+    several = resolve({**raw, "msd": {"students": 2}})
     assert several.output == tmp_path / "run"
-    assert several.folder(1).path == tmp_path / "run" / "student-1"
-    for make, section in ((make_recipe, {"stages": [{"name": "one"}]}), (make_multi_student, {"msd": {"students": 2}})):
+    assert several.students[1].output == tmp_path / "run" / "student-1"
+    for section in ({"stages": [{"name": "one"}]}, {"msd": {"students": 2}}):
         with pytest.raises(UserError, match=r"config: output = \$NOWHERE/run: \$NOWHERE is not set"):
-            make({**raw, **section, "output": "$NOWHERE/run"})
+            resolve({**raw, **section, "output": "$NOWHERE/run"})
 
 
 @pytest.mark.parametrize(

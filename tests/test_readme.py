@@ -12,10 +12,7 @@ from pathlib import Path
 import pytest
 
 from stepdistill.config import check, read_yaml
-from stepdistill.trainers.plans.comparison import CompareSettings
-from stepdistill.trainers.plans.resolve import read_job
-from stepdistill.trainers.plans.stages import is_recipe, make_recipe
-from stepdistill.trainers.plans.students import is_multi_student, make_multi_student
+from stepdistill.trainers.plans.resolve import read_plan
 from stepdistill.trainers.teachers.class_conditional import TeacherConfig
 from stepdistill.trainers.teachers.judge_captions import MatchingConfig
 from stepdistill.trainers.teachers.judge_labels import FeatureConfig
@@ -65,26 +62,16 @@ def test_the_first_runs_are_whole_on_a_small_scale(config, samples, teacher, tmp
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_shipped_configs_are_valid(path):
-    raw = read_yaml(path)
-    if is_multi_student(raw):
-        several = make_multi_student(raw, str(path))
-        assert several.config["output"].startswith("runs/")
-        assert len(several.students) == raw["msd"]["students"]
-        return
-    if is_recipe(raw):
-        for stage in make_recipe(raw, str(path)).stages:
-            assert stage.passes > 0
-            assert stage.job.config.output.startswith("runs/")
-        return
-    job = read_job(path)
-    assert job.config.output.startswith("runs/")
+    plan = read_plan(path)
+    assert str(plan.output).startswith("runs/")
+    assert all(job.config.output.startswith("runs/") for job in plan.jobs)
+    assert plan.cost > 0
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_shipped_comparisons_are_valid(path):
-    settings = check(CompareSettings, read_yaml(path), str(path))
-    entries = settings.entries(path.parent)
-    assert {made.title for made in entries.values()} == set(settings.runs)
+    comparison = read_plan(path)
+    assert {run.title for run in comparison.runs.values()} == set(comparison.settings.runs)
 
 
 def test_shipped_teacher_configs_are_valid():

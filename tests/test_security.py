@@ -18,7 +18,7 @@ from stepdistill.errors import UserError, printable
 from stepdistill.eval.extractors.load import load_extractor
 from stepdistill.pipelines import merge_students
 from stepdistill.stock.folders import check_stamp, without_places
-from stepdistill.trainers.plans.comparison import CompareSettings
+from stepdistill.trainers.plans.comparison_settings import ComparisonSettings
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,12 @@ def test_an_extractors_name_is_a_name(name):
 )
 def test_a_comparisons_runs_lie_in_its_folder(name):
     with pytest.raises(UserError, match=r"runs: .*(cannot be the name of a run's folder|is a file of the comparison)"):
-        check(CompareSettings, {"output": "o", "passes": 1, "runs": {name: "a.yaml"}}, "compare.yaml")
+        check(ComparisonSettings, {"output": "o", "passes": 1, "runs": {name: "a.yaml"}}, "compare.yaml")
 
 
 def test_names_of_runs_as_they_are_written():
     names = ["DMD2", "DisBack (DMD2)", "MSD, 2 students (DMD2)", "Übung 3", "a.b"]
-    settings = check(CompareSettings, {"output": "o", "passes": 1, "runs": dict.fromkeys(names, "a.yaml")}, "c")
+    settings = check(ComparisonSettings, {"output": "o", "passes": 1, "runs": dict.fromkeys(names, "a.yaml")}, "c")
     assert list(settings.runs) == names
 
 

@@ -23,9 +23,10 @@ from stepdistill.pipelines.msd import MSDPipeline
 from stepdistill.seeds import LARGEST, OFFSETS, SEEDS, DistinctSeeds, generator
 from stepdistill.settings import JudgeSettings
 from stepdistill.trainers.methods.regression import RegressionSettings
-from stepdistill.trainers.plans.comparison import CompareSettings
+from stepdistill.trainers.plans.comparison_settings import ComparisonSettings
 from stepdistill.trainers.plans.job import make_job
-from stepdistill.trainers.plans.students import SEED_STEP, make_multi_student
+from stepdistill.trainers.plans.resolve import resolve
+from stepdistill.trainers.plans.students import SEED_STEP
 from stepdistill.trainers.teachers.class_conditional import TeacherConfig
 from stepdistill.trainers.teachers.judge_captions import MatchingConfig
 from stepdistill.trainers.teachers.judge_labels import FeatureConfig
@@ -76,7 +77,7 @@ def test_every_configs_seed_has_a_range(section, largest):
 
 def test_a_comparisons_seeds_have_it_too():
     with pytest.raises(ValueError, match="seeds"):
-        CompareSettings.model_validate({"output": "a", "runs": {"a": "b"}, "passes": 1, "seeds": [0, SEEDS]})
+        ComparisonSettings.model_validate({"output": "a", "runs": {"a": "b"}, "passes": 1, "seeds": [0, SEEDS]})
 
 
 def test_a_runs_seed_leaves_room_for_those_that_are_derived_from_it():
@@ -104,17 +105,17 @@ def test_students_seeds_step_up_and_stay_in_the_range(tmp_path):
     config = write_config(tmp_path, tiny.save_pixels(tmp_path / "teacher", "v", labels=3, null=True))
     raw = {**yaml.safe_load(config.read_text()), "msd": {"students": 3}}
     highest = LARGEST - 2 * SEED_STEP
-    several = make_multi_student({**raw, "seed": highest})
-    assert [job.config.seed for job in several.students] == [highest, highest + SEED_STEP, LARGEST]
+    several = resolve({**raw, "seed": highest})
+    assert [job.config.seed for job in several.jobs] == [highest, highest + SEED_STEP, LARGEST]
     with pytest.raises(UserError, match=f"seed = {highest + 1}: student 2's would be .* take a lower seed"):
-        make_multi_student({**raw, "seed": highest + 1})
+        resolve({**raw, "seed": highest + 1})
 
 
 def test_a_stages_seed_steps_up_with_the_student_too(tmp_path):
     config = write_config(tmp_path, tiny.save_pixels(tmp_path / "teacher", "v", labels=3, null=True))
     raw = {**yaml.safe_load(config.read_text()), "msd": {"students": 2}}
-    several = make_multi_student({**raw, "stages": [{"name": "a"}, {"name": "b", "seed": 5}]})
-    seeds = [[stage.job.config.seed for stage in work.stages] for work in several.students]
+    several = resolve({**raw, "stages": [{"name": "a"}, {"name": "b", "seed": 5}]})
+    seeds = [[stage.job.config.seed for stage in student.stages] for student in several.students]
     assert seeds == [[2, 5], [2 + SEED_STEP, 5 + SEED_STEP]]
 
 

@@ -21,7 +21,7 @@ from stepdistill.errors import UserError
 from stepdistill.locks import Lock
 from stepdistill.stock.folders import is_whole
 from stepdistill.trainers.loop.trainer import Trainer
-from stepdistill.trainers.plans import single as launch
+from stepdistill.trainers.plans import finish
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def root(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch, request):
     """Its curves take longer than all else."""
-    monkeypatch.setattr(launch, "write_report", lambda *_: None)
+    monkeypatch.setattr(finish, "write_report", lambda *_: None)
 
 
 def config(folder, root, name="run", **changes):
@@ -46,7 +46,7 @@ def config(folder, root, name="run", **changes):
 @pytest.fixture(scope="module")
 def finished(root):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "write_report", lambda *_: None)
+        patch.setattr(finish, "write_report", lambda *_: None)
         assert stepdistill("distill", config(root, root)).code == 0
     return root / "run"
 

@@ -220,6 +220,26 @@ def _cross(stock: StockPipeline) -> list[nn.Module]:
     return [m for m in find_attention(stock.denoiser) if getattr(m, "is_cross_attention", False)]
 
 
+def case_of(
+    student: str | None,
+    teacher: str | None,
+    random_size: str | None,
+    device: str,
+    dtype: torch.dtype,
+    **settings: Any,
+) -> Inference:
+    """What is to be measured: a student's folder and its teacher's, or a pipeline of random weights.
+
+    Raises:
+        UserError: both or neither are named, or as :func:`of_folders` and :func:`of_random`.
+    """
+    if (student is None) == (random_size is None):
+        raise UserError("name a student's folder, or a --random-size")
+    if student is None:
+        return of_random(random_size, device, dtype, **settings)
+    return of_folders(student, teacher, device, dtype, **settings)
+
+
 def of_folders(student: str, teacher: str | None, device: str, dtype: torch.dtype, **settings: Any) -> Inference:
     """A student's folder and its teacher's: by default the one that its run's config names, or its provenance.
 

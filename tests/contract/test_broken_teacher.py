@@ -17,7 +17,7 @@ from stepdistill.config import merge
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.trainers.loop.trainer import RunStopped
-from stepdistill.trainers.plans import single as launch
+from stepdistill.trainers.plans import single
 from stepdistill.trainers.plans.build import build_trainer
 
 ELSEWHERE = ("feedback", "enhance", "tscd_segments_adversarial")
@@ -52,14 +52,14 @@ def test_a_teacher_that_is_not_finite_ends_the_run_by_its_name(row, value, teach
 def test_the_command_ends_with_2_and_one_line_and_no_student(tmp_path, monkeypatch):
     teacher = tiny.save_pixels(tmp_path / "teacher", "v", labels=3, null=True)
     config = write_config(tmp_path, teacher, non_finite_limit=3)
-    build = launch.build_trainer
+    build = single.build_trainer
 
-    def broken(*arguments):
-        trainer = build(*arguments)
+    def broken(*arguments, **keywords):
+        trainer = build(*arguments, **keywords)
         break_teacher(trainer.family)
         return trainer
 
-    monkeypatch.setattr(launch, "build_trainer", broken)
+    monkeypatch.setattr(single, "build_trainer", broken)
     result = stepdistill("distill", config, "roles.weights=full")
     assert result.code == 2
     assert "3 non-finite gradients of the student in a row; the teacher's prediction is not finite" in result.error

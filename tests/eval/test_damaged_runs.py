@@ -14,7 +14,8 @@ from stepdistill.eval.run_evaluation import label_names, read_run
 from stepdistill.eval.show.comparison_page import write_comparison
 from stepdistill.eval.show.curves import read_curve
 from stepdistill.eval.show.run_page import cost_cells, read_metrics, write_report
-from stepdistill.trainers.plans.contestants import COST, read_cost
+from stepdistill.run import RunFolder
+from stepdistill.trainers.plans.compared import COST, read_cost
 
 ROW = {"iteration": 1, "seconds": 1.0, "passes": 8, "loss/student": 0.5, "updates/student": 1}
 EVALUATION = {
@@ -228,20 +229,12 @@ def test_a_damaged_curve_is_none(content, run):
     assert read_curve(run / "distances.json") == []
 
 
-class Made:
-    """What :func:`read_cost` needs of a contestant."""
-
-    def __init__(self, path):
-        self.run = self
-        self.path = path
-
-
 @pytest.mark.parametrize(
     "content", ["", "3", "{}", '{"passes": 1}', '{"passes": "x", "minutes": 1, "parameters": 1, "students": 1}']
 )
 def test_a_damaged_cost_is_none(content, tmp_path):
     (tmp_path / COST).write_text(content)
-    assert read_cost(Made(tmp_path)) == {}
+    assert read_cost(RunFolder(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("names", [3, "abc", {"a": 1}, [1, 2], None])

@@ -23,7 +23,7 @@ from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.trainers.plans.build import build_trainer, check_fit
 from stepdistill.trainers.plans.job import make_job
-from stepdistill.trainers.plans.students import make_multi_student
+from stepdistill.trainers.plans.resolve import resolve
 
 
 def teacher_of(folder, null=None, embeddings=4):
@@ -113,7 +113,7 @@ def test_the_exported_student_draws_the_class_of_a_label(null, embeddings, tmp_p
 
 def test_several_students_share_out_the_classes_alone(tmp_path):
     teacher = teacher_of(tmp_path / "teacher", 0)
-    several = make_multi_student(config_of(teacher, tmp_path / "run", msd={"students": 2}))
+    several = resolve(config_of(teacher, tmp_path / "run", msd={"students": 2}))
     router = several.make_router(load_family(str(teacher)))
     assert router.labels == [1, 2, 3]
     parts = [check_fit(job, load_family(str(teacher)), router).items for job in several.jobs]

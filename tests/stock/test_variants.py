@@ -24,11 +24,10 @@ from stepdistill.roles.roles import Roles
 from stepdistill.roles.settings import RolesSettings
 from stepdistill.stock.loading import load_network, load_pipeline
 from stepdistill.stock.variants import WEIGHTS, variants_of
-from stepdistill.trainers.plans import comparison as compare
+from stepdistill.trainers.plans import comparison_report as report
 from stepdistill.trainers.plans.build import build_trainer, provenance
-from stepdistill.trainers.plans.comparison import CompareSettings
-from stepdistill.trainers.plans.contestants import RunEntry
 from stepdistill.trainers.plans.job import make_job
+from stepdistill.trainers.plans.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -239,16 +238,16 @@ def test_a_comparison_takes_the_variant_and_what_tunes_a_student_none(folders, t
         raw["teacher"] |= {"revision": "v2", "null_label": 3}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
     shared = ["evaluation.extractor=fashion_mnist", "evaluation.reference=asset:fashion_mnist/reference.safetensors"]
-    runs = {"base": "base.yaml", "tuned": RunEntry(config="tune.yaml", tunes="base")}
-    settings = CompareSettings(output=str(tmp_path / "out"), runs=runs, overrides=shared, passes=1000)
-    made = settings.entries(tmp_path)
-    assert made["base"].job.config.teacher.variant == "ema"
-    tuned = made["tuned"].job.config.teacher
+    runs = {"base": "base.yaml", "tuned": {"config": "tune.yaml", "tunes": "base"}}
+    raw = {"output": str(tmp_path / "out"), "runs": runs, "overrides": shared, "passes": 1000}
+    comparison = resolve(raw, str(tmp_path / "compare.yaml"))
+    assert comparison.runs["base"].job.config.teacher.variant == "ema"
+    tuned = comparison.runs["tuned"].job.config.teacher
     assert (tuned.variant, tuned.revision, tuned.null_label) == (None, None, None)
-    monkeypatch.setattr(compare, "evaluate", Mock(side_effect=InterruptedError))
+    monkeypatch.setattr(report, "evaluate", Mock(side_effect=InterruptedError))
     with pytest.raises(InterruptedError):
-        compare.measure(settings, made, "cpu")
-    (teacher,) = compare.evaluate.call_args.args[0]
+        report.measure(comparison.settings, comparison.runs, "cpu")
+    (teacher,) = report.evaluate.call_args.args[0]
     assert (teacher.name, teacher.variant) == ("teacher", "ema")
 
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from stepdistill.denoiser import Condition
+from stepdistill.devices import DTYPES
 from stepdistill.errors import UserError
 from stepdistill.families.random_sizes import RANDOM_SIZES, random_stable_diffusion
 from stepdistill.roles.role import Role
-from stepdistill.trainers.plans.build import DTYPES, build_trainer
+from stepdistill.trainers.plans.build import build_trainer
 from stepdistill.trainers.plans.job import Job
 
 from .trainer import Trainer

@@ -17,6 +17,7 @@ from stepdistill.data.latents import check_posterior, load_latents
 from stepdistill.data.prompts import content_notes
 from stepdistill.data.router import Router
 from stepdistill.data.sources import load_images, load_prompts
+from stepdistill.devices import DTYPES
 from stepdistill.digests import digests_of
 from stepdistill.errors import UserError, first_line
 from stepdistill.eval.extractors.load import load_extractor
@@ -35,7 +36,6 @@ from .job import Job
 
 PROMPTS_MEASURED = 100_000
 """Prompts whose length is looked at before a run."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def condition_items(
@@ -274,12 +274,14 @@ def build_trainer(
     accelerator: Accelerator | None = None,
     family: Family | None = None,
     fit: Fit | None = None,
+    sampler: FewStepSampler | None = None,
 ) -> Trainer:
     """Load the teacher and data, make roles and the method's trainer.
 
     Args:
         family: a teacher already loaded (or analytic); read from the config otherwise.
         fit: what it trains on, checked already; read from the config otherwise.
+        sampler: the student's, made already from this teacher; made from the config otherwise.
 
     Raises:
         UserError: anything in the config that does not fit the teacher or the data.
@@ -289,7 +291,7 @@ def build_trainer(
     family = family or load_teacher(config)
     teacher_digests = digests_of(family.networks())
     family.to(accelerator.device)
-    sampler = job.method.make_sampler(config, family)
+    sampler = sampler or job.method.make_sampler(config, family)
     fit = check_fit(job, family) if fit is None else fit
     torch.manual_seed(config.seed)
     roles = Roles(

@@ -36,6 +36,7 @@ from stepdistill.trainers.methods.regression import Regression
 
 from .build import Fit, build_trainer, check_fit, provenance
 from .job import Job
+from .prepare import Prepared
 
 SMALL = 100_000_000
 """Parameters of a teacher up to which a run is rehearsed in full."""
@@ -47,12 +48,11 @@ STARTS = ("student_from", "fake_score_from", "lora_from", "lora_under")
 """Keys of ``roles`` that name weights."""
 
 
-def rehearse(
-    job: Job, family: Family, sampler: FewStepSampler, router: Router | None = None, waits: bool = False
-) -> Fit:
-    """Everything that the run of ``job`` would load and do first, on a teacher that nothing else will use.
+def rehearse(prepared: Prepared, router: Router | None = None, waits: bool = False) -> Fit:
+    """Everything that a run would load and do first, on a teacher that nothing else will use.
 
     Args:
+        prepared: the run, its teacher and its sampler.
         router: of several students, in place of the one in the file.
         waits: the weights that ``roles`` names are made by an earlier stage, which has not run.
 
@@ -62,6 +62,7 @@ def rehearse(
     Raises:
         UserError: the run would not get to its end.
     """
+    job, family, sampler = prepared.job, prepared.family, prepared.sampler
     fit = check_fit(job, family, router)
     if not waits:
         check_starts(job.config.roles, family)
@@ -69,7 +70,7 @@ def rehearse(
         check_export(job, family, sampler)
         return fit
     with tempfile.TemporaryDirectory() as folder, _private():
-        trainer = build_trainer(_shortened(job, folder, waits), None, family=family, fit=_few(fit))
+        trainer = build_trainer(_shortened(job, folder, waits), None, family=family, fit=_few(fit), sampler=sampler)
         if not isinstance(trainer, Regression):  # its pairs are the run's first work
             trainer.iteration()
             _check_finite(trainer)

@@ -1,42 +1,53 @@
-"""Recipes: a distillation in stages, each a run of its own that takes the student of the one before.
+"""Stages: a distillation as runs in turn, each of which takes the student of one before.
 
-A recipe's file is a run's config with a list of ``stages``.  A stage's own keys are merged over the rest of the file;
+A config of stages is a run's config with a list of ``stages``.  A stage's keys are merged over the rest of the file;
 ``name`` names its folder, ``take`` says what it takes and ``of`` from which earlier stage (the last one by default):
 
     nothing   the teacher's weights, as any run
-    student   the last student: its LoRA is gone on with, or its weights are
+    student   the last student: its LoRA is trained further, or its weights are
     both      the same, and the fake score of its run's newest checkpoint
     under     a new LoRA on top of the last student, which stays frozen below
 
 Every stage's folder is a run folder (``distill --resume`` goes on with the one that was stopped; finished ones, those
-with an exported student, are passed over).  The last student is the recipe's, and is evaluated with the teacher.
+with an exported student, are passed over).  The last student is that of the whole, and is evaluated with the teacher.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from accelerate import Accelerator
 from pydantic import Field
 
 from stepdistill import files
-from stepdistill.config import Section, check, merge, output_folder, section_of
+from stepdistill.config import Section, check, dump_yaml, merge, section_of
+from stepdistill.data.router import Router
 from stepdistill.errors import UserError
-from stepdistill.run import CACHE, RunFolder, comparable, holds_run
-from stepdistill.stock.folders import check_replaceable, is_whole
+from stepdistill.run import CACHE, comparable, holds_run
+from stepdistill.stock.folders import check_replaceable
+from stepdistill.trainers import METHODS
+from stepdistill.trainers.loop.ranks import locked, on_main
 from stepdistill.trainers.loop.trainer import Trainer
 
+from .build import make_accelerator
+from .describe import data_lines, method_lines, notes, student_line
 from .job import Job, make_job
+from .plan import Plan
+from .prepare import prepare
+from .rehearsal import rehearse
+from .single import Run
 
 STAGES = "stages"
-OWN = ("name", "take", "of", "shared")
+STAGE_KEYS = ("name", "take", "of", "shared")
+TAKEN_ROLES = ("student_from", "lora_from", "lora_under", "fake_score_from")
 
 
 class StageSettings(Section):
-    """What a stage says besides a run's own keys."""
+    """What a stage says besides a run's keys."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="its folder is NN-name")
     take: Literal["nothing", "student", "both", "under"] = Field("student", description="from the stage named in of")
@@ -45,11 +56,10 @@ class StageSettings(Section):
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A checked stage: its run, and the earlier one that it takes from."""
+class Stage(Run):
+    """A run that takes from an earlier stage, ``source``; None: from the teacher."""
 
     settings: StageSettings
-    job: Job
     source: Stage | None
 
     @property
@@ -57,156 +67,205 @@ class Stage:
         return self.settings.name
 
     @property
-    def run(self) -> RunFolder:
-        return RunFolder(self.job.config.output)
+    def waits(self) -> bool:
+        """Whether the stage that it takes from has not run yet."""
+        return self.source is not None and not self.source.finished
 
-    @property
-    def finished(self) -> bool:
-        return is_whole(self.run.student)
+    def rehearse(self, router: Router | None = None) -> None:
+        rehearse(prepare(self.job), router, self.waits)
 
-    @property
-    def passes(self) -> int:
-        """Network passes on one process, as planned."""
-        return self.job.method.planned_passes(self.job.config)
+    def describe_in(self, stages: Stages, number: int) -> Iterator[str]:
+        """What it would do as the stage of this number (from 1)."""
+        job, train = self.job, self.job.config.train
+        prepared = prepare(job)
+        student = student_line(prepared)
+        fit = rehearse(prepared, waits=self.waits)
+        taken = "the teacher's weights"
+        if self.source is not None:
+            taken = f"{self.settings.take} of {self.source.name}"
+        samples = train.updates * train.batch_size * train.gradient_accumulation
+        data = "".join(f"\n    {line}" for line in data_lines(fit, prepared.family).splitlines())
+        yield f"""
+{number:2d}. {self.name}{"  (finished)" if self.finished else ""}
+    method    {job.method.name}: {job.method.title}
+    takes     {taken}; weights {job.config.roles.weights}
+    student   {student}
+    training  {train.updates} updates, {samples:,} samples a process
+{method_lines(prepared, 14)}    cost      {self.cost:,} network passes ({self.cost / stages.cost:.0%}){data}"""
+        if self is stages.last:
+            yield f"\ncost of all  {stages.cost:,} network passes (one picture each; backward is two)\n"
+            yield from notes(prepared)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A checked recipe; ``raw`` is its file, overrides included."""
+class Stages(Plan):
+    """Checked stages in turn; ``raw`` is their file, overrides included."""
 
     raw: dict[str, Any]
     output: Path
     stages: list[Stage]
 
     @property
-    def run(self) -> RunFolder:
-        """The recipe's folder, as a run's: config, student, evaluation, report."""
-        return RunFolder(self.output)
-
-    @property
     def last(self) -> Stage:
         return self.stages[-1]
 
     @property
+    def job(self) -> Job:
+        return self.last.job
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [stage.job for stage in self.stages]
+
+    @property
     def config(self) -> dict[str, Any]:
-        """What ``config.yaml`` says: the last stage's run under the recipe's folder, and the stages as written."""
-        said = self.last.job.config.model_dump(mode="json")
-        return {**said, "output": str(self.output), STAGES: self.raw[STAGES]}
+        """The last stage's run under the folder of the whole, and the stages as written."""
+        return {**self.last.config, "output": str(self.output), STAGES: self.raw[STAGES]}
+
+    @property
+    def unfinished(self) -> list[Stage]:
+        return [stage for stage in self.stages if not stage.finished]
 
     def check_folder(self, resume: bool) -> bool:
-        """Whether there is a recipe to go on with; nothing is written.
-
-        Raises:
-            UserError: the folder holds something else, another recipe, or one that ``--resume`` was not said for.
-        """
-        started = any((stage.run.path / "config.yaml").exists() for stage in self.stages)
-        own = {CACHE, *(stage.run.path.name for stage in self.stages)}  # pairs made before lie in a stage's
-        own = set() if started else own
-        if not holds_run(self.output, self.config, resume, own, with_stages, "recipe"):
+        started = [stage for stage in self.stages if (stage.output / "config.yaml").exists()]
+        early = set()
+        if not started:  # the teacher's pairs may have been made before, in the folder of their stage
+            early = {CACHE, *(stage.output.name for stage in self.stages)}
+        if not holds_run(self.output, self.config, resume, early, comparable_stages, "recipe"):
             return False
-        for stage in self.stages:
-            if (stage.run.path / "config.yaml").exists():
-                stage.run.check(stage.job.config, resume=True)
+        for stage in started:
+            stage.check_folder(resume=True)
         return True
 
-    def finish(self) -> None:
-        """Copy the last stage's student to the recipe's, whole or not at all.
+    def rehearse(self, router: Router | None = None) -> None:
+        for stage in self.unfinished:
+            stage.rehearse(router)
+
+    def describe(self) -> Iterator[str]:
+        yield f"# the recipe: {len(self.stages)} stages in {self.output}"
+        for number, stage in enumerate(self.stages, 1):
+            yield from stage.describe_in(self, number)
+        yield f"# the last stage's config, resolved\n{dump_yaml(self.job.config).rstrip()}"
+
+    def train(self, resume: bool, siblings: Sequence[Job] = ()) -> bool:
+        accelerator = make_accelerator()
+        on_main(accelerator, lambda: self.check_folder(resume))
+        with locked(accelerator, self.folder.lock()):
+            exists = on_main(accelerator, lambda: self.check_folder(resume))  # again: nobody else writes now
+            on_main(accelerator, self.folder.tidy)
+            on_main(accelerator, lambda: check_replaceable(self.folder.student))
+            for stage in self.unfinished[1:]:  # the first one's own checks come before its first update
+                stage.rehearse()
+            for number, stage in enumerate(self.stages, 1):
+                title = f"stage {number} of {len(self.stages)}, {stage.name}"
+                self._train_stage(stage, title, accelerator, exists, siblings)
+            on_main(accelerator, self._take_student)
+        return accelerator.is_main_process
+
+    def _train_stage(
+        self, stage: Stage, title: str, accelerator: Accelerator, exists: bool, siblings: Sequence[Job]
+    ) -> None:
+        if on_main(accelerator, stage.tidy_if_finished):
+            if accelerator.is_main_process:
+                print(f"{title}: finished before, in {stage.output}")
+            return
+        if accelerator.is_main_process:
+            print(f"{title}: {stage.job.method.title}")
+        on_begin = None if exists else lambda: self.folder.write_config(self.config)
+        stage.train(True, [*self.jobs, *siblings], on_begin)
+
+    def _take_student(self) -> None:
+        """Copy the last stage's student to that of the whole, complete or not at all.
 
         Raises:
             UserError: it cannot be written.
         """
-        check_replaceable(self.run.student)
-        with files.replacing_folder(self.run.student) as temporary:
-            shutil.copytree(self.last.run.student, temporary, dirs_exist_ok=True)
+        self.folder.write_config(self.config)
+        check_replaceable(self.folder.student)
+        with files.replacing_folder(self.folder.student) as temporary:
+            shutil.copytree(self.last.folder.student, temporary, dirs_exist_ok=True)
 
 
-def with_stages(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of stages without what may change on the way."""
+def comparable_stages(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with or without stages, without the keys that may change when it is resumed."""
     return {**comparable(config), STAGES: [comparable(stage) for stage in config.get(STAGES) or []]}
 
 
-def is_recipe(raw: dict[str, Any]) -> bool:
-    return STAGES in raw
+# -- reading -------------------------------------------------------------------------------------------------
 
 
-def make_recipe(raw: dict[str, Any], where: str = "config", before: list[Stage] | None = None) -> Recipe:
-    """Check a recipe, every stage of it, before anything is loaded; ``before``: stages of another that it goes on from.
+def read_stages(
+    listed: Any, common: dict[str, Any], output: Path, where: str, before: Sequence[Stage] = ()
+) -> list[Stage]:
+    """The checked stages of a list of raw ones.
+
+    Args:
+        common: the rest of the config, which all stages share.
+        before: stages of another list that may be taken from.
 
     Raises:
         UserError: one line that names the stage and the key.
     """
-    listed = raw[STAGES]
-    if not isinstance(listed, list) or not listed or not all(isinstance(own, dict) for own in listed):
+    if not isinstance(listed, list) or not listed or not all(isinstance(raw, dict) for raw in listed):
         raise UserError(f"{where}: stages must be a list of stages, each a mapping with a name and a method")
-    output = output_folder(raw, where, "the recipe")
-    common = {k: v for k, v in raw.items() if k != STAGES}
     stages: list[Stage] = []
-    for number, own in enumerate(listed, 1):
+    for number, raw in enumerate(listed, 1):
         label = f"{where}: stages[{number}]"
-        settings = check(StageSettings, {k: own[k] for k in OWN if k in own}, label)
-        earlier = [*(before or []), *stages]
+        settings = check(StageSettings, {key: raw[key] for key in STAGE_KEYS if key in raw}, label)
+        earlier = [*before, *stages]
         if any(stage.name == settings.name for stage in earlier):
             raise UserError(f"{label}: a second stage named {settings.name}; give it another name")
         source = _source(settings, earlier, label)
-        stage = merge(common, {k: v for k, v in own.items() if k not in OWN})
-        stage["output"] = str(output / f"{number:02d}-{settings.name}")
-        stage["evaluation"] = section_of(common, "evaluation", where) | section_of(own, "evaluation", label)
+        config = merge(common, {key: value for key, value in raw.items() if key not in STAGE_KEYS})
+        config["output"] = str(output / f"{number:02d}-{settings.name}")
+        config["evaluation"] = section_of(common, "evaluation", where) | section_of(raw, "evaluation", label)
         if source is not None:
-            stage["roles"] = _taken(settings, section_of(stage, "roles", label), stage.get("method"), source, label)
-        job = replace(make_job(stage, f"{label} ({settings.name})"), cache=output / CACHE, unused=())
-        stages.append(Stage(settings, job, source))
-    return Recipe(raw, output, stages)
+            roles = section_of(config, "roles", label)
+            config["roles"] = _roles_from(source, settings, roles, config.get("method"), label)
+        job = replace(make_job(config, f"{label} ({settings.name})"), cache=output / CACHE, unused=())
+        stages.append(Stage(job, settings, source))
+    return stages
 
 
-def _source(settings: StageSettings, stages: list[Stage], label: str) -> Stage | None:
+def _source(settings: StageSettings, earlier: list[Stage], label: str) -> Stage | None:
+    """The earlier stage that a stage takes from."""
     if settings.take == "nothing":
         if settings.of is not None:
             raise UserError(f"{label}: take = nothing with of = {settings.of}; remove one")
         return None
     if settings.of is not None:
-        found = [stage for stage in stages if stage.name == settings.of]
-        if not found:
-            raise UserError(f"{label}: of = {settings.of}: no earlier stage has that name")
-        return found[0]
-    if not stages and "take" in settings.model_fields_set:
+        for stage in earlier:
+            if stage.name == settings.of:
+                return stage
+        raise UserError(f"{label}: of = {settings.of}: no earlier stage has that name")
+    if not earlier and "take" in settings.model_fields_set:
         raise UserError(f"{label}: take = {settings.take}: there is no stage before the first; remove it")
-    return stages[-1] if stages else None
+    return earlier[-1] if earlier else None
 
 
-def _taken(settings: StageSettings, roles: dict, method: Any, source: Stage, label: str) -> dict[str, Any]:
-    """The roles section that starts from the source's student."""
-    student, is_lora = str(source.run.student), source.job.config.roles.weights == "shared"
+def _roles_from(source: Stage, settings: StageSettings, roles: dict, method: Any, label: str) -> dict[str, Any]:
+    """The raw ``roles`` of a stage that starts from the student of ``source``."""
+    student = str(source.folder.student)
     weights = roles.get("weights") or _default_weights(method)
-    for key in ("student_from", "lora_from", "lora_under", "fake_score_from"):
+    for key in TAKEN_ROLES:
         if key in roles:
             raise UserError(f"{label}: roles.{key} is what take = {settings.take} sets; remove one of them")
     if settings.take == "both":
-        for name, job_method in (("this stage", _method(method)), (source.name, source.job.method)):
-            if job_method is not None and not job_method.has_fake_score:
+        for name, stage_method in (("this stage", _method(method)), (source.name, source.job.method)):
+            if stage_method is not None and not stage_method.has_fake_score:
                 raise UserError(f"{label}: take = both: {name}'s method has no fake score; use take = student")
-        roles = {**roles, "fake_score_from": str(source.run.path)}
+        roles = {**roles, "fake_score_from": str(source.output)}
     if settings.take == "under" and weights != "shared":
         raise UserError(f"{label}: take = under needs a LoRA on top; set roles.weights=shared")
-    if is_lora and weights == "shared":
+    if source.job.config.roles.weights == "shared" and weights == "shared":
         return {**roles, "lora_under" if settings.take == "under" else "lora_from": student}
     return {**roles, "student_from": student}
 
 
 def _method(name: Any) -> type[Trainer] | None:
-    from stepdistill.trainers import METHODS
-
     return METHODS.get(name) if isinstance(name, str) else None
 
 
-def _default_weights(method: Any) -> str:
-    found = _method(method)
-    return "full" if found is None else found.defaults.get("roles", {}).get("weights", "full")
-
-
-def write_config(output: Path, config: dict[str, Any]) -> None:
-    """``config.yaml`` in the folder of a recipe, or of several students.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    files.write_text(output / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+def _default_weights(name: Any) -> str:
+    method = _method(name)
+    return "full" if method is None else method.defaults.get("roles", {}).get("weights", "full")

@@ -1,14 +1,14 @@
 """Several students of one teacher, each for a part of the conditions (MSD, 2410.23274).
 
-A section ``msd`` beside any method, or recipe of stages, makes K runs of it.  Student k trains alone, with its own fake
-score and discriminator, on the conditions that the router gives it:
+A section ``msd`` beside any method, or stages, makes K runs of it.  Student k trains alone, with its own fake score and
+discriminator, on the conditions that the router gives it:
 
     G_k = Distill(teacher, F(D, Y_k)),   k = 1..K
 
 What is filtered: the conditions of student and fake score, and real images (a discriminator that sees all classes
 tells them apart by class); not the teacher's noise-sample pairs of ``regression``, which every student sees in full
-(filtered, coverage is lost), nor the images of ``tsm`` unless asked for.  Stages with ``shared: true`` come first and
-run once, on everything.  Student 0 has the run's own seed, so K = 1 is its base method to the bit.
+(filtered, coverage is lost), nor the images of ``tsm`` unless the config says so.  Stages with ``shared: true`` come
+first and run once, on everything.  Student 0 has the run's own seed, so K = 1 is its method to the bit.
 
 The paper released no code; rates, lengths and the handling of optimizer state between stages are not known.  Folders:
 
@@ -17,23 +17,33 @@ The paper released no code; rates, lengths and the handling of optimizer state b
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config import check, merge, output_folder, section_of
+from accelerate import Accelerator
+
+from stepdistill.config import dump_yaml, merge
 from stepdistill.data.partition import PartitionSettings, make_router
 from stepdistill.data.router import FILE, Router
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.locks import Lock
-from stepdistill.run import CACHE, PAIRS, RunFolder, holds_run
+from stepdistill.pipelines import export_students
+from stepdistill.run import CACHE, PAIRS, holds_run
 from stepdistill.seeds import LARGEST
-from stepdistill.stock.folders import is_whole
+from stepdistill.stock.folders import check_replaceable
+from stepdistill.trainers.loop.ranks import locked, on_main
+from stepdistill.trainers.methods.regression import Regression
 
-from .build import condition_items
-from .job import Job, make_job
-from .stages import STAGES, Recipe, make_recipe, with_stages
+from .build import check_fit, condition_items, make_accelerator
+from .describe import data_lines, notes, student_line
+from .job import Job
+from .plan import Plan
+from .prepare import Prepared, prepare
+from .stages import STAGES, Stages, comparable_stages
 
 MSD = "msd"
 SHARED = "shared"
@@ -43,152 +53,294 @@ SEED_STEP = 100
 """Between students' seeds: more than a run's own offsets."""
 
 
-def jobs_of(work: Job | Recipe) -> list[Job]:
-    """The one run, or those of a recipe's stages."""
-    return [work] if isinstance(work, Job) else [stage.job for stage in work.stages]
-
-
 @dataclass(frozen=True)
-class MultiStudent:
-    """K checked runs or recipes and what comes before them; ``base`` is the same for all conditions at once."""
+class Students(Plan):
+    """K checked runs or stages, and what comes before them.
+
+    Attributes:
+        raw: the config, overrides included.
+        undivided: the same for all conditions at once.
+        shared: the stages that run once, before the students.
+        students: the plan of each.
+        command: config and overrides as typed, for the commands that are printed.
+    """
 
     raw: dict[str, Any]
     settings: PartitionSettings
     output: Path
-    base: Job | Recipe
-    shared: Recipe | None
-    students: list[Job | Recipe]
+    undivided: Plan
+    shared: Stages | None
+    students: list[Plan]
+    command: tuple[str, ...] = ()
 
     @property
     def job(self) -> Job:
-        """The last run of ``base``: its teacher, data and evaluation are the whole's."""
-        return jobs_of(self.base)[-1]
+        return self.undivided.job
 
     @property
     def jobs(self) -> list[Job]:
-        """Every run of every student."""
-        return [job for work in self.students for job in jobs_of(work)]
+        shared = [] if self.shared is None else self.shared.jobs
+        return [*shared, *self.student_jobs]
 
     @property
-    def run(self) -> RunFolder:
-        """The whole's folder: config, router, the students together, evaluation, report."""
-        return RunFolder(self.output)
+    def student_jobs(self) -> list[Job]:
+        """Every run of every student, without the shared stages'."""
+        return [job for student in self.students for job in student.jobs]
 
-    def lock(self) -> Lock:
-        """Held while the whole's own files are written, not while students are trained, each in its folder."""
-        return Lock(self.output, PATIENCE, "or choose another folder with output=FOLDER")
+    @property
+    def undivided_jobs(self) -> list[Job]:
+        return self.undivided.jobs
 
-    def folder(self, k: int) -> RunFolder:
-        return RunFolder(self.output / f"student-{k}")
+    @property
+    def num_students(self) -> int:
+        return self.settings.students
 
-    def finished(self, k: int) -> bool:
-        return is_whole(self.folder(k).student)
+    @property
+    def cost(self) -> int:
+        """As :meth:`Plan.cost`; the teacher's pairs are made once for all students."""
+        pairs = sum(job.method.passes_before(job.config) for job in self.students[0].jobs if job.method is Regression)
+        return super().cost - (self.num_students - 1) * pairs
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The last undivided run under the folder of the whole, with ``msd``, and with the stages as written."""
+        config = self.job.config.model_dump(mode="json")
+        config |= {"output": str(self.output), MSD: self.settings.model_dump()}
+        if STAGES in self.raw:
+            config[STAGES] = self.raw[STAGES]
+        return config
 
     @property
     def router_file(self) -> Path:
         return self.output / FILE
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """What ``config.yaml`` says: the base's last run under the whole's folder, and ``msd`` and stages as given."""
-        said = {**self.job.config.model_dump(mode="json"), "output": str(self.output), MSD: self.settings.model_dump()}
-        return {**said, STAGES: self.raw[STAGES]} if STAGES in self.raw else said
+    def lock(self) -> Lock:
+        """Held while the files of the whole are written, not while students are trained, each in its folder."""
+        return Lock(self.output, PATIENCE, "or choose another folder with output=FOLDER")
 
     def make_router(self, family: Family) -> Router:
-        """The router of the run's conditions; the one that lies in the folder where there is one.
+        """The router of the run's conditions; the one in the folder where there is one.
 
         Raises:
             UserError: a partition that does not fit the teacher, or the folder's router is of another one.
         """
         if self.router_file.exists():
             router = Router.load(self.router_file)
-            if router.students != self.settings.students:
+            if router.students != self.num_students:
                 raise UserError(f"{self.router_file}: of {router.students} students; choose another output folder")
             return router
         encoder = family.prompt_encoder if family.condition_kind == "prompt" else None
         return make_router(self.settings, condition_items(self.job.config, family), family.condition_kind, encoder)
 
     def check_folder(self, resume: bool) -> bool:
-        """Whether the folder holds this multi-student run already; nothing is written.
+        return holds_run(self.output, self.config, resume, {FILE, CACHE, PAIRS}, comparable_stages)
 
-        Raises:
-            UserError: it holds something else, another run, or one that ``--resume`` was not said for.
-        """
-        return holds_run(self.output, self.config, resume, {FILE, CACHE, PAIRS}, with_stages)
+    def part(self, name: str) -> OneStudent:
+        if name == SHARED:
+            if self.shared is None:
+                raise UserError(f"--student {SHARED}: no stage has shared = true")
+            return OneStudent(self, name, self.shared)
+        if not name.isdigit() or int(name) >= self.num_students:
+            raise UserError(f"--student {name}: students are 0..{self.num_students - 1}, or {SHARED}")
+        return OneStudent(self, name, self.students[int(name)])
+
+    def rehearse(self, router: Router | None = None) -> None:
+        family = prepare(self.job).family
+        self._rehearse(family, router or self.make_router(family))
+
+    def _rehearse(self, family: Family, router: Router) -> None:
+        """Every student's conditions, and what comes before the first update of the shared stages and of student 0."""
+        for job in self.student_jobs:
+            check_fit(job, family, router)
+        if self.shared is not None:
+            self.shared.rehearse(router)
+        self.students[0].rehearse(router)
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def train(self, resume: bool, siblings: Sequence[Job] = ()) -> bool:
+        self.check_folder(resume)
+        accelerator = make_accelerator()
+        router = self.begin(accelerator, resume)
+        if self.shared is not None:
+            self.train_part(SHARED, self.shared, accelerator, True, siblings)
+        for number, student in enumerate(self.students):
+            self.train_part(str(number), student, accelerator, True, siblings)
+        if accelerator.is_main_process:
+            self._gather(router)
+        return accelerator.is_main_process
+
+    def begin(self, accelerator: Accelerator, resume: bool) -> Router:
+        """The router; it and the config of the whole are written, unless they are already."""
+        family = prepare(self.job).family
+        with locked(accelerator, self.lock()):
+            exists = on_main(accelerator, lambda: self.check_folder(resume))
+            on_main(accelerator, lambda: check_replaceable(self.folder.student))
+            router = self.make_router(family)
+            if not exists:
+                self._rehearse(family, router)
+
+                def write() -> None:
+                    router.save(self.router_file)
+                    self.folder.write_config(self.config)
+
+                on_main(accelerator, write)
+        return router
+
+    def train_part(
+        self, name: str, plan: Plan, accelerator: Accelerator, resume: bool, siblings: Sequence[Job] = ()
+    ) -> None:
+        """Train one student, or the shared stages, unless that is finished."""
+        title = "what all share" if name == SHARED else f"student {name} of 0..{self.num_students - 1}"
+        if on_main(accelerator, plan.tidy_if_finished):
+            if accelerator.is_main_process:
+                print(f"{title}: finished before, in {plan.output}")
+            return
+        if accelerator.is_main_process:
+            print(f"{title}, in {plan.output}")
+        plan.train(resume, [*self.jobs, *siblings])
+
+    def _gather(self, router: Router) -> None:
+        """Copy the finished students to the folder of the whole."""
+        with self.lock():
+            self.folder.tidy()
+            self.folder.write_config(self.config)
+            export_students([student.folder.student for student in self.students], router, self.folder.student)
+
+    # -- the dry run ---------------------------------------------------------------------------------------
+
+    def describe(self) -> Iterator[str]:
+        prepared = prepare(self.job)
+        family = prepared.family
+        student, fit = student_line(prepared), check_fit(self.job, family)
+        router = self.make_router(family)
+        self._rehearse(family, router)
+        shared = "" if self.shared is None else f", {self.shared.cost:,} shared"
+        yield f"""# {self.num_students} students of {self.job.config.teacher.path}, in {self.output}
+partition {self.settings.partition}, router {router.hash[:12]}
+student   {student}
+{data_lines(fit, family)}cost      {self.cost:,} network passes in all, {self.students[-1].cost:,} a student{shared}"""
+        yield from notes(prepared)
+        for number, part in enumerate(self._parts(router, prepared)):
+            finished = "  (finished)" if self.students[number].finished else ""
+            yield f"  student {number}: {part}{finished}"
+        yield from self._commands()
+        yield f"\n# the last student's config, resolved\n{dump_yaml(self.student_jobs[-1].config).rstrip()}"
+
+    def _parts(self, router: Router, prepared: Prepared) -> list[str]:
+        """The conditions that each student draws, in words."""
+        if router.kind == "labels":
+            return [f"labels {', '.join(map(str, part))}" for part in router.parameters["labels"]]
+        encoder, items = prepared.family.prompt_encoder, condition_items(self.job.config, prepared.family)
+        routes = router.route(items, lambda prompts: encoder(prompts)[1])
+        counts = [routes.count(number) for number in range(router.students)]
+        return [f"{count:,} prompts ({count / len(routes):.1%})" for count in counts]
+
+    def _commands(self) -> Iterator[str]:
+        def command(*options: str) -> str:
+            return shlex.join(["stepdistill", "distill", *self.command, *options])
+
+        order = "" if self.shared is None else ", the shared stages first"
+        yield f"\n# one after the other\n{command()}"
+        yield f"# or one job each{order}"
+        if self.shared is not None:
+            yield command("--student", SHARED)
+        for number in range(self.num_students):
+            yield command("--student", str(number))
+        yield f"# then, to gather and measure them\n{command('--resume')}"
 
 
-def is_multi_student(raw: dict[str, Any]) -> bool:
-    return MSD in raw
+@dataclass(frozen=True)
+class OneStudent(Plan):
+    """One of several students, or the stages that all share, trained alone: others may be trained elsewhere."""
+
+    whole: Students
+    name: str
+    plan: Plan
+
+    @property
+    def output(self) -> Path:
+        return self.plan.output
+
+    @property
+    def job(self) -> Job:
+        return self.plan.job
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.plan.jobs
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.plan.config
+
+    def check_folder(self, resume: bool) -> bool:
+        """As :meth:`Plan.check_folder`, of the folder of the whole, which another student may have begun."""
+        return self.whole.check_folder(resume=True)
+
+    def rehearse(self, router: Router | None = None) -> None:
+        self.whole.rehearse(router)
+
+    def describe(self) -> Iterator[str]:
+        return self.whole.describe()
+
+    def train(self, resume: bool, siblings: Sequence[Job] = ()) -> bool:
+        self.check_folder(resume)
+        shared = self.whole.shared
+        if self.name != SHARED and shared is not None and not shared.last.finished:
+            raise UserError(f"--student {self.name}: the shared stages come first; run them with --student {SHARED}")
+        accelerator = make_accelerator()
+        self.whole.begin(accelerator, resume=True)
+        self.whole.train_part(self.name, self.plan, accelerator, resume or self.name == SHARED, siblings)
+        return accelerator.is_main_process
+
+    def finish(self) -> None:
+        """Say how many students are finished, and how to go on."""
+        if self.name == SHARED:
+            return
+        done, count = sum(student.finished for student in self.whole.students), self.whole.num_students
+        remedy = "; gather them without --student, with --resume" if done == count else ""
+        print(f"{done} of {count} students are finished{remedy}")
 
 
-def make_multi_student(raw: dict[str, Any], where: str = "config") -> MultiStudent:
-    """Check everything, every student's run, before anything is loaded.
+# -- raw configs ---------------------------------------------------------------------------------------------
+
+
+def split_shared(stages: list[dict[str, Any]], where: str) -> tuple[list, list]:
+    """The raw stages that all students share, and those of each student.
 
     Raises:
-        UserError: one line that names the key, and the stage where there are stages.
+        UserError: shared stages do not come first, or are all.
     """
-    section = raw[MSD]
-    settings = check(PartitionSettings, section if isinstance(section, dict) else {}, f"{where}: {MSD}")
-    common = {k: v for k, v in raw.items() if k != MSD}
-    output = output_folder(common, where, "all students")
-    methods = [common.get("method"), *(stage.get("method") for stage in _stages(common))]
-    if "regression" in methods:  # the same pairs for all
-        pairs = {"pairs": str(output / PAIRS), "seed": common.get("seed", 0)}
-        common["regression"] = {**pairs, **section_of(common, "regression", where)}
-    shared, own = _split_shared(_stages(common), where)
-    base = make_recipe(common, where) if STAGES in common else make_job(common, where)
-    before = None
-    if shared:
-        part = {STAGES: shared, "output": str(output / SHARED), "evaluation": {"enabled": False}}
-        before = make_recipe(merge(common, part), where)
-    students: list[Job | Recipe] = []
-    for k in range(settings.students):
-        student = _of_student(common, k, output)
-        if STAGES in common:
-            student[STAGES] = [{**stage, "seed": seed_of(stage, k)} if "seed" in stage else stage for stage in own]
-            students.append(make_recipe(student, where, before.stages if before else None))
-        else:
-            students.append(make_job(student, where))
-    return MultiStudent(raw, settings, output, base, before, students)
-
-
-def _stages(common: dict[str, Any]) -> list[dict[str, Any]]:
-    listed = common.get(STAGES)
-    return [stage for stage in listed if isinstance(stage, dict)] if isinstance(listed, list) else []
-
-
-def _split_shared(listed: list[dict[str, Any]], where: str) -> tuple[list, list]:
-    """The shared stages and the others."""
-    shared = [stage for stage in listed if stage.get("shared")]
-    if listed[: len(shared)] != shared:
+    shared = [stage for stage in stages if stage.get("shared")]
+    if stages[: len(shared)] != shared:
         raise UserError(f"{where}: stages: those with shared = true come before the students' own")
-    if listed and len(shared) == len(listed):
+    if stages and len(shared) == len(stages):
         raise UserError(f"{where}: stages: all are shared; at least the last one must be each student's own")
-    return shared, listed[len(shared) :]
+    return shared, stages[len(shared) :]
 
 
-def seed_of(raw: dict[str, Any], k: int) -> Any:
-    """Student k's seed in a raw config or stage; what is no integer stays, and is refused with its key later.
+def seed_of(raw: dict[str, Any], student: int) -> Any:
+    """A student's seed in a raw config or stage; what is no integer stays, and is refused with its key later.
 
     Raises:
-        UserError: it is above the seeds that there are.
+        UserError: it is above the largest seed.
     """
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed > LARGEST:
         return seed
-    if seed + SEED_STEP * k > LARGEST:
-        raise UserError(
-            f"seed = {seed}: student {k}'s would be {seed + SEED_STEP * k:,}, above {LARGEST:,}; take a lower seed"
-        )
-    return seed + SEED_STEP * k
+    moved = seed + SEED_STEP * student
+    if moved > LARGEST:
+        raise UserError(f"seed = {seed}: student {student}'s would be {moved:,}, above {LARGEST:,}; take a lower seed")
+    return moved
 
 
-def _of_student(common: dict[str, Any], k: int, output: Path) -> dict[str, Any]:
-    """The raw config of student k's run or recipe."""
-    changed = {
-        "output": str(output / f"student-{k}"),
-        "seed": seed_of(common, k),
-        "data": {"part": {"router": str(output / FILE), "student": k}},
+def raw_student(common: dict[str, Any], student: int, output: Path) -> dict[str, Any]:
+    """The raw config of one student's run or stages; ``output`` is the folder of the whole."""
+    changes = {
+        "output": str(output / f"student-{student}"),
+        "seed": seed_of(common, student),
+        "data": {"part": {"router": str(output / FILE), "student": student}},
         "evaluation": {"enabled": False},
     }
-    return merge(common, changed)
+    return merge(common, changes)

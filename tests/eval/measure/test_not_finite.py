@@ -26,7 +26,7 @@ from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.show.grids import grid
 from stepdistill.eval.show.run_page import evaluation_table
 from stepdistill.judges.rewards import RewardSettings
-from stepdistill.trainers.plans.comparison import DistanceCurve
+from stepdistill.trainers.plans.distance_curve import DistanceCurve
 
 KEPT = 100  # features of the reference of the tests, of 8 each
 
@@ -114,7 +114,9 @@ def test_a_curve_has_no_point_of_what_is_no_number():
     trainer = type("Trainer", (), {})()
     trainer.family = type("Family", (), {"sample_shape": (1, 8, 8), "device": "cpu", "decode": lambda self, x: x})()
     trainer.conditions = type("Conditions", (), {"items": []})()
-    trainer.roles = type("Roles", (), {"meter": type("Meter", (), {"forward": 0, "backward": 0})(), "student": None})()
+    trainer.roles = type(
+        "Roles", (), {"meter": type("Meter", (), {"paused": contextlib.nullcontext})(), "student": None}
+    )()
     trainer.sampler, trainer.passes = Student(), 12345
     trainer.averaged = contextlib.nullcontext
     with pytest.raises(UserError, match="the student's pictures are not finite after 12,345 network passes"):

@@ -206,14 +206,14 @@ def test_a_child_that_is_to_be_alone_is(monkeypatch):
     left = environment_without_launcher()
     assert not set(LAUNCHED) & set(left)
     assert left["KEPT"] == "1"
-    from stepdistill.trainers.plans import single as launch  # slow, and the two processes above have no use for it
+    from stepdistill.trainers.plans import finish  # slow, and the two processes above have no use for it
 
     given = {}
     done = subprocess.CompletedProcess([], 0)
-    monkeypatch.setattr(launch.subprocess, "run", lambda _command, env, **_: given.update(env) or done)
-    monkeypatch.setattr(launch, "write_report", lambda _path: None)
-    monkeypatch.setattr(launch, "_last_screen", lambda _run: None)
-    launch.evaluate_and_report(True, RunFolder("run"))
+    monkeypatch.setattr(finish.subprocess, "run", lambda _command, env, **_: given.update(env) or done)
+    monkeypatch.setattr(finish, "write_report", lambda _path: None)
+    monkeypatch.setattr(finish, "print_last_screen", lambda _run: None)
+    finish.evaluate_and_report(True, RunFolder("run"))
     assert given == left
 
 

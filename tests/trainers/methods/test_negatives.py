@@ -22,9 +22,10 @@ from stepdistill.families.random_sizes import RandomStableDiffusion
 from stepdistill.objectives.variational import variational_score_gradient
 from stepdistill.pipelines import NegativePrompts, export_student
 from stepdistill.run import RunFolder
-from stepdistill.trainers.plans import single as launch
+from stepdistill.trainers.plans import prepare
 from stepdistill.trainers.plans.build import build_trainer, load_teacher, provenance, resume
 from stepdistill.trainers.plans.job import make_job
+from stepdistill.trainers.plans.single import Run
 
 AWAY = ["blurry", "a frame", "low quality, bad", "", "text"]
 
@@ -462,7 +463,7 @@ def test_a_named_kernel_trains_as_native_does(negatives, root, monkeypatch):
 def test_the_kernel_is_written_down_and_may_change_on_the_way(root, tmp_path, capsys):
     def run(go_on: bool, **train):
         job = make_job(raw(root, tmp_path / "a", negatives=False, train=train))
-        launch.train(job, RunFolder(tmp_path / "a"), go_on)
+        Run(job).train(go_on)
         return job, DiffusionPipeline.from_pretrained(tmp_path / "a" / "student")
 
     job, pipe = run(False, updates=1, attention="_native_math")
@@ -537,7 +538,7 @@ def test_an_unknown_kernel_is_refused_with_the_config(root, tmp_path):
     ],
 )
 def test_the_command_line_says_it_in_one_line_before_the_teacher_is_read(backend, says, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "load_teacher", lambda config: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(prepare, "load_teacher", lambda config: pytest.fail("the teacher was loaded"))
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(raw(root, tmp_path / "out", train={"attention": backend})))
     result = stepdistill("distill", file)

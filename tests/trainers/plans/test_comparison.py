@@ -13,15 +13,16 @@ from PIL import Image
 from toys import toy_family, toy_trainer
 
 from stepdistill.analytic import GaussianMixture
-from stepdistill.config import check, merge
+from stepdistill.config import merge, read_yaml
 from stepdistill.data.images import ImageSet
 from stepdistill.eval.show.curves import at, curves_table
 from stepdistill.eval.show.grids import GAP, HEADER, TITLE
 from stepdistill.run import RunFolder
 from stepdistill.trainers.loop.trainer import RealSource
-from stepdistill.trainers.plans import tables
-from stepdistill.trainers.plans.comparison import CompareSettings, compare
-from stepdistill.trainers.plans.contestants import peak_memory
+from stepdistill.trainers.plans.compared import peak_memory
+from stepdistill.trainers.plans.comparison_settings import ComparisonSettings
+from stepdistill.trainers.plans.comparison_table import cost_cells
+from stepdistill.trainers.plans.resolve import resolve_comparison
 
 SMALL = {
     "teacher": {"path": "asset:fashion_mnist/teacher", "steps": 2},
@@ -260,7 +261,7 @@ def test_passes_of_the_methods_without_a_fake_score(method, changes, expected, t
     [(16, [100, 200, 400, 600, 800]), (5, [160, 320, 640, 800]), (1, [800]), (4, [200, 400, 600, 800])],
 )
 def test_a_table_of_curves_shows_passes_where_they_are_measured(points, shown):
-    settings = CompareSettings(output="x", runs={"A": "a.yaml"}, passes=800, points=points)
+    settings = ComparisonSettings(output="x", runs={"A": "a.yaml"}, passes=800, points=points)
     assert settings.columns() == shown
 
 
@@ -315,9 +316,13 @@ def write_all_kinds(folder, **changes):
     return config
 
 
+def comparison_of(config):
+    return resolve_comparison(read_yaml(config), str(config))
+
+
 def in_one_process(config):
     """What the command does, without a process for each run."""
-    return compare(check(CompareSettings, yaml.safe_load(config.read_text()), str(config)), config.parent)
+    comparison_of(config).run()
 
 
 @pytest.mark.slow
@@ -370,7 +375,7 @@ def test_the_teacher_is_guided_as_the_first_is_distilled(tmp_path, monkeypatch):
         raise Asked(targets)
 
     config = write(tmp_path, runs={"DMD2": {"config": "dmd2.yaml", "overrides": ["dmd2.guidance_scale=2.5"]}})
-    monkeypatch.setattr("stepdistill.trainers.plans.comparison.evaluate", evaluate)
+    monkeypatch.setattr("stepdistill.trainers.plans.comparison_report.evaluate", evaluate)
     with pytest.raises(Asked) as asked:
         in_one_process(config)
     ((teacher,),) = asked.value.args
@@ -380,10 +385,10 @@ def test_the_teacher_is_guided_as_the_first_is_distilled(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_training_seeds_are_averaged(tmp_path, capsys):
     config = write(tmp_path, seeds=[0, 3], runs={"DMD2": "dmd2.yaml"})
-    settings = check(CompareSettings, yaml.safe_load(config.read_text()), str(config))
-    assert compare(settings, tmp_path, only="DMD2") == "DMD2: done"
+    comparison_of(config).part("DMD2").run()
     assert not (tmp_path / "out/compare.json").exists()
-    bars = capsys.readouterr().err
+    printed, bars = capsys.readouterr()
+    assert printed.endswith("DMD2: done\n")
     assert "| 5/5 [" in bars  # the updates that the passes allow, not the 50 of train.updates
     assert "/50 [" not in bars
     in_one_process(config)
@@ -431,20 +436,20 @@ def test_costs_that_are_not_all_there_are_not_shown(tmp_path):
         run = RunFolder(tmp_path / name)
         run.path.mkdir()
         (run.path / "cost.json").write_text(json.dumps(cost))
-        return SimpleNamespace(run=run, base=base)
+        return SimpleNamespace(folder=run, tuned=base)
 
     cost = {"passes": 200_000, "minutes": 2.0, "peak_gib": None, "parameters": 5e5, "students": 1}
     bases = [made("a", **cost), made("b", **cost), made("c")]
-    tunings = [made(f"on {base.run.path.name}", base, **cost) for base in bases]
-    assert tables._costs(tunings[:2]) == ["200k + 200k", "2.0", "-", "0.50M"]
-    assert tables._costs(bases[:2]) == ["200k", "2.0", "-", "0.50M"]
-    assert tables._costs(tunings) == tables._costs(tunings[::-1]) == tables._costs(bases) == ["-"] * 4
+    tunings = [made(f"on {base.folder.path.name}", base, **cost) for base in bases]
+    assert cost_cells(tunings[:2]) == ["200k + 200k", "2.0", "-", "0.50M"]
+    assert cost_cells(bases[:2]) == ["200k", "2.0", "-", "0.50M"]
+    assert cost_cells(tunings) == cost_cells(tunings[::-1]) == cost_cells(bases) == ["-"] * 4
 
 
 @pytest.mark.slow
 def test_a_process_s_peak_is_not_that_of_the_one_that_started_it():
     ballast = torch.ones(3 * 2**27)  # 1.5 GiB
-    child = "from stepdistill.trainers.plans.contestants import peak_memory; print(peak_memory())"
+    child = "from stepdistill.trainers.plans.compared import peak_memory; print(peak_memory())"
     said = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout
     assert 0.05 < float(said) < ballast.numel() * 4 / 2**30 < peak_memory()
 

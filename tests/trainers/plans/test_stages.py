@@ -23,7 +23,7 @@ from stepdistill.config import merge
 from stepdistill.errors import UserError
 from stepdistill.readers import digest_of
 from stepdistill.roles.lora import read_lora
-from stepdistill.trainers.plans.stages import make_recipe
+from stepdistill.trainers.plans.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -190,17 +190,17 @@ def test_a_plan_says_every_stage_with_its_cost_and_writes_nothing(root, tmp_path
 
 
 def test_planned_passes_are_those_that_are_made(done, root):
-    recipe = make_recipe(raw_recipe(root, done))
-    rows = [json.loads((stage.run.metrics).read_text().splitlines()[-1]) for stage in recipe.stages]
+    recipe = resolve(raw_recipe(root, done))
+    rows = [json.loads(stage.folder.metrics.read_text().splitlines()[-1]) for stage in recipe.stages]
     for stage, row in zip(recipe.stages, rows, strict=True):
         if stage.name != "reward":  # its number of steps is drawn
-            assert row["passes"] == stage.passes
+            assert row["passes"] == stage.cost
 
 
 def test_full_students_are_handed_on_by_their_weights(root, tmp_path):
     raw = raw_recipe(root, tmp_path / "out", roles={"weights": "full"})
     raw["stages"] = changed(raw, 2, roles={"weights": "shared"})["stages"][:3]
-    recipe = make_recipe(raw)
+    recipe = resolve(raw)
     assert [stage.job.config.roles.student_from for stage in recipe.stages] == [
         None,
         str(tmp_path / "out" / "01-two" / "student"),
@@ -283,4 +283,4 @@ def test_other_commands_say_that_it_is_a_recipe(root, tmp_path):
     assert "a recipe of stages" in stepdistill("benchmark", "step", path).error
     assert "no stage with method = regression" in stepdistill("pairs", path).error
     with pytest.raises(UserError, match="stages must be a list"):
-        make_recipe({"stages": []})
+        resolve({"output": "runs/x", "stages": []})

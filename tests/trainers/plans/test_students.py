@@ -30,11 +30,11 @@ from stepdistill.readers import digest_of
 from stepdistill.roles.role import Role
 from stepdistill.trainers.loop.trainer import RealSource, Trainer
 from stepdistill.trainers.methods.regression import Regression
-from stepdistill.trainers.plans import single as launch
+from stepdistill.trainers.plans import finish
 from stepdistill.trainers.plans.build import build_trainer, check_fit, load_teacher, resume
 from stepdistill.trainers.plans.job import make_job
-from stepdistill.trainers.plans.stages import make_recipe
-from stepdistill.trainers.plans.students import SEED_STEP, make_multi_student
+from stepdistill.trainers.plans.resolve import resolve
+from stepdistill.trainers.plans.students import SEED_STEP
 
 LABELS = 4
 GAN = {"fake_score_updates": 2, "gan": {"student_weight": 0.01}}
@@ -81,7 +81,7 @@ def write(folder: Path, raw: dict) -> Path:
 
 def run(path: Path, *arguments, report: bool = False) -> str:
     """What a run that ends well prints; drawing the report's curves takes longer than all else here."""
-    with contextlib.nullcontext() if report else mock.patch.object(launch, "write_report"):
+    with contextlib.nullcontext() if report else mock.patch.object(finish, "write_report"):
         result = stepdistill("distill", path, *arguments)
     assert result.code == 0, result.err
     return result.out
@@ -107,7 +107,7 @@ def rows(folder: Path) -> list[dict]:
 
 def students_of(raw: dict):
     """The checked students, once their router is written as a run writes it."""
-    several = make_multi_student(raw)
+    several = resolve(raw)
     several.make_router(load_teacher(several.job.config)).save(several.router_file)
     return several
 
@@ -188,9 +188,9 @@ def test_a_student_sees_its_own_conditions_alone(own, root, tmp_path, seen):
     """Teacher, student, fake score and the discriminator's real images, over several updates of each student."""
     several = students_of(raw_config(root, tmp_path, msd=own))
     parts = own.get("table") or [[0, 1], [2, 3]]
-    for k, job in enumerate(several.students):
+    for k, student in enumerate(several.students):
         seen.clear()
-        trainer = build_trainer(job, None)
+        trainer = build_trainer(student.job, None)
         for _ in range(6):
             trainer.iteration()
             trainer.counters["iteration"] += 1
@@ -202,8 +202,8 @@ def test_a_student_sees_its_own_conditions_alone(own, root, tmp_path, seen):
 
 
 def test_every_student_has_a_seed_of_its_own_and_the_first_the_runs(root, tmp_path):
-    several = make_multi_student(raw_config(root, tmp_path, msd={"students": 3}))
-    assert [job.config.seed for job in several.students] == [3, 3 + SEED_STEP, 3 + 2 * SEED_STEP]
+    several = resolve(raw_config(root, tmp_path, msd={"students": 3}))
+    assert [student.job.config.seed for student in several.students] == [3, 3 + SEED_STEP, 3 + 2 * SEED_STEP]
     assert SEED_STEP > 10  # a run's own offsets
 
 
@@ -239,24 +239,22 @@ def test_regression_pairs_are_the_same_for_all_and_made_once(root, tmp_path, mon
 @pytest.mark.parametrize(("images", "parts"), [("all", [[0, 1, 2, 3]] * 2), ("own", [[3, 0], [1, 2]])])
 def test_score_matching_sees_all_images_unless_asked_for_its_own(images, parts, root, tmp_path):
     raw = raw_config(root, tmp_path, method="tsm", tsm={"images": images}, train={"batch_size": 4}, msd=TABLE)
-    for own, job in zip(parts, students_of(raw).students, strict=True):
-        trainer = build_trainer(job, None)
+    for own, student in zip(parts, students_of(raw).students, strict=True):
+        trainer = build_trainer(student.job, None)
         batches = [trainer.next_batch() for _ in range(4)]
         index = [i for batch in batches for i in batch.indices]
         assert set(index) == {i for i in range(16) if i % LABELS in own}
         assert {label for batch in batches for label in batch.condition["label"].tolist()} == set(own)
-    assert "images: all" in yaml.safe_dump(
-        make_multi_student(raw_config(root, tmp_path, method="tsm", msd=TABLE)).config
-    )
+    assert "images: all" in yaml.safe_dump(resolve(raw_config(root, tmp_path, method="tsm", msd=TABLE)).config)
 
 
 def test_images_of_no_own_condition_are_refused(root, tmp_path):
     np.savez(tmp_path / "zeros.npz", images=np.zeros((4, 8, 8), np.uint8), labels=[0, 3, 0, 3])
     raw = raw_config(root, tmp_path / "out", data={"images": {"npz": str(tmp_path / "zeros.npz")}}, msd=TABLE)
     several = students_of(raw)
-    assert build_trainer(several.students[0], None).real.subset == [0, 1, 2, 3]
+    assert build_trainer(several.students[0].job, None).real.subset == [0, 1, 2, 3]
     with pytest.raises(UserError, match=r"data\.images: none of its images is of student 1's conditions"):
-        build_trainer(several.students[1], None)
+        build_trainer(several.students[1].job, None)
 
 
 def test_prompts_are_divided_by_the_text_encoder(tmp_path):
@@ -268,7 +266,7 @@ def test_prompts_are_divided_by_the_text_encoder(tmp_path):
     raw = raw_config(tmp_path, tmp_path / "out", data=data, dmd2={"gan": {"student_weight": 0.0}}, msd=own)
     several = students_of(raw)
     family = load_teacher(several.job.config)
-    fits = [check_fit(job, family) for job in several.students]
+    fits = [check_fit(student.job, family) for student in several.students]
     assert sorted(item for fit in fits for item in fit.items) == sorted(prompts)
     assert [len(fit.items) for fit in fits] == [3, 3, 3, 3]
     assert all(fit.all_items == prompts for fit in fits)
@@ -279,7 +277,7 @@ def test_prompts_are_divided_by_the_text_encoder(tmp_path):
     with torch.no_grad():
         next(family.text_encoder.parameters()).add_(0.01)
     with pytest.raises(UserError, match="made with another text encoder or tokenizer"):
-        check_fit(several.students[0], family)
+        check_fit(several.students[0].job, family)
 
 
 # -- one by one, in any order ------------------------------------------------------------------------------
@@ -451,7 +449,7 @@ def test_a_smaller_student_is_exported_as_it_is(small_run, root):
 
 
 def test_the_second_stage_starts_from_the_firsts_exported_weights(small_run, root):
-    several = make_multi_student(raw_config(root, small_run, msd={"students": 2}, **small_stages()))
+    several = resolve(raw_config(root, small_run, msd={"students": 2}, **small_stages()))
     trainer = build_trainer(several.students[1].stages[0].job, None)
     exported = load_file(small_run / "shared/01-tsm/student/unet/diffusion_pytorch_model.safetensors")
     own = trainer.roles.student.network.state_dict()
@@ -473,10 +471,10 @@ def test_no_shared_stage_to_run_is_said(root, tmp_path):
 
 
 def test_take_both_goes_on_with_student_and_fake_score(root, recipe_run):
-    recipe = make_recipe(raw_config(root, recipe_run, stages=THREE))
+    recipe = resolve(raw_config(root, recipe_run, stages=THREE))
     before, stage = recipe.stages[1:]
     trainer = build_trainer(stage.job, None)
-    tensors, _ = checkpoint.load(checkpoint.latest(before.run.checkpoints))
+    tensors, _ = checkpoint.load(checkpoint.latest(before.folder.checkpoints))
     for role in (trainer.roles.fake_score, trainer.roles.student):
         state = role.state_dict()
         cut = {
@@ -494,15 +492,15 @@ def test_take_both_goes_on_with_loras(root, tmp_path):
     stages = [{"name": "dm"}, {"name": "more", "take": "both"}]
     raw = raw_config(root, tmp_path / "out", roles={"weights": "shared", "lora": {"rank": 2}}, stages=stages)
     run(write(tmp_path, raw))
-    before, stage = make_recipe(raw).stages
+    before, stage = resolve(raw).stages
     trainer = build_trainer(stage.job, None)
-    tensors, _ = checkpoint.load(checkpoint.latest(before.run.checkpoints))
+    tensors, _ = checkpoint.load(checkpoint.latest(before.folder.checkpoints))
     for role in (trainer.roles.student, trainer.roles.fake_score):
         assert any(value.any() for key, value in role.state_dict().items() if "lora_B" in key)
         assert digest_of(role.state_dict()) == digest_of(tensors[role.name])
     other = merge(raw, {"stages": [stages[0], merge(stages[1], {"roles": {"weights": "full"}})]})
     with pytest.raises(UserError, match=r"roles\.fake_score_from = .*hold both runs' roles in the same way"):
-        build_trainer(make_recipe(other).stages[1].job, None)
+        build_trainer(resolve(other).stages[1].job, None)
 
 
 @pytest.mark.parametrize(
