@@ -15,7 +15,10 @@ Example::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .denoiser import Condition, Prediction
@@ -33,7 +36,14 @@ class GaussianMixture:
             The label ``num_labels`` (one past the last) is the null label: the whole mixture.
     """
 
-    def __init__(self, means, covariances, weights=None, labels=None, dtype=torch.float64):
+    def __init__(
+        self,
+        means: ArrayLike | Tensor,
+        covariances: ArrayLike | Tensor,
+        weights: ArrayLike | Tensor | None = None,
+        labels: Sequence[int] | Tensor | None = None,
+        dtype: torch.dtype = torch.float64,
+    ):
         self.means = torch.as_tensor(means, dtype=dtype)
         count, dim = self.means.shape
         covariances = torch.as_tensor(covariances, dtype=dtype)
@@ -62,7 +72,7 @@ class GaussianMixture:
         return self.means[component] + torch.einsum("nij,nj->ni", factors[component], noise)
 
     def denoiser(self, schedule: Schedule) -> MixtureDenoiser:
-        """Its exact denoiser on ``schedule``."""
+        """The exact denoiser of the mixture on ``schedule``."""
         return MixtureDenoiser(self, schedule)
 
 

@@ -1,7 +1,7 @@
-"""What is shipped: two small real teachers, their feature networks, reference statistics and real images.
+"""The shipped files: two small real teachers, their feature networks, reference statistics and real images.
 
-``asset:fashion_mnist/teacher`` in a config names the file or folder of that path beside this module.  Each of the two
-has a record of its files' digests (:mod:`stepdistill.digests`), compared when one of them is named.
+``asset:fashion_mnist/teacher`` in a config names the file or folder of that path next to this module.  Each of the two
+has a record of its files' digests (:mod:`stepdistill.digests`), which are compared when one of them is named.
 """
 
 import functools
@@ -13,7 +13,7 @@ from stepdistill.errors import UserError
 ROOT = Path(__file__).parent
 PREFIX = "asset:"
 RECORDED = (".safetensors", ".npz")
-"""Ends of the names of the files that a record is of."""
+"""Suffixes of the files that a record is of."""
 
 
 def resolve(path: str) -> str:

@@ -17,7 +17,7 @@ from .pictures import Shape, UnreadablePicture, fit, open_picture
 from .rows import choose_column
 
 
-def open_dataset(name: str, split: str, revision: str | None = None):
+def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
     """A Hugging Face dataset: a folder written by ``save_to_disk``, or a hub id.
 
     Raises:
@@ -41,19 +41,19 @@ def is_saved(folder: str | Path) -> bool:
     return any((Path(folder) / marker).is_file() for marker in ("dataset_info.json", "dataset_dict.json"))
 
 
-def _check_column(dataset, column: str, name: str) -> None:
+def _check_column(dataset: Any, column: str, name: str) -> None:
     if column not in dataset.column_names:
         raise UserError(f"dataset {name!r} has no column {column!r}; it has {', '.join(dataset.column_names)}")
 
 
-def _column(dataset, column: str, name: str) -> list:
+def _read_column(dataset: Any, column: str, name: str) -> list:
     _check_column(dataset, column, name)
     return list(dataset[column])
 
 
 def read_column(name: str, column: str, split: str = "train", revision: str | None = None) -> list:
     """One column of a Hugging Face dataset."""
-    return _column(open_dataset(name, split, revision), column, name)
+    return _read_column(open_dataset(name, split, revision), column, name)
 
 
 def read_texts(
@@ -101,18 +101,22 @@ def read_dataset(
         raise UserError(f"dataset {name!r} (split {split!r}) is empty")
     labels, names = None, None
     if label_column is not None:
-        labels, names = _labels(dataset, label_column, name)
+        labels, names = _read_labels(dataset, label_column, name)
     elif caption_column is not None:
-        values = _column(dataset, caption_column, name)
+        values = _read_column(dataset, caption_column, name)
         where = f"dataset {name!r}: column {caption_column!r}"
         labels = [as_caption(value, f"{where}: row {i}") for i, value in enumerate(values)]
     _check_column(dataset, image_column, name)
-    pictures = _undecoded(dataset, image_column)
+    pictures = _select_undecoded(dataset, image_column)
 
     def read(index: int) -> np.ndarray:
         where = f"{name}[{index}]"
         return fit(
-            _picture(pictures[index][image_column], where, image_column, Path(name)), shape, resize, where, background
+            _open_value(pictures[index][image_column], where, image_column, Path(name)),
+            shape,
+            resize,
+            where,
+            background,
         )
 
     hint = f"set caption_column or label_column (the dataset's columns: {listed(dataset.column_names, 8)})"
@@ -123,9 +127,9 @@ def read_dataset(
     return images
 
 
-def _labels(dataset, column: str, name: str) -> tuple[list, dict[str, int] | None]:
+def _read_labels(dataset: Any, column: str, name: str) -> tuple[list, dict[str, int] | None]:
     """Class labels, or names of classes with their labels where the dataset states these; None: a row has none."""
-    values = _column(dataset, column, name)
+    values = _read_column(dataset, column, name)
     for row, value in enumerate(values):
         if value is not None and not isinstance(value, int | str):
             raise UserError(
@@ -141,8 +145,8 @@ def _labels(dataset, column: str, name: str) -> tuple[list, dict[str, int] | Non
     return [None if value is None or value < 0 else classes[value] for value in values], names
 
 
-def _undecoded(dataset, column: str):
-    """The column of pictures alone, as what its files hold: other columns are not read, nothing is decoded."""
+def _select_undecoded(dataset: Any, column: str) -> Any:
+    """A dataset of the column of pictures alone, as encoded bytes: other columns are not read, nothing is decoded."""
     import datasets
 
     alone = dataset.select_columns([column])
@@ -151,7 +155,7 @@ def _undecoded(dataset, column: str):
     return alone
 
 
-def _picture(value: Any, where: str, column: str, folder: Path) -> Image.Image:
+def _open_value(value: Any, where: str, column: str, folder: Path) -> Image.Image:
     """The picture of a value: encoded bytes, a path (relative to the dataset's folder or to the current one), a
     dictionary with one of them, a PIL image, or uint8 pixels.
 
@@ -163,7 +167,7 @@ def _picture(value: Any, where: str, column: str, folder: Path) -> Image.Image:
     if isinstance(value, bytes | bytearray | memoryview):
         return open_picture(io.BytesIO(value), where)
     if isinstance(value, str) and "://" in value:  # inside an archive, or on the hub
-        return _of_address(value, where, column)
+        return _open_address(value, where, column)
     if isinstance(value, str) and value:
         place = folder / value if (folder / value).is_file() else Path(value)
         if not place.is_file():
@@ -171,10 +175,10 @@ def _picture(value: Any, where: str, column: str, folder: Path) -> Image.Image:
         return open_picture(place, f"{where} ({place})")
     if isinstance(value, Image.Image):
         return value
-    return _of_array(value, where, column)
+    return _convert_array(value, where, column)
 
 
-def _of_address(value: str, where: str, column: str) -> Image.Image:
+def _open_address(value: str, where: str, column: str) -> Image.Image:
     import datasets
 
     try:
@@ -185,7 +189,7 @@ def _of_address(value: str, where: str, column: str) -> Image.Image:
         ) from None
 
 
-def _of_array(value: Any, where: str, column: str) -> Image.Image:
+def _convert_array(value: Any, where: str, column: str) -> Image.Image:
     try:
         array = np.asarray(value)
         if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:

@@ -17,20 +17,20 @@ AdversarialLoss = Literal["softplus", "hinge"]
 
 
 def discriminator_loss(real_logits: Logits, fake_logits: Logits, kind: AdversarialLoss = "softplus") -> Tensor:
-    """What a discriminator that says real above 0 is trained by.
+    """The loss of a discriminator whose logits are above 0 for real samples.
 
-    - ``softplus``: ``mean softplus(l_fake) + mean softplus(-l_real)``, 2 ln 2 = 1.386 when it knows nothing;
-    - ``hinge``: ``mean max(0, 1 + l_fake) + mean max(0, 1 - l_real)``, 2 when it knows nothing.
+    - ``softplus``: ``mean softplus(l_fake) + mean softplus(-l_real)``, 2 ln 2 = 1.386 for logits of 0;
+    - ``hinge``: ``mean max(0, 1 + l_fake) + mean max(0, 1 - l_real)``, 2 for logits of 0.
     """
     penalty = _PENALTIES[kind]
     return _mean(fake_logits, penalty) + _mean(real_logits, lambda logits: penalty(-logits))
 
 
 def generator_loss(fake_logits: Logits, kind: AdversarialLoss = "softplus") -> Tensor:
-    """What a generator is trained by.
+    """The loss of a generator.
 
-    - ``softplus``: ``mean softplus(-l_fake)``, ln 2 = 0.693 when the discriminator knows nothing;
-    - ``hinge``: ``mean max(0, 1 - l_fake)``, 1 when it knows nothing (PCM's code; others take ``-mean l_fake``).
+    - ``softplus``: ``mean softplus(-l_fake)``, ln 2 = 0.693 for logits of 0;
+    - ``hinge``: ``mean max(0, 1 - l_fake)``, 1 for logits of 0 (PCM's code; others take ``-mean l_fake``).
     """
     penalty = _PENALTIES[kind]
     return _mean(fake_logits, lambda logits: penalty(-logits))
@@ -43,7 +43,7 @@ def _hinge(logits: Tensor) -> Tensor:
 _PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"softplus": softplus, "hinge": _hinge}
 
 
-def _mean(logits: Logits, of: Callable[[Tensor], Tensor]) -> Tensor:
+def _mean(logits: Logits, penalty: Callable[[Tensor], Tensor]) -> Tensor:
     if isinstance(logits, Tensor):
-        return of(logits).mean()
-    return torch.stack([of(one).mean() for one in logits]).mean()
+        return penalty(logits).mean()
+    return torch.stack([penalty(head).mean() for head in logits]).mean()

@@ -1,4 +1,4 @@
-"""Denoising score matching: what a fake score, or a teacher, is trained by."""
+"""Denoising score matching: the loss of fake scores and of teachers."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from stepdistill.schedule import PredictionType, Schedule, expand
 def denoising_loss(
     prediction: Prediction, x0: Tensor, eps: Tensor, target: PredictionType, weight: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error of ``prediction`` against what made its x_t, measured as ``target``.  A scalar.
+    """Mean squared error of ``prediction`` to the sample and noise in its x_t, measured as ``target``.  A scalar.
 
     x0, eps: (B, ...), the sample and the noise in ``x_t = alpha x0 + sigma eps``; weight: (B,), 1 by default.
 

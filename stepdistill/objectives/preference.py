@@ -47,13 +47,14 @@ def gaussian_log_ratio(
     """``log N(x; mean, std^2 I) - log N(x; reference_mean, std^2 I)``, (B,).
 
     As ``(mean - reference_mean) . (x - (mean + reference_mean) / 2) / std^2``: the difference of two log densities
-    without taking it, so float32 keeps what is left of two sums over 65,536 dimensions, and equal means give exactly 0.
+    without subtracting them, so float32 does not lose it between two sums over 65,536 dimensions, and equal means give
+    exactly 0.
     Shapes as in :func:`gaussian_log_prob`.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), torch.float32)
     x, mean, reference_mean = (part.to(dtype) for part in (x, mean, reference_mean))
-    apart = (mean - reference_mean) * (x - (mean + reference_mean) / 2)
-    return reduced(apart / expand(std, x) ** 2, reduction)
+    product = (mean - reference_mean) * (x - (mean + reference_mean) / 2)
+    return reduced(product / expand(std, x) ** 2, reduction)
 
 
 def denoising_log_ratio(error: Tensor, reference_error: Tensor, factor: float | Tensor = 0.5) -> Tensor:

@@ -90,7 +90,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def sim_loss(y: Tensor, residual: Tensor, distance: Distance) -> Tensor:
     """``-d'(y)^T residual``, one number a sample, (B,): SIM's loss (2410.16794) before weight and mean.
 
-    Its value is signed and hovers near 0: no measure of progress.
+    Its value is signed and stays near 0: it does not measure progress.
     """
     return -_dot(distance.gradient(y), residual)
 

@@ -16,7 +16,7 @@ from stepdistill.judges.clip import ClipSettings
 from stepdistill.judges.contrastive import MatchingNetwork, is_matching
 from stepdistill.judges.load import load_clip
 from stepdistill.trainers.teachers.captioned import Entry, caption_of, read_pictures, write_pictures
-from stepdistill.trainers.teachers.judge_captions import MatchingConfig, prepare_matching, ranks
+from stepdistill.trainers.teachers.judge_captions import MatchingConfig, prepare_matching, rank_captions
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220)}
 PLACES = {"left": np.s_[:, :8], "right": np.s_[:, 8:], "top": np.s_[:8], "bottom": np.s_[8:]}
@@ -52,14 +52,14 @@ def test_trained_captions_find_their_pictures(data, made):
     network = MatchingNetwork.load(made["matching"])
     images, entries = read_pictures(data)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    count, first, tenth = ranks(network, pixels, entries, "held-out-pair", "cpu")
+    count, first, tenth = rank_captions(network, pixels, entries, "held-out-pair", "cpu")
     assert count == 12
     assert first > 0.9  # captions of the same kind tie, and none of another kind is above
     assert tenth >= first
     torch.manual_seed(0)
     untrained = MatchingNetwork(16, 8, 8, name="untrained")
-    assert ranks(untrained, pixels, entries, "held-out-pair", "cpu")[1] < 0.5
-    assert ranks(network, pixels, entries, "held-out-name", "cpu") == (0, 0.0, 0.0)
+    assert rank_captions(untrained, pixels, entries, "held-out-pair", "cpu")[1] < 0.5
+    assert rank_captions(network, pixels, entries, "held-out-name", "cpu") == (0, 0.0, 0.0)
     assert network.notes["ranks"]["held-out-pair"][0] == 12
 
 

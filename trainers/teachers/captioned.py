@@ -1,7 +1,7 @@
 """A folder of captioned pictures, and captions for training.
 
-``images.npz`` and ``captions.json`` are all pictures and words; ``training.npz`` and ``prompts.txt`` are the training
-split alone, as ``data.images.npz`` and ``data.prompts`` take them.
+``images.npz`` and ``captions.json`` hold all pictures and their words; ``training.npz`` and ``prompts.txt`` hold the
+training split alone, as ``data.images.npz`` and ``data.prompts`` read them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stepdistill.readers import read_arrays, read_json
 
 @dataclass
 class Entry:
-    """A picture's words; ``split`` is train, held-out-name or held-out-pair."""
+    """The words that describe a picture; ``split`` is train, held-out-name or held-out-pair."""
 
     caption: str
     name: str
@@ -32,6 +32,7 @@ class Entry:
 
 
 def caption_of(name: str, style: str) -> str:
+    """The canonical caption."""
     return f"{name}, {style} style"
 
 
@@ -85,9 +86,10 @@ def read_pictures(folder: str | Path, key: str = "data") -> tuple[np.ndarray, li
 
 
 def _entry(item: dict[str, Any]) -> Entry:
-    """
+    """One picture's words as ``captions.json`` holds them.
+
     Raises:
-        ValueError, TypeError: not a picture's words.
+        ValueError, TypeError: they are of another form.
     """
     entry = Entry(**item)
     words = (entry.caption, entry.name, entry.style, entry.split, *entry.keywords)

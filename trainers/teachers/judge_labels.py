@@ -1,4 +1,4 @@
-"""How the shipped evaluation assets are made, and your own: a feature network, reference statistics, packed images.
+"""Making evaluation assets, as the shipped ones were made: a feature network, reference statistics, packed images.
 
 ``prepare_assets`` does all three from one config (``stepdistill teacher features CONFIG``).
 """
@@ -48,7 +48,7 @@ class LabelledImages(Section):
         """The pictures as ``shape`` (C, H, W), Lanczos-resized where they differ."""
         if self.npz is not None:
             return read_npz(self.npz, shape, resize=True, key="npz")
-        return read_idx(self.idx_images, self.idx_labels, shape, resize=True)
+        return read_idx(str(self.idx_images), self.idx_labels, shape, resize=True)
 
 
 class FeatureConfig(Section):
@@ -72,7 +72,7 @@ class FeatureConfig(Section):
     shift: int = Field(1, ge=0, le=64, description="random shift of training pictures, pixels each way")
     mirror: bool = Field(False, description="mirror half of the training pictures, left to right")
     label_smoothing: float = Field(0.05, ge=0, lt=1)
-    kid_features: int = Field(5000, ge=2, le=10**7, description="features kept for the kernel distance")
+    kid_features: int = Field(5000, ge=2, le=10**7, description="features stored for the kernel distance")
     packed_images: int = Field(
         6000, ge=1, le=10**8, description="pictures in images.npz, the same number of each label"
     )
@@ -88,8 +88,8 @@ def read_all(images: ImageSet, batch_size: int = 1000) -> Tensor:
     return torch.cat([signed_to_bytes(images.batch(list(range(i, min(i + batch_size, len(images)))))) for i in starts])
 
 
-def _shifted(pixels: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """uint8 (B, C, H, W) moved by up to ``most`` pixels each way, one draw for the batch; zeros come in."""
+def _shift(pixels: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """uint8 (B, C, H, W) moved by up to ``most`` pixels each way, one draw for the batch; zeros fill the edge."""
     if most == 0:
         return pixels
     down, right = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
@@ -126,7 +126,7 @@ def train_features(config: FeatureConfig, device: str = "cpu") -> FeatureNetwork
     network.eval().requires_grad_(False)
     network.calibrate(pixels)
     score = accuracy(network, read_all(test).to(device), tested)
-    print(f"feature network {config.name}: {score:.2%} of {len(test)} test pictures named right")
+    print(f"feature network {config.name}: {score:.2%} of {len(test)} test pictures labelled correctly")
     network.notes = {
         "accuracy": score,
         "seconds": round(time.perf_counter() - started, 1),
@@ -147,7 +147,7 @@ def _fit(network: FeatureNetwork, pixels: Tensor, labels: Tensor, config: Featur
     for step in bar:
         index = order.indices(step * config.batch_size, config.batch_size)
         x0 = mirror_half(pixels[index], generator) if config.mirror else pixels[index]
-        logits = network.logits(_shifted(x0, config.shift, generator))
+        logits = network.logits(_shift(x0, config.shift, generator))
         loss = nn.functional.cross_entropy(logits, labels[index], label_smoothing=config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
@@ -167,19 +167,20 @@ def balanced_subset(labels: list[int], count: int, seed: int) -> list[int]:
     kinds = sorted(set(labels))
     share = [count // len(kinds) + (i < count % len(kinds)) for i in range(len(kinds))]
     chosen: list[int] = []
-    for label, wanted in zip(kinds, share, strict=True):
+    for label, number in zip(kinds, share, strict=True):
         of_label = np.flatnonzero(np.asarray(labels) == label)
-        if len(of_label) < wanted:
-            raise UserError(f"packed_images = {count}: label {label} has {len(of_label)} pictures, {wanted} wanted")
-        chosen += generator.choice(of_label, wanted, replace=False).tolist()
+        if len(of_label) < number:
+            raise UserError(f"packed_images = {count}: label {label} has {len(of_label)} pictures, {number} are needed")
+        chosen += generator.choice(of_label, number, replace=False).tolist()
     return sorted(chosen)
 
 
 def pack_images(images: ImageSet, count: int, seed: int, path: str | Path) -> Path:
     """A class-balanced subset as a compressed ``.npz``: ``images`` uint8 (N, H, W[, C]), ``labels`` int64 (N,)."""
-    index = balanced_subset(images.labels, count, seed)
+    labels = [label for label in images.labels or [] if isinstance(label, int)]
+    index = balanced_subset(labels, count, seed)
     pixels = signed_to_bytes(images.batch(index)).permute(0, 2, 3, 1).numpy()
-    return write_npz(path, pixels, np.asarray(images.labels)[index])
+    return write_npz(path, pixels, np.asarray(labels)[index])
 
 
 def prepare_assets(config: FeatureConfig, device: str = "cpu") -> dict[str, Path]:

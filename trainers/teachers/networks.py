@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -22,7 +24,7 @@ def build_tokenizer(texts: list[str], vocabulary: int, max_tokens: int) -> CLIPT
         vocab_size=vocabulary - 2, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
     )
     learned.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]][: vocabulary - 514]
+    merges: Any = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]][: vocabulary - 514]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=max_tokens)
@@ -83,13 +85,13 @@ def build_unet(
     )
 
 
-def load_vae(folder) -> AutoencoderKL:
+def load_vae(folder: str | Path) -> AutoencoderKL:
     """The frozen VAE in ``folder``."""
     with reading(folder, "remove it, and it is made again", "cannot be loaded"):
         return load_network(AutoencoderKL, folder, str(folder)).requires_grad_(False).eval()
 
 
-def load_tokenizer(folder) -> CLIPTokenizer:
-    """The tokenizer in ``folder``, with the ``model_max_length`` it was made with."""
+def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
+    """The tokenizer in ``folder``, with its ``model_max_length``."""
     with reading(folder, "remove it, and it is made again", "cannot be loaded"):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)

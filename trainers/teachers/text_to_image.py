@@ -1,11 +1,9 @@
 """Training a small text-to-image teacher from scratch: a stock StableDiffusionPipeline folder from captioned pictures.
 
-First a VAE (absolute and squared errors of pixels, absolute ones of their differences, a small KL), whose latents are
-then standardised inside its own weights, so that its scaling factor is 1; then a v-predicting UNet2DConditionModel
-together with its CLIP text encoder on the fixed latents, with a BPE vocabulary of the captions.  The empty prompt is
-the null condition.
+First a VAE (:mod:`.autoencoder`); then a v-predicting UNet2DConditionModel together with its CLIP text encoder on the
+fixed latents, with a BPE vocabulary of the captions.  The empty prompt is the null condition.
 
-What a stopped training goes on from is in ``OUTPUT.work``: the VAE once it is done, the tokenizer, the saves, pictures.
+``OUTPUT.work`` has what a stopped training resumes from (the finished VAE, the tokenizer, the saves) and pictures.
 """
 
 from __future__ import annotations
@@ -16,16 +14,16 @@ import hashlib
 import random
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, ModelMixin
+from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPTokenizer
 
 from stepdistill.config import Section, UserPath
 from stepdistill.data.order import Order
@@ -36,38 +34,15 @@ from stepdistill.files import replacing_folder, write_tensors
 from stepdistill.objectives.denoising import capped_snr_weight, denoising_loss
 from stepdistill.pipelines.saving import save_in_one_dtype
 from stepdistill.readers import read_tensors
-from stepdistill.run import differences
 from stepdistill.seeds import RunSeed
 from stepdistill.stock.folders import check_replaceable, without_places
 from stepdistill.trainers.loop.grids import save_grid
 
-from . import networks as small
+from . import networks
+from .autoencoder import VAESettings, encode_all, reconstruction_psnr, train_vae
 from .captioned import Entry, read_pictures, training_caption
-from .class_conditional import Channels, LoopSettings, autocast, fit, teacher_scheduler
-
-
-def _multiples(key: str, channels: list[int], of: int) -> None:
-    odd = [c for c in channels if c < of or c % of]
-    if odd:
-        raise ValueError(f"{key}: {odd[0]} is not a multiple of {of}")
-
-
-class VAESettings(LoopSettings):
-    """The autoencoder and its training."""
-
-    block_channels: list[Channels] = Field(
-        [24, 32, 64], min_length=1, max_length=8, description="multiples of 8; halved between them"
-    )
-    layers_per_block: int = Field(1, ge=1, le=32)
-    latent_channels: int = Field(4, ge=1, le=1024)
-    kl_weight: float = Field(3e-4, ge=0, description="of the mean KL, against the mean absolute error")
-    square_weight: float = Field(2.0, ge=0, description="of the mean squared error: colours come sooner")
-    edge_weight: float = Field(0.5, ge=0, description="of the absolute error of differences between neighbours")
-
-    @model_validator(mode="after")
-    def _fits(self):
-        _multiples("block_channels", self.block_channels, 8)
-        return self
+from .class_conditional import teacher_scheduler
+from .loop import Channels, LoopSettings, autocast, check_multiples, fit
 
 
 class TextSettings(Section):
@@ -80,7 +55,7 @@ class TextSettings(Section):
     heads: int = Field(4, ge=1, le=1024)
 
     @model_validator(mode="after")
-    def _fits(self):
+    def _check_sizes(self) -> TextSettings:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
@@ -98,8 +73,8 @@ class DenoiserSettings(LoopSettings):
     text_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
 
     @model_validator(mode="after")
-    def _fits(self):
-        _multiples("block_channels", self.block_channels, 16)
+    def _check_sizes(self) -> DenoiserSettings:
+        check_multiples("block_channels", self.block_channels, 16)
         if len(self.attention) != len(self.block_channels):
             raise ValueError("attention: one value for each of block_channels")
         odd = [c for c in self.block_channels if c % self.heads]
@@ -109,7 +84,7 @@ class DenoiserSettings(LoopSettings):
 
 
 class SampleSettings(Section):
-    """The pictures drawn at every save; the folder says that the teacher is called so."""
+    """The pictures drawn at every save; steps and guidance are stated in the teacher's folder too."""
 
     prompts: list[str] = Field(["grinning face, noto style"], min_length=1)
     steps: int = Field(25, ge=1, le=10_000)
@@ -137,109 +112,6 @@ def text_teacher_scheduler() -> DDIMScheduler:
     return DDIMScheduler.from_config(teacher_scheduler().config, steps_offset=1)
 
 
-# -- the VAE -----------------------------------------------------------------------------------------------
-
-
-def vae_loss(vae: ModelMixin, x0: Tensor, settings: VAESettings, generator: torch.Generator) -> Tensor:
-    """Mean absolute and squared error of pixels (B, 3, H, W), absolute error of their differences, and the KL's mean
-    over latents."""
-    posterior = vae.encode(x0).latent_dist
-    error = vae.decode(posterior.sample(generator)).sample.float() - x0
-    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    pixels = error.abs().mean() + settings.square_weight * error.square().mean()
-    return pixels + settings.edge_weight * edges + settings.kl_weight * kl
-
-
-@torch.no_grad()
-def encode_all(vae: ModelMixin, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """The posterior's means of pixels (N, 3, H, W)."""
-    return torch.cat([vae.encode(chunk.to(vae.device)).latent_dist.mean.cpu() for chunk in pixels.split(batch_size)])
-
-
-@torch.no_grad()
-def reconstruction_psnr(vae: ModelMixin, pixels: Tensor, batch_size: int = 64) -> float:
-    """Mean PSNR in dB over pictures (N, 3, H, W) in [-1, 1], through the posterior's mean."""
-    values = []
-    for chunk in pixels.split(batch_size):
-        x0 = chunk.to(vae.device)
-        error = vae.decode(vae.encode(x0).latent_dist.mean).sample.clamp(-1, 1) - x0
-        values.append(10 * torch.log10(4 / error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10)))
-    return torch.cat(values).mean().item()
-
-
-@torch.no_grad()
-def standardise_latents(vae: ModelMixin, pixels: Tensor) -> None:
-    """Give each latent channel mean 0 and variance 1 over ``pixels`` by changing the two 1x1 convolutions beside the
-    latents: what is decoded stays the same, and ``scaling_factor`` is 1."""
-    latents = encode_all(vae, pixels)
-    mean, std = (f(latents, dim=(0, 2, 3)).to(vae.device) for f in (torch.mean, torch.std))
-    into, out = vae.quant_conv, vae.post_quant_conv
-    out.bias += (out.weight[..., 0, 0] * mean).sum(1)
-    out.weight *= std[None, :, None, None]
-    count = len(std)
-    into.weight[:count] /= std[:, None, None, None]
-    into.bias[:count] = (into.bias[:count] - mean) / std
-    into.bias[count:] -= 2 * std.log()
-    vae.register_to_config(scaling_factor=1.0)
-
-
-def train_vae(config: TextTeacherConfig, pixels: Tensor, held_out: Tensor, device: str) -> ModelMixin:
-    """Train the VAE on pixels (N, 3, H, W), standardise its latents, keep it in ``OUTPUT.work/vae``; loads it from
-    there if it is done already.
-
-    Raises:
-        UserError: the one that is done was trained with other settings.
-    """
-    work, settings = Path(f"{config.output}.work"), config.vae
-    said = settings.model_dump(mode="json", exclude={"save_every"})
-    if (work / "vae").is_dir():
-        vae = small.load_vae(work / "vae").to(device)
-        odd = differences((vae.config.get("_stepdistill") or {}).get("vae", said), said, "vae")
-        if odd:
-            raise UserError(
-                f"{work / 'vae'}: trained with other settings: {'; '.join(odd[:3])}; remove it, or give them"
-            )
-        return vae
-    torch.manual_seed(config.seed)
-    net, size = settings, pixels.shape[-1]
-    vae = small.build_vae(net.block_channels, net.layers_per_block, net.latent_channels, size).to(device)
-    generator = torch.Generator().manual_seed(config.seed)
-    order = Order(len(pixels), config.seed)
-
-    def loss_at(step: int) -> Tensor:
-        x0 = pixels[order.indices(step * settings.batch_size, settings.batch_size)].to(device)
-        with autocast(config.bf16, device):
-            return vae_loss(vae, x0, settings, generator)
-
-    def show(step: int, ema: dict[str, Tensor]) -> None:
-        average = copy.deepcopy(vae).requires_grad_(False).eval()
-        average.load_state_dict(ema, strict=False)
-        _show_reconstructions(average, held_out, work / "pictures" / f"vae-{step}.png")
-        print(f"\nvae {step}: {reconstruction_psnr(average, held_out[:128]):.2f} dB")
-
-    fit(vae, loss_at, settings, work / "vae.partial", generator, "vae", show)
-    standardise_latents(vae, pixels)
-    vae.register_to_config(_stepdistill={"vae": said})
-    _show_reconstructions(vae, held_out, work / "pictures" / "vae.png")
-    with replacing_folder(work / "vae") as temporary:
-        vae.save_pretrained(temporary)
-    return vae
-
-
-@torch.no_grad()
-def _show_reconstructions(vae: ModelMixin, pixels: Tensor, path: Path) -> None:
-    """Rows of pictures, each followed by the row of its reconstructions."""
-    rows = []
-    for x0 in pixels[:60].split(20):
-        rows += [x0, vae.decode(vae.encode(x0.to(vae.device)).latent_dist.mean).sample.cpu()]
-    save_grid(torch.cat(rows), path, columns=min(20, len(pixels)))
-
-
-# -- the denoiser ------------------------------------------------------------------------------------------
-
-
 def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
     """Train both phases, then write a stock folder at ``config.output``; goes on from ``OUTPUT.work``."""
     check_replaceable(config.output, teacher=True)
@@ -257,16 +129,19 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
         raise UserError(f"data: {config.data} has no picture of split train")
     which, held_out = ("held-out", pixels[~trained]) if len(known) < len(entries) else ("training", pixels)
     held_out = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))]
-    vae = train_vae(config, pixels[trained], held_out, device)
-    latents, psnr = _latents(config, vae, pixels[trained], held_out)
+    work = Path(f"{config.output}.work")
+    vae = train_vae(config.vae, pixels[trained], held_out, work, config.seed, config.bf16, device)
+    latents, psnr = _encode_latents(config, vae, pixels[trained], held_out)
     print(f"vae: {psnr:.2f} dB on {len(held_out)} {which} pictures")
-    tokenizer = _tokenizer(config, entries)
+    tokenizer = _find_tokenizer(config, entries)
     del pixels, images
     torch.manual_seed(config.seed + 1)
-    text, net, shape = config.text, config.denoiser, tuple(latents.shape[1:])
-    text_encoder = small.build_text_encoder(tokenizer, text.width, text.layers, text.heads).to(device)
-    unet = small.build_unet(net.block_channels, net.attention, net.layers_per_block, net.heads, shape, text.width)
-    unet = unet.to(device)
+    text, net = config.text, config.denoiser
+    text_encoder: nn.Module = networks.build_text_encoder(tokenizer, text.width, text.layers, text.heads)
+    channels, height, width = latents.shape[1:]
+    shape = (channels, height, width)
+    unet = networks.build_unet(net.block_channels, net.attention, net.layers_per_block, net.heads, shape, text.width)
+    unet, text_encoder = unet.to(device), text_encoder.to(device)
     family = StableDiffusionFamily(unet, text_teacher_scheduler(), vae, text_encoder, tokenizer)
     steps = _train_denoiser(config, family, latents, known, device)
     unet.register_to_config(
@@ -286,44 +161,47 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
     return path
 
 
-def _latents(config: TextTeacherConfig, vae: ModelMixin, pixels: Tensor, held_out: Tensor) -> tuple[Tensor, float]:
-    """Latents of the training pictures and the held-out PSNR, kept in ``OUTPUT.work`` for this VAE and pictures."""
+def _encode_latents(
+    config: TextTeacherConfig, vae: AutoencoderKL, pixels: Tensor, held_out: Tensor
+) -> tuple[Tensor, float]:
+    """Latents of the training pictures and the held-out PSNR, stored in ``OUTPUT.work`` for this VAE and pictures."""
     file = Path(f"{config.output}.work") / "latents.safetensors"
     digest = hashlib.sha256()
     for tensor in (*vae.state_dict().values(), pixels, held_out):
         digest.update(tensor.cpu().contiguous().numpy())
-    made_of = {"made_of": digest.hexdigest()}
+    fingerprint = digest.hexdigest()
     if file.exists():
         with contextlib.suppress(OSError, ValueError, KeyError, SafetensorError):
             tensors, metadata = read_tensors(file)
-            if metadata.get("made_of") == made_of["made_of"]:
+            if metadata.get("fingerprint") == fingerprint:
                 return tensors["latents"], tensors["psnr"].item()
         print(f"{file}: damaged, or of another VAE or other pictures; made anew")
     psnr = torch.tensor(reconstruction_psnr(vae, held_out), dtype=torch.float64)
     latents = encode_all(vae, pixels).contiguous()
-    write_tensors(file, {"latents": latents, "psnr": psnr}, made_of)
+    write_tensors(file, {"latents": latents, "psnr": psnr}, {"fingerprint": fingerprint})
     return latents, psnr.item()
 
 
-def _tokenizer(config: TextTeacherConfig, entries: list[Entry]) -> PreTrainedTokenizerBase:
+def _find_tokenizer(config: TextTeacherConfig, entries: list[Entry]) -> CLIPTokenizer:
     """The one in ``OUTPUT.work``, or a new one of the captions and keywords, held-out ones too."""
     folder = Path(f"{config.output}.work") / "tokenizer"
     if folder.is_dir():
-        return small.load_tokenizer(folder)
+        return networks.load_tokenizer(folder)
     texts = [text for entry in entries for text in (entry.caption, *entry.keywords)]
-    tokenizer = small.build_tokenizer(texts, config.text.vocabulary, config.text.max_tokens)
+    tokenizer = networks.build_tokenizer(texts, config.text.vocabulary, config.text.max_tokens)
     with replacing_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
-    return small.load_tokenizer(folder)
+    return networks.load_tokenizer(folder)
 
 
 def _train_denoiser(
     config: TextTeacherConfig, family: StableDiffusionFamily, latents: Tensor, entries: list[Entry], device: str
 ) -> int:
-    """Train ``family``'s UNet and text encoder on latents (N, C, h, w); gives the steps done."""
+    """Train ``family``'s UNet and text encoder on latents (N, C, h, w); returns the steps done."""
     settings, work = config.denoiser, Path(f"{config.output}.work")
     if torch.device(device).type == "cpu":  # the fused kernel's backward is several times slower on so few tokens
-        family.network.set_attn_processor(AttnProcessor())
+        unet: Any = family.network
+        unet.set_attn_processor(AttnProcessor())
     both = nn.ModuleDict({"unet": family.network, "text_encoder": family.text_encoder})
     generator = torch.Generator().manual_seed(config.seed)
     order = Order(len(latents), config.seed)
@@ -354,7 +232,7 @@ def _train_denoiser(
 
 
 def _show_samples(config: TextTeacherConfig, family: StableDiffusionFamily, both: nn.ModuleDict, path: Path) -> None:
-    """The configured prompts, drawn by the stock pipeline from fixed noise."""
+    """Pictures of the configured prompts by the stock pipeline, from fixed noise."""
     settings, prompts = config.samples, config.samples.prompts
     averaged = StableDiffusionFamily(
         both["unet"], text_teacher_scheduler(), family.vae, both["text_encoder"], family.tokenizer

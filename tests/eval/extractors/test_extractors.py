@@ -237,7 +237,7 @@ def test_prepare_assets_learns_and_is_reproducible(tmp_path, pictures, capsys):
     first, second = prepare("a"), prepare("b")
     network = FeatureNetwork.load(first["features"])
     assert network.notes["accuracy"] > 0.95
-    assert "test pictures named right" in capsys.readouterr().out
+    assert "test pictures labelled correctly" in capsys.readouterr().out
     assert network.fingerprint() == FeatureNetwork.load(second["features"]).fingerprint()
     reference = ReferenceStatistics.load(first["reference"])
     assert reference.fingerprint == ReferenceStatistics.load(second["reference"]).fingerprint
@@ -273,7 +273,7 @@ def test_packed_pictures_are_the_chosen_ones(tmp_path, pictures):
         again = torch.from_numpy(packed["images"])[:, None].float() / 127.5 - 1
         torch.testing.assert_close(again, pictures.batch(chosen))
         assert packed["labels"].tolist() == [pictures.labels[i] for i in chosen]
-    with pytest.raises(UserError, match="label 0 has 67 pictures, 100 wanted"):
+    with pytest.raises(UserError, match="label 0 has 67 pictures, 100 are needed"):
         balanced_subset(pictures.labels, 300, seed=0)
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from stepdistill.config import check
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
-from stepdistill.trainers.teachers import class_conditional as teacher
+from stepdistill.trainers.teachers import class_conditional, loop
 from stepdistill.trainers.teachers.class_conditional import TeacherConfig, train_teacher
 
 
@@ -33,17 +33,17 @@ VARIANTS = {"plain": {}, "mirrored, bfloat16": {"bf16": True, "mirror": True}}
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch, name):
     whole = train_teacher(config(tmp_path, "whole", **VARIANTS[name]))
-    saved = teacher._save_partial
+    saved = loop._save_partial
 
     def save_and_die(path, step, *state):
         saved(path, step, *state)
         if step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(teacher, "_save_partial", save_and_die)
+    monkeypatch.setattr(loop, "_save_partial", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         train_teacher(config(tmp_path, "halves", **VARIANTS[name]))
-    monkeypatch.setattr(teacher, "_save_partial", saved)
+    monkeypatch.setattr(loop, "_save_partial", saved)
     halves = train_teacher(config(tmp_path, "halves", **VARIANTS[name]))
     one, other = load_family(str(whole)), load_family(str(halves))
     for key, value in one.network.state_dict().items():
@@ -72,13 +72,13 @@ def test_bfloat16_and_mirrored_pictures_change_the_training_and_not_the_dtype(tm
 
 @pytest.mark.parametrize(("broken", "ends"), [(range(3, 5), True), (range(3, 99), False)])
 def test_a_gradient_that_is_not_finite_spoils_no_teacher(tmp_path, monkeypatch, broken, ends):
-    calls, loss = [], teacher.denoising_loss
+    calls, loss = [], class_conditional.denoising_loss
 
     def sometimes(*arguments):
         calls.append(0)
         return loss(*arguments) * (float("nan") if len(calls) - 1 in broken else 1)
 
-    monkeypatch.setattr(teacher, "denoising_loss", sometimes)
+    monkeypatch.setattr(class_conditional, "denoising_loss", sometimes)
     made = config(tmp_path, "teacher", steps=20)
     if ends:
         network = load_family(str(train_teacher(made))).network

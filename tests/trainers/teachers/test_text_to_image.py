@@ -25,12 +25,10 @@ from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
 from stepdistill.objectives.denoising import capped_snr_weight
 from stepdistill.schedule import from_scheduler
-from stepdistill.trainers.teachers import captioned, emoji
-from stepdistill.trainers.teachers import class_conditional as teacher
-from stepdistill.trainers.teachers import text_to_image as text_teacher
+from stepdistill.trainers.teachers import autoencoder, captioned, emoji, loop
 from stepdistill.trainers.teachers.captioned import Entry, caption_of, training_caption
 from stepdistill.trainers.teachers.networks import build_tokenizer, build_vae, load_vae
-from stepdistill.trainers.teachers.text_to_image import TextTeacherConfig, train_text_teacher
+from stepdistill.trainers.teachers.text_to_image import TextTeacherConfig, text_teacher_scheduler, train_text_teacher
 
 NAMES = ["red heart", "blue heart", "grinning face", "cat face", "up arrow", "clock"]
 
@@ -111,7 +109,7 @@ def drawn(monkeypatch):
 
 
 def test_icons_are_read_from_a_tarball_or_a_folder(sources, tmp_path):
-    icons = emoji.icons_of(emoji.read_sets(sources[0]))
+    icons = emoji.collect_icons(emoji.read_sets(sources[0]))
     assert {style for _, style in icons} == {"noto", "blob", "firefox", "fluent", "flat"}
     assert ("red heart", "firefox") in icons
     assert not {"secret", "hocho"} & {name for name, _ in icons}
@@ -120,7 +118,7 @@ def test_icons_are_read_from_a_tarball_or_a_folder(sources, tmp_path):
     for name, document in icon_sets().items():
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).write_text(json.dumps(document))
-    assert emoji.icons_of(emoji.read_sets(tmp_path / "folder")) == icons
+    assert emoji.collect_icons(emoji.read_sets(tmp_path / "folder")) == icons
 
 
 def test_the_command_writes_pictures_captions_and_prompts(sources, drawn, tmp_path):
@@ -158,8 +156,8 @@ def test_styles_and_words_may_be_left_out(sources, drawn, tmp_path):
 
 def test_held_out_names_and_pairs_are_stable_and_of_the_wanted_kind():
     pairs = [(f"name {i}", style) for i in range(400) for style in emoji.STYLES.values()]
-    parts = emoji.split(pairs)
-    assert parts[:1000] == emoji.split(pairs[:1000])
+    parts = emoji.split_pairs(pairs)
+    assert parts[:1000] == emoji.split_pairs(pairs[:1000])
     of_names = {}
     for (name, _), part in zip(pairs, parts, strict=True):
         of_names.setdefault(name, set()).add(part)
@@ -168,7 +166,7 @@ def test_held_out_names_and_pairs_are_stable_and_of_the_wanted_kind():
     assert all("train" in found for found in of_names.values() if "held-out-pair" in found)
     assert 8 <= len(whole) <= 35
     assert 0.03 < parts.count("held-out-pair") / len(parts) < 0.07
-    assert set(emoji.split([("alone", "noto")], share=0.999)) <= {"train", "held-out-name"}
+    assert set(emoji.split_pairs([("alone", "noto")], share=0.999)) <= {"train", "held-out-name"}
 
 
 def test_training_captions_are_varied_and_seeded():
@@ -239,7 +237,7 @@ def test_standardised_latents_decode_to_the_same_pictures():
     pixels = torch.rand(12, 3, 16, 16) * 2 - 1
     before, scale = vae.encode(pixels).latent_dist, vae.config.scaling_factor
     decoded = vae.decode(before.mean).sample
-    text_teacher.standardise_latents(vae, pixels)
+    autoencoder.standardise_latents(vae, pixels)
     after = vae.encode(pixels).latent_dist
     assert scale != vae.config.scaling_factor == 1.0
     torch.testing.assert_close(after.mean.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
@@ -261,20 +259,20 @@ def weights(path):
 
 def test_a_stopped_training_goes_on_to_the_same_weights(data, tmp_path, monkeypatch):
     whole = train_text_teacher(config(data, tmp_path / "whole"))
-    saved = teacher._save_partial
+    saved = loop._save_partial
 
     def save_and_die(path, step, *state):
         saved(path, step, *state)
         if step == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(teacher, "_save_partial", save_and_die)
+    monkeypatch.setattr(loop, "_save_partial", save_and_die)
     for stopped in ("vae.partial", "denoiser.partial"):
         with pytest.raises(KeyboardInterrupt):
             train_text_teacher(config(data, tmp_path / "halves"))
         assert (tmp_path / "halves.work" / stopped).is_file()
         assert not (tmp_path / "halves").exists()
-    monkeypatch.setattr(teacher, "_save_partial", saved)
+    monkeypatch.setattr(loop, "_save_partial", saved)
     halves = train_text_teacher(config(data, tmp_path / "halves"))
     family, one = weights(whole)
     for key, value in weights(halves)[1].items():
@@ -340,14 +338,14 @@ def test_latents_are_of_this_vae_and_these_pictures(data, tmp_path, capsys):
     images, words = captioned.read_pictures(data)
     kept = [i for i, entry in enumerate(words) if entry.split == "train"]
     pixels = torch.from_numpy(images[kept]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    torch.testing.assert_close(text_teacher.encode_all(vae, pixels), second)
+    torch.testing.assert_close(autoencoder.encode_all(vae, pixels), second)
     captioned.write_pictures(data, images[:-2], words[:-2], [])
     train_text_teacher(check(TextTeacherConfig, other, "test"))
     assert len(load_file(work / "latents.safetensors")["latents"]) == len(first) - 1
 
 
 def test_the_loss_weight_is_one_at_pure_noise_and_capped_below():
-    schedule = from_scheduler(text_teacher.text_teacher_scheduler())[0]
+    schedule = from_scheduler(text_teacher_scheduler())[0]
     t = torch.arange(1000)
     alpha, sigma = schedule.alpha_sigma(t)
     found = capped_snr_weight(schedule, t, 5.0).double()
