@@ -1,14 +1,17 @@
 """Typed, closed configs: YAML in, a checked frozen object out, one clear line when something is wrong.
 
-A file may name a parent with ``base: other.yaml`` (relative to itself): the child's keys override the parent's,
-mapping by mapping.  Command-line overrides are ``key.sub=value`` with the value read as YAML.
+A file may inherit from another with ``inherits: other.yaml`` (relative to itself), or from several, the later over the
+earlier, with a list: the child's keys override the parents', mapping by mapping.  Command-line overrides are
+``key.sub=value`` with the value read as YAML.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,6 +22,7 @@ from . import plain_yaml
 from .errors import UserError, first_line, reading, shown
 from .readers import read_text
 
+INHERITS = "inherits"
 MOST_BYTES = 2**20
 """Of a config file."""
 MOST_PARENTS = 30
@@ -119,37 +123,47 @@ def section_of(raw: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """One YAML file with its parents merged in.
+    """One YAML file over the configs that it inherits from.
 
     Raises:
-        UserError: no such file, not YAML, not a mapping, or parents that form a circle.
+        UserError: no such file, not YAML, not a mapping, or configs that inherit from each other in a circle.
     """
-    return _read_chain(Path(path), ())
+    return _read_with_parents(Path(path), (), itertools.count())
 
 
-def _read_chain(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+def _read_with_parents(path: Path, children: tuple[Path, ...], files_read: Iterator[int]) -> dict[str, Any]:
+    """A file and what it inherits; ``children``: the files, in turn, that inherit from it."""
+    if next(files_read) > MOST_PARENTS:
+        raise UserError(f"{path}: one of more than {MOST_PARENTS} configs to inherit from; merge some")
     try:
         raw = read_mapping(path)
     except FileNotFoundError:
         if children:
-            raise UserError(f"{children[-1]}: its base {path} does not exist") from None
+            raise UserError(f"{children[-1]}: {INHERITS}: {path} does not exist") from None
         raise UserError(f"{path}: no such config file; configs/ has some to start from") from None
-    base = raw.pop("base", None)
-    if base is None:
-        return raw
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base must be the path of another config, not {shown(base)}")
+    parents = _parents(raw.pop(INHERITS, None), path)
     resolved = path.resolve()
-    if resolved in children:
-        raise UserError(f"{path}: its 'base' chain comes back to itself; remove one of the base keys")
-    if len(children) >= MOST_PARENTS:
-        raise UserError(f"{path}: more than {MOST_PARENTS} configs name each other as base; merge some")
-    parent = path.parent / user_path(base, f"{path}: base")
-    return merge(_read_chain(parent, (*children, resolved)), raw)
+    if parents and resolved in children:
+        raise UserError(f"{path}: its '{INHERITS}' comes back to itself; remove one of these keys")
+    inherited: dict[str, Any] = {}
+    for parent in parents:
+        inherited = merge(inherited, _read_with_parents(parent, (*children, resolved), files_read))
+    return merge(inherited, raw)
+
+
+def _parents(value: Any, path: Path) -> list[Path]:
+    """The files that the value of ``inherits`` in the file ``path`` names."""
+    names = value if isinstance(value, list) else [] if value is None else [value]
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(
+                f"{path}: {INHERITS} must be the path of another config, or a list of such, not {shown(name)}"
+            )
+    return [path.parent / user_path(name, f"{path}: {INHERITS}") for name in names]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in one YAML file, {} for an empty one; ``base`` is a key as any other.
+    """The mapping in one YAML file, {} for an empty one; ``inherits`` is a key as any other.
 
     Raises:
         FileNotFoundError: not there.

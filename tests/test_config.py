@@ -33,28 +33,44 @@ def write(path, **content):
 
 def test_parents_are_found_beside_the_child_and_overridden_by_it(tmp_path):
     write(tmp_path / "all.yaml", a=1, deep={"x": 1, "y": 2}, items=[1, 2])
-    write(tmp_path / "sub" / "middle.yaml", base="../all.yaml", a=2, deep={"y": 3})
-    child = write(tmp_path / "sub" / "child.yaml", base="middle.yaml", items=[3], deep={"z": 4})
+    write(tmp_path / "sub" / "middle.yaml", inherits="../all.yaml", a=2, deep={"y": 3})
+    child = write(tmp_path / "sub" / "child.yaml", inherits="middle.yaml", items=[3], deep={"z": 4})
     assert read_yaml(child) == {"a": 2, "deep": {"x": 1, "y": 3, "z": 4}, "items": [3]}
 
 
 @pytest.mark.parametrize("chain", [["a"], ["a", "b"], ["a", "b", "c"]])
 def test_a_circle_of_parents_is_refused(tmp_path, chain):
     for name, parent in zip(chain, [*chain[1:], chain[0]], strict=True):
-        write(tmp_path / f"{name}.yaml", base=f"{parent}.yaml")
+        write(tmp_path / f"{name}.yaml", inherits=f"{parent}.yaml")
     with pytest.raises(UserError, match="comes back to itself"):
         read_yaml(tmp_path / "a.yaml")
 
 
 def test_two_children_of_one_parent_are_no_circle(tmp_path):
     write(tmp_path / "top.yaml", a=1)
-    write(tmp_path / "left.yaml", base="top.yaml", b=2)
-    assert read_yaml(write(tmp_path / "right.yaml", base="left.yaml", c=3)) == {"a": 1, "b": 2, "c": 3}
+    write(tmp_path / "left.yaml", inherits="top.yaml", b=2)
+    assert read_yaml(write(tmp_path / "right.yaml", inherits="left.yaml", c=3)) == {"a": 1, "b": 2, "c": 3}
+
+
+def test_of_several_parents_the_later_is_over_the_earlier_and_the_child_over_both(tmp_path):
+    write(tmp_path / "method.yaml", a=1, deep={"x": 1, "y": 1, "z": 1})
+    write(tmp_path / "teacher.yaml", b=2, deep={"y": 2, "z": 2})
+    child = write(tmp_path / "child.yaml", inherits=["method.yaml", "teacher.yaml"], deep={"z": 3})
+    assert read_yaml(child) == {"a": 1, "b": 2, "deep": {"x": 1, "y": 2, "z": 3}}
+
+
+def test_many_parents_are_refused_however_they_are_nested(tmp_path):
+    write(tmp_path / "0.yaml", a=1)
+    for i in range(1, 20):
+        write(tmp_path / f"{i}.yaml", inherits=[f"{i - 1}.yaml"] * 2)
+    assert read_yaml(tmp_path / "3.yaml") == {"a": 1}
+    with pytest.raises(UserError, match="one of more than 30 configs to inherit from"):
+        read_yaml(tmp_path / "19.yaml")
 
 
 def test_a_missing_parent_names_parent_and_child(tmp_path):
-    child = write(tmp_path / "child.yaml", base="gone.yaml")
-    with pytest.raises(UserError, match=r"child\.yaml: its base .*gone\.yaml does not exist"):
+    child = write(tmp_path / "child.yaml", inherits="gone.yaml")
+    with pytest.raises(UserError, match=r"child\.yaml: inherits: .*gone\.yaml does not exist"):
         read_yaml(child)
 
 
@@ -65,7 +81,8 @@ def test_a_missing_parent_names_parent_and_child(tmp_path):
         (b"a: \xff\xfe", "not UTF-8 text, from byte 3 on"),
         (b"- 1\n- 2\n", "mapping of keys to values, not a list"),
         (b"just words", "mapping of keys to values, not a str"),
-        (b"base: 3\n", "base must be the path of another config, not 3"),
+        (b"inherits: 3\n", "inherits must be the path of another config, or a list of such, not 3"),
+        (b"inherits: [a.yaml, 3]\n", "or a list of such, not 3"),
     ],
 )
 def test_a_file_that_is_no_config(tmp_path, content, says):
@@ -156,15 +173,15 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path):
         with pytest.raises(UserError, match=says):
             read_yaml(path)
     with pytest.raises(UserError, match="a pipe or a device"):
-        read_yaml(write(tmp_path / "child.yaml", base="pipe"))
+        read_yaml(write(tmp_path / "child.yaml", inherits="pipe"))
 
 
 def test_a_long_chain_of_parents_is_refused(tmp_path):
     write(tmp_path / "0.yaml", a=1)
     for i in range(1, 40):
-        write(tmp_path / f"{i}.yaml", base=f"{i - 1}.yaml")
+        write(tmp_path / f"{i}.yaml", inherits=f"{i - 1}.yaml")
     assert read_yaml(tmp_path / "30.yaml") == {"a": 1}
-    with pytest.raises(UserError, match="more than 30 configs name each other as base"):
+    with pytest.raises(UserError, match="one of more than 30 configs to inherit from"):
         read_yaml(tmp_path / "39.yaml")
 
 
@@ -394,9 +411,9 @@ def test_a_path_that_names_nothing_is_refused(monkeypatch, path):
 def test_a_parent_may_lie_in_a_folder_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("PLACE", str(tmp_path / "elsewhere"))
     write(tmp_path / "elsewhere" / "all.yaml", a=1)
-    assert read_yaml(write(tmp_path / "child.yaml", base="$PLACE/all.yaml", b=2)) == {"a": 1, "b": 2}
-    with pytest.raises(UserError, match=r"child\.yaml: base = \$NOWHERE/all\.yaml: \$NOWHERE is not set"):
-        read_yaml(write(tmp_path / "child.yaml", base="$NOWHERE/all.yaml"))
+    assert read_yaml(write(tmp_path / "child.yaml", inherits="$PLACE/all.yaml", b=2)) == {"a": 1, "b": 2}
+    with pytest.raises(UserError, match=r"child\.yaml: inherits = \$NOWHERE/all\.yaml: \$NOWHERE is not set"):
+        read_yaml(write(tmp_path / "child.yaml", inherits="$NOWHERE/all.yaml"))
 
 
 def test_the_output_of_stages_and_of_several_students_takes_variables(tmp_path, monkeypatch):

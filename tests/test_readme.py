@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from stepdistill.config import check, read_yaml
-from stepdistill.trainers.plans.resolve import read_plan
+from stepdistill.config import check, read_mapping, read_yaml
+from stepdistill.trainers.plans.resolve import read_plan, resolve
 from stepdistill.trainers.teachers.class_conditional import TeacherConfig
 from stepdistill.trainers.teachers.judge_captions import MatchingConfig
 from stepdistill.trainers.teachers.judge_labels import FeatureConfig
@@ -20,9 +20,10 @@ from stepdistill.trainers.teachers.text_to_image import TextTeacherConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in ("teachers", "compare"))
-COMPARISONS = [p for p in [*CONFIGS, *(ROOT / "configs/compare").glob("*.yaml")] if "runs" in read_yaml(p)]
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in ("teachers", "train_teachers"))
+COMPARISONS = [p for p in CONFIGS if "runs" in read_yaml(p)]
 CONFIGS = [p for p in CONFIGS if p not in COMPARISONS]
+TEACHERS = sorted((ROOT / "configs/teachers").glob("*.yaml"))
 
 
 def test_the_two_commands_are_there():
@@ -74,19 +75,36 @@ def test_shipped_comparisons_are_valid(path):
     assert {run.title for run in comparison.runs.values()} == set(comparison.settings.runs)
 
 
+@pytest.mark.parametrize("path", TEACHERS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("method", ["dmd2", "boot"])
+def test_a_teachers_config_goes_with_any_method(path, method):
+    """Teacher, data and judge, and nothing of a method: one line chooses it, and one line the method."""
+    raw = read_yaml(path)
+    assert raw.keys() <= {"teacher", "data", "evaluation"}
+    plan = resolve({**raw, "method": method, "output": "runs/mine", "train": {"updates": 1, "batch_size": 2}})
+    assert plan.job.config.teacher.path == raw["teacher"]["path"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_teacher_is_named_in_one_file(path):
+    """What trains from a teacher inherits its file; what trains from another run's student names that."""
+    own = read_mapping(path).get("teacher", {}).get("path", "runs/")
+    assert own.startswith("runs/")
+
+
 def test_shipped_teacher_configs_are_valid():
     for name in ("fashion_mnist", "cifar10", "cifar10_16"):
-        path = ROOT / f"configs/teachers/{name}.yaml"
+        path = ROOT / f"configs/train_teachers/{name}.yaml"
         config = check(TeacherConfig, read_yaml(path), str(path))
         assert len(config.data.label_names) == config.data.num_labels == 10
-    path = ROOT / "configs/teachers/emoji.yaml"
+    path = ROOT / "configs/train_teachers/emoji.yaml"
     emoji = check(TextTeacherConfig, read_yaml(path), str(path))
     assert emoji.output.startswith("runs/")
     assert emoji.dtype == "float16"
     for name in ("fashion_mnist", "cifar10_16"):
-        path = ROOT / f"configs/teachers/{name}_features.yaml"
+        path = ROOT / f"configs/train_teachers/{name}_features.yaml"
         check(FeatureConfig, read_yaml(path), str(path))
-    path = ROOT / "configs/teachers/emoji_features.yaml"
+    path = ROOT / "configs/train_teachers/emoji_features.yaml"
     assert check(MatchingConfig, read_yaml(path), str(path)).reference_data == emoji.data
 
 

@@ -113,7 +113,7 @@ class FeatureNetwork(CalibratedFeatures):
         Raises:
             UserError: no such file, not safetensors, or not one of ours.
         """
-        remedy = "make one with a config like configs/teachers/fashion_mnist_features.yaml"
+        remedy = "make one with a config like configs/train_teachers/fashion_mnist_features.yaml"
         tensors, metadata = read_tensors(path, "stepdistill.FeatureNetwork", "feature network", remedy)
         with reading(path, remedy, "not a whole feature network"):
             return cls.rebuilt(tensors, metadata)

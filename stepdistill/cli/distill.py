@@ -46,7 +46,7 @@ def distill(
         raise typer.Exit(stop.exit_code) from None
 
 
-@app.command(epilog="Example: stepdistill compare configs/compare/score_methods.yaml")
+@app.command(epilog="Example: stepdistill compare configs/benchmark/score_methods.yaml")
 def compare(
     config: Annotated[Path, typer.Argument(help="a YAML config that names several runs")],
     overrides: Overrides = None,

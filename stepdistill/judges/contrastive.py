@@ -173,7 +173,7 @@ class MatchingNetwork(CalibratedFeatures):
         Raises:
             UserError: no such file, or not one of these.
         """
-        remedy = "make one with configs/teachers/emoji_features.yaml"
+        remedy = "make one with configs/train_teachers/emoji_features.yaml"
         with reading(path, remedy, "not a readable safetensors file"):
             tensors, metadata = read_tensors(path)
         if metadata.get("kind") != KIND:

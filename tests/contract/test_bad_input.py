@@ -55,7 +55,7 @@ CONFIGS = {
     "override without value": row({}, "'train.updates'", "key=value", overrides=("train.updates",)),
     "unknown method": row({"method": "dmd9"}, "method = 'dmd9'", "methods are dmd2"),
     "method of wrong type": row({"method": ["dmd2"]}, "method = ['dmd2']", "methods are dmd2"),
-    "missing parent": row({"base": "gone.yaml"}, "its base", "gone.yaml does not exist"),
+    "missing parent": row({"inherits": "gone.yaml"}, "inherits", "gone.yaml does not exist"),
     "prompts twice": row(
         {"data": {"prompts": "a", "prompt_dataset": {"name": "b"}}}, "data: set prompts or prompt_dataset, not both"
     ),

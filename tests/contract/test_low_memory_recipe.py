@@ -63,7 +63,7 @@ def root(tmp_path_factory) -> Path:
 def config(root: Path, name: str, **train) -> Path:
     """The recipe with another teacher, its data, sizes for a minute, and rates that move a LoRA in four updates."""
     own = {
-        "base": str(RECIPE),
+        "inherits": str(RECIPE),
         "output": str(root / name),
         "teacher": {"path": str(root / "teacher"), "steps": 4},
         "data": {"prompts": str(root / "prompts.txt"), "images": {"folder": str(root / "images")}},
