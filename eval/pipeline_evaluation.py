@@ -12,7 +12,7 @@ from stepdistill.eval.measure.processes import Processes
 from stepdistill.eval.measure.results import output_file
 from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.measure.tools import read_prompts
-from stepdistill.eval.show.grids import check_picture, grid
+from stepdistill.eval.show.grid import check_picture, draw_grid
 from stepdistill.locks import Lock
 
 from .run_evaluation import evaluate_run, label_names, measured_text
@@ -106,7 +106,7 @@ def evaluate_pipelines(
         if picture is not None:
             texts = read_prompts(settings)
             names = label_names(Path(parsed[0].path))
-            path = grid(
+            path = draw_grid(
                 parsed,
                 picture,
                 2,

@@ -16,7 +16,8 @@ from stepdistill.eval.measure.evaluate import evaluate
 from stepdistill.eval.measure.processes import Processes
 from stepdistill.eval.measure.settings import Protocol
 from stepdistill.eval.measure.targets import Target
-from stepdistill.eval.show.grids import grid, table
+from stepdistill.eval.show.grid import draw_grid
+from stepdistill.eval.show.tables import results_table, text_table
 from stepdistill.families import claiming_family
 from stepdistill.pipelines.msd import is_msd_folder
 from stepdistill.readers import read_json
@@ -149,7 +150,7 @@ def evaluate_run(
     if processes is not None and not processes.main:
         return ""
     shown = [t for t in targets if t.name in ("student", "untuned") or t.steps in (targets[0].steps, 1)]
-    grid(
+    draw_grid(
         shown,
         run / "grid.png",
         seed=own["seed"],
@@ -173,7 +174,7 @@ def measured_text(file: Path, rows: list[dict[str, Any]]) -> str:
     """The table of an evaluation's rows, and the protocol's line and notes from its file."""
     protocol = read_json(file)["protocol"]
     notes = "".join(f"\nnote: {note}" for note in protocol["notes"])
-    return f"{table(rows, protocol['metric'])}\n{protocol['line']}{notes}"
+    return f"{text_table(results_table(rows, protocol['metric']))}\n{protocol['line']}{notes}"
 
 
 def label_names(pipeline: Path) -> list[str] | None:

@@ -5,9 +5,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from stepdistill import assets
 from stepdistill.data.arrays import read_npz
+from stepdistill.data.pixels import unit_to_bytes
 from stepdistill.data.prompts import read_prompts
 from stepdistill.eval.extractors.load import load_extractor
-from stepdistill.eval.measure.pixels import unit_to_bytes
 from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.judges.clip import ClipSettings

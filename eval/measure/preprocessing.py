@@ -15,8 +15,7 @@ from torchvision.transforms.functional import center_crop
 from stepdistill.data.folders import read_folder
 from stepdistill.data.images import ImageSet
 from stepdistill.data.pictures import opaque, upright
-
-from .pixels import unit_to_bytes
+from stepdistill.data.pixels import unit_to_bytes
 
 
 @dataclass(frozen=True)

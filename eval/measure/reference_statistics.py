@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.data.images import ImageSet
+from stepdistill.data.pixels import signed_to_bytes
 from stepdistill.errors import UserError, reading
 from stepdistill.eval.extractors.base import Extractor
 from stepdistill.eval.tensor_files import read_tensors
@@ -22,7 +23,6 @@ from stepdistill.readers import parse_json, read_arrays
 from stepdistill.seeds import generator
 
 from .distances import frechet_distance, kernel_distance, mean_and_covariance
-from .pixels import signed_to_bytes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Distances of several students over their training, as one picture: curves above, a table below."""
+"""Distances of students over their training: the file of a run's measurements, a table, and one picture of both."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from stepdistill import files
 from stepdistill.errors import UserError
 from stepdistill.readers import parse_json, read_text
 from stepdistill.run import differences
+
+from .plots import style_axes, use_logarithm, use_thousands
+from .tables import Cells
 
 CURVE = "distances.json"
 """The file of a run's measurements over training."""
@@ -19,7 +25,7 @@ Curve = list[tuple[float, float]]
 
 
 def read_curve(file: Path, protocol: dict[str, Any] | None = None) -> Curve:
-    """The measurements of a run so far; none where the file is not there or cannot be read.
+    """The measurements of a run so far; none where there is no file or it cannot be read.
 
     Args:
         protocol: under which they must have been measured; a file that does not say is taken as it is.
@@ -29,14 +35,14 @@ def read_curve(file: Path, protocol: dict[str, Any] | None = None) -> Curve:
     """
     try:
         content = parse_json(read_text(file))
-        there = content.get("protocol") if isinstance(content, dict) else None
+        written = content.get("protocol") if isinstance(content, dict) else None
         points = content["points"] if isinstance(content, dict) else content
         curve = [(float(passes), float(distance)) for passes, distance in points]
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return []
     if not all(math.isfinite(number) for point in curve for number in point):
         return []
-    odd = differences(there, protocol) if there and protocol else []
+    odd = differences(written, protocol) if written and protocol else []
     if odd:
         raise UserError(
             f"{file}: measured under another protocol: {'; '.join(odd[:3])}; give the same, or another output folder"
@@ -53,76 +59,72 @@ def write_curve(file: Path, curve: Curve, protocol: dict[str, Any]) -> None:
     files.write_json(file, {"protocol": protocol, "points": curve})
 
 
-def at(curve: Curve, passes: float) -> float | None:
+def distance_at(curve: Curve, passes: float) -> float | None:
     """The distance of the last measurement at or before ``passes`` (with 2 percent of tolerance); None before any."""
-    seen = [distance for done, distance in curve if done <= 1.02 * passes]
-    return seen[-1] if seen else None
+    distances = [distance for done, distance in curve if done <= 1.02 * passes]
+    return distances[-1] if distances else None
 
 
-def spread(values: list[float], digits: int) -> str:
+def format_spread(values: list[float], digits: int) -> str:
     """Their mean, ± their standard deviation (unbiased) where there are several."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def curves_table(curves: dict[str, list[Curve]], columns: list[float], teacher: float) -> list[list[str]]:
+def curves_table(curves: dict[str, list[Curve]], columns: list[float], teacher: float) -> Cells:
     """Header and one row a student: its distance at each of ``columns`` passes, and the last over the teacher's; of
     several training seeds their mean ± standard deviation, and the mean over the teacher's."""
     header = ["", *(f"{column / 1000:.0f}k" for column in columns), "last / teacher"]
     rows = []
     for name, seeds in curves.items():
-        found = [[at(curve, column) for curve in seeds] for column in columns]
-        cells = ["-" if None in distances else spread(distances, 3) for distances in found]
+        cells = []
+        for column in columns:
+            distances = [distance_at(curve, column) for curve in seeds]
+            known = [distance for distance in distances if distance is not None]
+            cells.append("-" if len(known) < len(distances) else format_spread(known, 3))
         last = [curve[-1][1] for curve in seeds if curve]
         rows.append([name, *cells, f"{statistics.fmean(last) / teacher:.2f}" if last else "-"])
     return [header, *rows]
 
 
-def logarithmic(axes) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2, 3 and 5 of every power of ten."""
-    axes.set_yscale("log")
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(lambda value, _: f"{value:g}" if f"{value:g}".lstrip("0.")[:1] in "1235" else "")
-
-
-def in_thousands(axes) -> None:
-    """An x axis of network passes: 200k."""
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
-
-
 def draw_curves(
     curves: dict[str, list[Curve]], teacher: float, teacher_name: str, metric: str, columns: list[float], path: Path
 ) -> Path:
-    """Write the picture: a line for each training seed, in the student's colour; ``teacher`` is the distance that a
-    dashed line stands at."""
-    from matplotlib.figure import Figure
-
+    """Write the picture: a line for each training seed, in the student's colour, and the table below; ``teacher`` is
+    the distance that a dashed line stands at."""
     cells = curves_table(curves, columns, teacher)
     figure = Figure(figsize=(8.4, 5.2 + 0.28 * len(cells)), layout="constrained", dpi=110)
     axes, below = figure.subplots(2, 1, height_ratios=[5, 0.42 * len(cells) + 0.3])
     colours = {name: f"C{number}" for number, name in enumerate(curves)}
     for name, seeds in curves.items():
-        for again, curve in enumerate(filter(None, seeds)):
-            own = {"color": colours[name], "label": None if again else name}
-            axes.plot(*zip(*curve, strict=True), marker=".", linewidth=1.4 if len(seeds) == 1 else 1, **own)
+        label = name  # of the first line alone
+        for curve in filter(None, seeds):
+            xs, ys = zip(*curve, strict=True)
+            width = 1.4 if len(seeds) == 1 else 1
+            axes.plot(xs, ys, marker=".", linewidth=width, color=colours[name], label=label)
+            label = None
     axes.axhline(teacher, color="black", linestyle="--", linewidth=1, label=teacher_name)
-    logarithmic(axes)
-    in_thousands(axes)
+    use_logarithm(axes)
+    use_thousands(axes)
     axes.set_xlabel("network passes in training (one picture each; a backward pass counts as two, or one to the input)")
     axes.set_ylabel(metric)
-    axes.grid(alpha=0.3, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes, "both")
     axes.legend(frameon=False)
-    below.axis("off")
+    _draw_table(below, cells, colours)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return path
+
+
+def _draw_table(axes: Axes, cells: Cells, colours: dict[str, str]) -> None:
+    """The cells as a picture; the first column of row n in the n-th colour."""
+    axes.axis("off")
     lengths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     widths = [length / sum(lengths) for length in lengths]
-    table = below.table(
+    table = axes.table(
         cells[1:], colLabels=cells[0], colWidths=widths, loc="center", cellLoc="right", edges="horizontal"
     )
     table.auto_set_font_size(False)
     table.set_fontsize(9)
-    for row, name in enumerate(curves, 1):
-        table[row, 0].set_text_props(color=colours[name], ha="left")
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return path
+    for row, colour in enumerate(colours.values(), 1):
+        table[row, 0].set_text_props(color=colour, ha="left")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from pathlib import Path
@@ -11,19 +10,29 @@ from typing import Any
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.protocols import protocol_line
 from stepdistill.eval.measure.results import read_results
-from stepdistill.readers import parse_json
 
-from .grids import table_cells
-from .html import escape, guarded, html_table, image, missing, read_config, read_json, read_text, svg, thin, write_page
+from .page import Block, Details, Note, Picture, Plot, Plots, Section, Table, build_or_note, note_missing, write_page
+from .plots import label_small, make_axes, plot_line, style_axes, to_svg
+from .run_files import cost_cells, read_config, read_json, read_metrics, read_text
+from .tables import results_table
 
 MOST_SAMPLES = 12
 """Sample grids that a page shows, spread evenly over the run."""
 MOST_STUDENTS = 1000
-NOT_CURVES = {"iteration", "seconds", "passes"}
+FACTS = (
+    ("method", ["method"]),
+    ("teacher", ["teacher.path", "teacher"]),
+    ("teacher's steps", ["teacher.steps"]),
+    ("student's steps", ["sampler.steps", "steps"]),
+    ("students", ["msd.students"]),
+    ("partition", ["msd.partition"]),
+    ("seed", ["seed", "train.seed"]),
+)
+"""What the first table says, and the keys of the config where it is, the first that has a value."""
 
 
 def write_report(run: str | Path) -> Path:
-    """Write ``report.html`` into a run's folder, from whatever of the run is there; the missing is named.
+    """Write ``report.html`` into a run's folder, from whatever of the run exists; the missing is named.
 
     Raises:
         UserError: no such folder, or one without config.yaml, environment.json and metrics.jsonl.
@@ -36,13 +45,13 @@ def write_report(run: str | Path) -> Path:
             f"run {run}: holds no config.yaml, environment.json or metrics.jsonl, so it is not a run; name the "
             "output folder of a distillation"
         )
-    settings = read_config(run)
+    config = read_config(run)
     sections = [
-        ("What was run", guarded("What was run", lambda: _facts(run, settings))),
-        ("Evaluation", guarded("evaluation.json", lambda: _evaluation(run))),
-        ("Comparison, on the same noise", guarded("grid.png", lambda: _comparison(run))),
-        *_training(run, settings),
-        ("Config", _config(read_text(run / "config.yaml"))),
+        Section("What was run", build_or_note("What was run", lambda: _list_facts(run, config))),
+        Section("Evaluation", build_or_note("evaluation.json", lambda: _show_evaluation(run))),
+        Section("Comparison, on the same noise", build_or_note("grid.png", lambda: _show_grid(run))),
+        *_show_training(run, config),
+        Section("Config", _show_config(read_text(run / "config.yaml"))),
     ]
     return write_page(run / "report.html", run.resolve().name, sections)
 
@@ -50,21 +59,14 @@ def write_report(run: str | Path) -> Path:
 # -- sections ----------------------------------------------------------------------------------------------
 
 
-def _facts(run: Path, settings: dict[str, Any]) -> str:
+def _list_facts(run: Path, config: dict[str, Any]) -> list[Block]:
     """Method, teacher, steps, seed, versions, command: from the config and the environment, as far as they say."""
     environment = read_json(run / "environment.json")
     environment = environment if isinstance(environment, dict) else {}
     rows = []
-    for label, keys in (
-        ("method", ["method"]),
-        ("teacher", ["teacher.path", "teacher"]),
-        ("teacher's steps", ["teacher.steps"]),
-        ("student's steps", ["sampler.steps", "steps"]),
-        ("students", ["msd.students"]),
-        ("partition", ["msd.partition"]),
-        ("seed", ["seed", "train.seed"]),
-    ):
-        value = next((v for v in (_at(settings, key) for key in keys) if v is not None), None)
+    for label, keys in FACTS:
+        values = [value for value in (_value_at(config, key) for key in keys) if value is not None]
+        value = values[0] if values else None
         if label == "seed" and value is None:
             value = environment.get("seed")
         if value is not None and not isinstance(value, dict):
@@ -75,57 +77,61 @@ def _facts(run: Path, settings: dict[str, Any]) -> str:
     rows += [[key, environment[key]] for key in ("command", "started", "platform") if environment.get(key)]
     if isinstance(versions, dict):
         rows.append(["versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)])
-    parts = [html_table(rows, header=False, kind="facts")] if rows else []
-    parts += [missing("environment.json (versions, git state, seed)")] if not environment else []
-    return "\n".join(parts)
+    blocks: list[Block] = [Table(rows, header=False, style="facts")] if rows else []
+    if not environment:
+        blocks.append(note_missing("environment.json (versions, git state, seed)"))
+    return blocks
 
 
-def _at(settings: dict, key: str) -> Any:
+def _value_at(config: dict, key: str) -> Any:
     """The value at ``a.b.c``, None where the path ends early."""
-    value: Any = settings
+    value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-def _training(run: Path, settings: dict[str, Any]) -> list[tuple[str, str]]:
+def _show_training(run: Path, config: dict[str, Any]) -> list[Section]:
     """Curves and samples: of the run, or of every stage and student of it with what each cost."""
-    parts = _parts(run, settings)
+    parts = _list_parts(run, config)
     if not parts:
-        tuned = guarded("metrics.jsonl", lambda: _tuned(run))
-        first = [("Reward and distance to the untuned model", tuned)] if tuned else []
-        return [*first, ("Curves", _curves(run)), ("Samples over time", _samples(run))]
+        tuned = build_or_note("metrics.jsonl", lambda: _show_tuning(run))
+        first = [Section("Reward and distance to the untuned model", tuned)] if tuned else []
+        return [*first, Section("Curves", _show_curves(run)), Section("Samples over time", _show_samples(run))]
     rows = [["part", "method", "student updates", "network passes", "minutes"]]
     rows += [[name, method, *cost_cells(folder)] for name, folder, method in parts]
     return [
-        ("Stages" if "msd" not in settings else "Students", html_table(rows)),
-        *((f"Curves: {name}", _curves(folder)) for name, folder, _ in parts),
-        *((f"Samples over time: {name}", _samples(folder, 4)) for name, folder, _ in parts),
+        Section("Stages" if "msd" not in config else "Students", [Table(rows)]),
+        *(Section(f"Curves: {name}", _show_curves(folder)) for name, folder, _ in parts),
+        *(Section(f"Samples over time: {name}", _show_samples(folder, 4)) for name, folder, _ in parts),
     ]
 
 
-def _parts(run: Path, settings: dict[str, Any]) -> list[tuple[str, Path, str]]:
+def _list_parts(run: Path, settings: dict[str, Any]) -> list[tuple[str, Path, str]]:
     """(name, run folder, method) of a recipe's stages, of several students, of both; [] for one run."""
     listed_stages = settings.get("stages")
     stages = [stage for stage in listed_stages if _is_stage(stage)] if isinstance(listed_stages, list) else []
     method = str(settings.get("method", "-"))
 
-    def listed(own: list[dict], folder: Path, before: str = "") -> list[tuple[str, Path, str]]:
+    def list_stages(chosen: list[dict], folder: Path, prefix: str = "") -> list[tuple[str, Path, str]]:
         return [
-            (f"{before}{stage.get('name')}", folder / f"{number:02d}-{stage.get('name')}", stage.get("method", method))
-            for number, stage in enumerate(own, 1)
+            (f"{prefix}{stage.get('name')}", folder / f"{number:02d}-{stage.get('name')}", stage.get("method", method))
+            for number, stage in enumerate(chosen, 1)
         ]
 
     msd = settings.get("msd")
     if not isinstance(msd, dict):
-        return listed(stages, run)
-    found = listed([stage for stage in stages if stage.get("shared")], run / "shared", "shared, ")
-    own = [stage for stage in stages if not stage.get("shared")]
+        return list_stages(stages, run)
+    parts = list_stages([stage for stage in stages if stage.get("shared")], run / "shared", "shared, ")
+    separate = [stage for stage in stages if not stage.get("shared")]
     students = msd.get("students")
     for k in range(students if isinstance(students, int) and students <= MOST_STUDENTS else 0):
         folder = run / f"student-{k}"
-        found += listed(own, folder, f"student {k}, ") if own else [(f"student {k}", folder, method)]
-    return found
+        if separate:
+            parts += list_stages(separate, folder, f"student {k}, ")
+        else:
+            parts.append((f"student {k}", folder, method))
+    return parts
 
 
 def _is_stage(stage: Any) -> bool:
@@ -133,140 +139,89 @@ def _is_stage(stage: Any) -> bool:
     return isinstance(stage, dict) and re.fullmatch(r"[\w.-]+", str(stage.get("name"))) is not None
 
 
-def _tuned(run: Path) -> str:
-    """What a tuning run measured on fixed noise over training, "" where there is none of it."""
-    curves = {name: own for name, own in read_metrics(run / "metrics.jsonl").items() if name.startswith("probe/")}
+def _show_tuning(run: Path) -> list[Block]:
+    """What a tuning run measured on fixed noise over training, nothing of other runs."""
+    curves = {name: curve for name, curve in read_metrics(run / "metrics.jsonl").items() if name.startswith("probe/")}
     if not curves:
-        return ""
+        return []
     note = (
         "On fixed noise; @N: in N steps. distance: root mean square to the untuned model's samples of the same noise."
     )
-    figures = "\n".join(_curve(name.removeprefix("probe/"), *curves[name]) for name in sorted(curves))
-    return f'<div class="curves">{figures}</div><p class="note">{escape(note)}</p>'
+    return [Plots([_draw_curve(name.removeprefix("probe/"), *curves[name]) for name in sorted(curves)]), Note(note)]
 
 
-def metric_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a ``metrics.jsonl``; lines that are cut short are passed over."""
-    rows = []
-    for line in (read_text(path) or "").splitlines():
-        with contextlib.suppress(ValueError):
-            row = parse_json(line)
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
-
-
-def cost_cells(run: Path) -> list[Any]:
-    """Student updates, network passes and minutes so far, each ``-`` where the run does not say."""
-    last = (metric_rows(run / "metrics.jsonl") or [{}])[-1]
-    minutes = f"{last['seconds'] / 60:.1f}" if is_number(last.get("seconds")) else "-"
-    passes = f"{last['passes']:,}" if is_number(last.get("passes")) else "-"
-    return [last.get("updates/student", "-"), passes, minutes]
-
-
-def is_number(value: Any) -> bool:
-    """Whether a row's value can be drawn: finite, and of a size that a float has."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _evaluation(run: Path) -> str:
-    found = read_results(run / "evaluation.json")
-    if found is None or not found[1]:
-        return missing("evaluation.json, or it cannot be read (make it with: stepdistill evaluate)")
+def _show_evaluation(run: Path) -> list[Block]:
+    results = read_results(run / "evaluation.json")
+    if results is None or not results[1]:
+        return [note_missing("evaluation.json, or it cannot be read (make it with: stepdistill evaluate)")]
     date = (read_json(run / "evaluation.json") or {}).get("date", "")
-    return evaluation_table(*found, str(date))
+    return show_results(*results, str(date))
 
 
-def evaluation_table(protocol: dict[str, Any], rows: list[dict[str, Any]], date: str = "") -> str:
-    """The rows as a table, the protocol's line below."""
-    cells = table_cells(rows, str(protocol.get("metric", "frechet")))
+def show_results(protocol: dict[str, Any], rows: list[dict[str, Any]], date: str = "") -> list[Block]:
+    """The rows as a table, the protocol's line and notes below."""
+    table = Table(results_table(rows, str(protocol.get("metric", "frechet"))))
     spread = ", ± over seeds" if any(row.get("std") for row in rows) else ""
-    said = [protocol.get("line") or protocol_line(protocol), f"on {protocol.get('device', '?')}", date]
-    note = f"Lower is better; ratio and speed are against the first row{spread}. " + "; ".join(filter(None, said)) + "."
-    notes = "".join(f'<p class="note">Note: {escape(own)}.</p>' for own in protocol.get("notes") or [])
-    return f'{html_table(cells)}<p class="note">{escape(note)}</p>{notes}'
+    facts = [protocol.get("line") or protocol_line(protocol), f"on {protocol.get('device', '?')}", date]
+    text = f"Lower is better; ratio and speed are against the first row{spread}. {'; '.join(filter(None, facts))}."
+    return [table, Note(text), *(Note(f"Note: {note}.") for note in protocol.get("notes") or [])]
 
 
-def _comparison(run: Path) -> str:
+def _show_grid(run: Path) -> list[Block]:
     path = run / "grid.png"
     if not path.is_file():
-        return missing("grid.png")
-    return image(path.read_bytes(), "teacher and student on the same noise")
+        return [note_missing("grid.png")]
+    return [Picture(path.read_bytes(), "teacher and student on the same noise")]
 
 
-def _samples(run: Path, most: int = MOST_SAMPLES) -> str:
+def _show_samples(run: Path, most: int = MOST_SAMPLES) -> list[Block]:
     files = sorted(path for path in (run / "samples").glob("*.png") if path.is_file())
     if not files:
-        return missing("samples/*.png")
+        return [note_missing("samples/*.png")]
     if len(files) > most:
         last = len(files) - 1
         files = [files[round(i * last / (most - 1))] for i in range(most)]
-    figures = []
+    pictures: list[Block] = []
     for file in files:
         caption = f"{int(file.stem)} student updates" if file.stem.isdecimal() else file.stem
-        figures.append(
-            f"<figure>{image(file.read_bytes(), caption)}<figcaption>{escape(caption)}</figcaption></figure>"
-        )
-    return "\n".join(figures)
+        pictures.append(Picture(file.read_bytes(), caption, caption))
+    return pictures
 
 
-def _config(config: str | None) -> str:
+def _show_config(config: str | None) -> list[Block]:
     if config is None:
-        return missing("config.yaml")
-    return f"<details><summary>config.yaml, as resolved</summary><pre>{escape(config)}</pre></details>"
+        return [note_missing("config.yaml")]
+    return [Details("config.yaml, as resolved", config)]
 
 
 # -- curves ------------------------------------------------------------------------------------------------
 
 
-def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Every scalar of a ``metrics.jsonl`` as (iterations, values), null as NaN; lines cut short are passed over."""
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    for row in metric_rows(path):
-        if not is_number(row.get("iteration")):
-            continue
-        for name, value in row.items():
-            number = isinstance(value, float) or is_number(value)
-            if number and name not in NOT_CURVES and not name.startswith("updates/"):
-                xs, ys = curves.setdefault(name, ([], []))
-                xs.append(float(row["iteration"]))
-                ys.append(float(value))
-    return curves
+def _show_curves(run: Path) -> list[Block]:
+    return build_or_note("metrics.jsonl", lambda: _draw_metrics(run))
 
 
-def _curves(run: Path) -> str:
-    return guarded("metrics.jsonl", lambda: _all_curves(run))
-
-
-def _all_curves(run: Path) -> str:
-    found = read_metrics(run / "metrics.jsonl")
-    curves = {name: own for name, own in found.items() if not name.startswith("probe/")}
+def _draw_metrics(run: Path) -> list[Block]:
+    metrics = read_metrics(run / "metrics.jsonl")
+    curves = {name: curve for name, curve in metrics.items() if not name.startswith("probe/")}
     if not curves:
-        return missing("metrics.jsonl, or it has no rows yet")
+        return [note_missing("metrics.jsonl, or it has no rows yet")]
     first = {"loss": 0, "grad_norm": 1}
     names = sorted(curves, key=lambda name: (first.get(name.split("/")[0], 2), name))
-    return '<div class="curves">' + "\n".join(_curve(name, *curves[name]) for name in names) + "</div>"
+    return [Plots([_draw_curve(name, *curves[name]) for name in names])]
 
 
-def _curve(name: str, xs: list[float], ys: list[float]) -> str:
-    """One metric as an inline SVG; values that are not finite are left out and counted in the caption."""
-    from matplotlib.figure import Figure
-
+def _draw_curve(name: str, xs: list[float], ys: list[float]) -> Plot:
+    """One metric; values that are not finite are left out and counted in the caption."""
     points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
     left_out = len(xs) - len(points)
     if not points:
-        return f'<p class="note">{escape(name)}: none of its {len(xs)} values is finite.</p>'
-    x, y = thin([p[0] for p in points], [p[1] for p in points])
-    figure = Figure(figsize=(4.6, 2.4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(x, y, linewidth=1.2, color="#1f6feb", marker="." if len(x) < 30 else None)
+        return Plot(name, "", f"{name}: none of its {len(xs)} values is finite.")
+    x, y = [point[0] for point in points], [point[1] for point in points]
+    figure, axes = make_axes(4.6, 2.4)
+    plot_line(axes, x, y, "#1f6feb")
     if min(y) > 0 and max(y) > 100 * min(y):
         axes.set_yscale("log")
-    axes.set_title(name.replace("$", r"\$"), fontsize=9)
-    axes.set_xlabel("iteration", fontsize=8)
-    axes.tick_params(labelsize=7)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    note = f"{left_out} values that are not finite are left out" if left_out else ""
-    caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
-    return f'<figure role="img" aria-label="{escape(name)}">{svg(figure)}{caption}</figure>'
+    label_small(axes, name, "iteration")
+    style_axes(axes)
+    return Plot(name, to_svg(figure), f"{left_out} values that are not finite are left out" if left_out else "")

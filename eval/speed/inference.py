@@ -24,7 +24,8 @@ from stepdistill.attention.kernels import AUTO, BACKENDS, attend
 from stepdistill.attention.modules import find_attention
 from stepdistill.attention.processor import AttentionProcessor, subtract_negative
 from stepdistill.errors import UserError, reading
-from stepdistill.eval.show.html import read_config
+from stepdistill.eval.show.run_files import read_config
+from stepdistill.eval.show.tables import Cells, text_table
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families.random_sizes import PIPELINE_SIZES, random_pipeline
 from stepdistill.pipelines import accelerate
@@ -79,21 +80,21 @@ class Inference:
 
     def run(self) -> list[Row]:
         """The teacher, the student, and the student accelerated; with a bar over the rows."""
-        backends = self._backends()
+        backends = self._list_backends()
         setups: list[tuple[str, dict[str, Any] | None]] = [("stock", None), ("accelerated", {"attention": AUTO})]
         setups += [(name, {"attention": name, "fuse_qkv": False}) for name in backends]
         if self.compile:
-            setups += [(f"{name}, compiled", {**own, "compile": True}) for name, own in setups if own is not None]
+            setups += [(f"{name}, compiled", {**how, "compile": True}) for name, how in setups if how is not None]
         rows = []
         with tqdm(total=1 + len(setups), desc="inference", unit="row") as bar:
-            rows.append(self._row("teacher", self.teacher, self.teacher_steps, self.guidance_scale, "stock", None))
+            rows.append(self._measure("teacher", self.teacher, self.teacher_steps, self.guidance_scale, "stock", None))
             bar.update()
             for setup, arguments in setups:
-                rows.append(self._row("student", self.student, self.steps, self.student_guidance, setup, arguments))
+                rows.append(self._measure("student", self.student, self.steps, self.student_guidance, setup, arguments))
                 bar.update()
         return rows
 
-    def _backends(self) -> list[str]:
+    def _list_backends(self) -> list[str]:
         place = (self.student.device, self.student.denoiser.dtype, [self.student.denoiser], False)
         if ALL in self.attention:
             return [name for name in BACKENDS if not name.endswith("_hub") and try_on_heads(name, *place) is None]
@@ -104,12 +105,12 @@ class Inference:
                 raise UserError(f"--attention {name}: it does not run on this {place[0].type} ({reason})")
         return list(self.attention)
 
-    def _row(self, name, stock: StockPipeline, steps: int, guidance, setup: str, arguments) -> Row:
+    def _measure(self, name, stock: StockPipeline, steps: int, guidance, setup: str, arguments) -> Row:
         device = stock.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        made = contextlib.nullcontext() if arguments is None else accelerate(stock.first, **arguments)
-        with made:
+        faster = contextlib.nullcontext() if arguments is None else accelerate(stock.first, **arguments)
+        with faster:
             warmup = 3 if arguments is not None and arguments.get("compile") else 1
             latency = measure_latency(stock, steps, self.batch_size, guidance, self.repeats, warmup)
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
@@ -135,34 +136,16 @@ def speed_up(teacher: Row, student: Row) -> dict[str, float]:
     }
 
 
-def table(case: Inference, rows: list[Row]) -> str:
+def describe(case: Inference, rows: list[Row]) -> str:
     """The rows in milliseconds, and the speed-up in words."""
     network = case.student.denoiser
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
-    wide = max(len(f"{row.name}, {row.setup}") for row in rows) + 2
-    names = [name.replace("_", " ") for name in (*PARTS, "call")]
-    columns = [f"{'steps':>5s} {'passes':>6s}", *(f"{name:>12s}" for name in names), f"{'rest':>6s} {'images/s':>9s}"]
-    lines = [
+    head = (
         f"{type(network).__name__} of {parameters:.2f}M, {str(network.dtype).removeprefix('torch.')}, batch "
-        f"{case.batch_size}, {device_name(case.student.device)}, {torch.get_num_threads()} threads; ms a call",
-        f"{'':{wide}s} {' '.join(columns)}" + ("" if rows[0].peak is None else f" {'peak GiB':>9s}"),
-    ]
-    for row in rows:
-        parts = [row.milliseconds(part) for part in PARTS] + [1000 * row.latency.seconds]
-        peak = "" if row.peak is None else f" {row.peak:9.2f}"
-        lines.append(
-            f"{f'{row.name}, {row.setup}':{wide}s} {row.steps:5d} {row.latency.passes:6g} "
-            + " ".join(f"{value:12.2f}" for value in parts)
-            + f" {row.latency.shares['rest']:6.1%} {row.latency.images_per_second:9.2f}{peak}"
-        )
-    teacher, students = rows[0], rows[1:]
-    for row in students[:2]:
-        own = speed_up(teacher, row)
-        lines.append(
-            f"{row.setup}: {own['speed_up']:.1f} x the teacher's speed; {own['passes']:g} x fewer passes "
-            f"({own['speed_up'] / own['passes']:.2f} of it; the denoiser alone {own['denoiser'] / own['passes']:.2f}); "
-            f"the parts allow {own['allowed']:.1f} ({own['speed_up'] / own['allowed']:.2f} of it)"
-        )
+        f"{case.batch_size}, {device_name(case.student.device)}, {torch.get_num_threads()} threads; ms a call"
+    )
+    teacher, *students = rows
+    lines = [head, text_table(_list_cells(rows)), *(_describe_speed_up(teacher, row) for row in students[:2])]
     cost = negative_cost(case)
     if cost is not None:
         lines.append(
@@ -172,27 +155,50 @@ def table(case: Inference, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _list_cells(rows: list[Row]) -> Cells:
+    """A header, and the parts of each row's call."""
+    names = [name.replace("_", " ") for name in PARTS]
+    cells = [["", "steps", "passes", *names, "call", "rest %", "images/s", "peak GiB"]]
+    for row in rows:
+        milliseconds = [f"{row.milliseconds(part):.2f}" for part in PARTS]
+        latency = row.latency
+        cells.append(
+            [
+                f"{row.name}, {row.setup}",
+                str(row.steps),
+                f"{latency.passes:g}",
+                *milliseconds,
+                f"{1000 * latency.seconds:.2f}",
+                f"{latency.shares['rest']:.1%}",
+                f"{latency.images_per_second:.2f}",
+                "-" if row.peak is None else f"{row.peak:.2f}",
+            ]
+        )
+    if all(row.peak is None for row in rows):
+        return [row[:-1] for row in cells]
+    return cells
+
+
+def _describe_speed_up(teacher: Row, student: Row) -> str:
+    ratios = speed_up(teacher, student)
+    return (
+        f"{student.setup}: {ratios['speed_up']:.1f} x the teacher's speed; {ratios['passes']:g} x fewer passes "
+        f"({ratios['speed_up'] / ratios['passes']:.2f} of it; the denoiser alone "
+        f"{ratios['denoiser'] / ratios['passes']:.2f}); the parts allow {ratios['allowed']:.1f} "
+        f"({ratios['speed_up'] / ratios['allowed']:.2f} of it)"
+    )
+
+
 def negative_cost(case: Inference) -> dict[str, float] | None:
     """Milliseconds of one pass's cross-attentions: plain, and with a negative prompt in one call of both branches and
-    in two; None for a pipeline without cross-attention.  Medians of interleaved runs on the pass's own tensors."""
+    in two; None for a pipeline without cross-attention.  Medians of interleaved runs on the tensors of a pass."""
     stock = case.student
-    if stock.condition_kind != "prompt" or not _cross(stock):
+    if stock.condition_kind != "prompt" or not _find_cross_attention(stock):
         return None
-    asked: list[tuple[nn.Module, tuple, dict]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda m, a, k: asked.append((m, a, k)), with_kwargs=True)
-        for module in _cross(stock)
-    ]
-    noise = torch.randn(case.batch_size, *stock.noise_shape, generator=torch.Generator().manual_seed(0))
-    try:
-        stock.generate(["a picture"] * case.batch_size, noise, 1, None, case.student_guidance)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    calls = [(module, args[0], kwargs["encoder_hidden_states"]) for module, args, kwargs in asked]
+    calls = _record_cross_attention(case)
     processor, clock = AttentionProcessor(), Clock(stock.device)
 
-    def two(attn: nn.Module, hidden: Tensor, text: Tensor) -> Tensor:
+    def attend_twice(attn: nn.Module, hidden: Tensor, text: Tensor) -> Tensor:
         query, *rows = (
             projection(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for projection, x in [(attn.to_q, hidden), *[(p, text) for p in (attn.to_k, attn.to_v) * 2]]
@@ -201,9 +207,11 @@ def negative_cost(case: Inference) -> dict[str, float] | None:
         return attn.to_out[0](subtract_negative(*branches, 0.5).transpose(1, 2).flatten(2))
 
     ways = {
-        "plain": lambda m, h, t: processor(m, h, t),
-        "fused": lambda m, h, t: processor(m, h, t, negative_hidden_states=t, negative_scale=0.5),
-        "two": two,
+        "plain": lambda attn, hidden, text: processor(attn, hidden, text),
+        "fused": lambda attn, hidden, text: processor(
+            attn, hidden, text, negative_hidden_states=text, negative_scale=0.5
+        ),
+        "two": attend_twice,
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
@@ -213,14 +221,31 @@ def negative_cost(case: Inference) -> dict[str, float] | None:
                 for call in calls:
                     way(*call)
                 times[name].append(clock.now() - start)
-    return {name: 1000 * statistics.median(own[1:]) for name, own in times.items()}
+    return {name: 1000 * statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
-def _cross(stock: StockPipeline) -> list[nn.Module]:
+def _record_cross_attention(case: Inference) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """Module, hidden states and text of every cross-attention in one step of the student."""
+    stock, calls = case.student, []
+
+    def record(module: nn.Module, arguments: tuple, options: dict) -> None:
+        calls.append((module, arguments[0], options["encoder_hidden_states"]))
+
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in _find_cross_attention(stock)]
+    noise = torch.randn(case.batch_size, *stock.noise_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        stock.generate(["a picture"] * case.batch_size, noise, 1, None, case.student_guidance)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _find_cross_attention(stock: StockPipeline) -> list[nn.Module]:
     return [m for m in find_attention(stock.denoiser) if getattr(m, "is_cross_attention", False)]
 
 
-def case_of(
+def choose_inference(
     student: str | None,
     teacher: str | None,
     random_size: str | None,
@@ -231,37 +256,37 @@ def case_of(
     """What is to be measured: a student's folder and its teacher's, or a pipeline of random weights.
 
     Raises:
-        UserError: both or neither are named, or as :func:`of_folders` and :func:`of_random`.
+        UserError: both or neither are named, or as :func:`load_inference` and :func:`make_random_inference`.
     """
     if (student is None) == (random_size is None):
         raise UserError("name a student's folder, or a --random-size")
     if student is None:
-        return of_random(random_size, device, dtype, **settings)
-    return of_folders(student, teacher, device, dtype, **settings)
+        return make_random_inference(random_size, device, dtype, **settings)
+    return load_inference(student, teacher, device, dtype, **settings)
 
 
-def of_folders(student: str, teacher: str | None, device: str, dtype: torch.dtype, **settings: Any) -> Inference:
+def load_inference(student: str, teacher: str | None, device: str, dtype: torch.dtype, **settings: Any) -> Inference:
     """A student's folder and its teacher's: by default the one that its run's config names, or its provenance.
 
     Raises:
         UserError: no such folder, or a student that does not say its teacher.
     """
-    own = StockPipeline.load(assets.resolve(student), device, dtype)
-    facts = {"teacher": teacher} if teacher else own.provenance | _teacher_of_run(Path(student).parent)
+    pipeline = StockPipeline.load(assets.resolve(student), device, dtype)
+    facts = {"teacher": teacher} if teacher else pipeline.provenance | _read_teacher(Path(student).parent)
     if facts.get("teacher") is None:
         raise UserError(f"{student}: does not say what it was distilled from; name its teacher by --teacher")
-    steps = settings.pop("steps", None) or own.default_steps or 1
+    steps = settings.pop("steps", None) or pipeline.default_steps or 1
     folder = hub_folder(assets.resolve(facts["teacher"]), facts.get("teacher_revision"))
     if teacher is None and not Path(folder).is_dir():
         raise UserError(
             f"{student}: was distilled from {facts['teacher']}, which is no folder here nor in the hub's cache; name "
             "it by --teacher"
         )
-    other = StockPipeline.load(folder, device, dtype, variant=facts.get("teacher_variant"))
-    return Inference(own, other, steps, student_guidance=own.default_guidance, **settings)
+    teacher_pipeline = StockPipeline.load(folder, device, dtype, variant=facts.get("teacher_variant"))
+    return Inference(pipeline, teacher_pipeline, steps, student_guidance=pipeline.default_guidance, **settings)
 
 
-def _teacher_of_run(run: Path) -> dict[str, Any]:
+def _read_teacher(run: Path) -> dict[str, Any]:
     """Where the teacher of a run is, as its provenance has it but with the whole path; {} where it is no run."""
     section = read_config(run).get("teacher")
     if not isinstance(section, dict) or not isinstance(section.get("path"), str):
@@ -269,7 +294,7 @@ def _teacher_of_run(run: Path) -> dict[str, Any]:
     return {"teacher": section["path"], **{f"teacher_{key}": section.get(key) for key in ("revision", "variant")}}
 
 
-def of_random(size: str, device: str, dtype: torch.dtype, **settings: Any) -> Inference:
+def make_random_inference(size: str, device: str, dtype: torch.dtype, **settings: Any) -> Inference:
     """A pipeline with random weights as teacher, and as its one-step student.
 
     Raises:
@@ -282,7 +307,7 @@ def of_random(size: str, device: str, dtype: torch.dtype, **settings: Any) -> In
     return Inference(stock, stock, steps, student_guidance=0.0, **settings)
 
 
-def check_ours(path: Path | None) -> None:
+def check_replaceable(path: Path | None) -> None:
     """Refuse to write measurements over a file of something else.
 
     Raises:
@@ -296,7 +321,7 @@ def check_ours(path: Path | None) -> None:
             raise ValueError("other keys")
 
 
-def write(path: Path, rows: list[Row]) -> None:
+def write_rows(path: Path, rows: list[Row]) -> None:
     """One JSON list.
 
     Raises:

@@ -52,9 +52,9 @@ def inference(
     from .quiet import quiet_libraries
 
     number_format = dtype_named(dtype, "--dtype")
-    inference.check_ours(output)
+    inference.check_replaceable(output)
     quiet_libraries()
-    case = inference.case_of(
+    case = inference.choose_inference(
         student,
         teacher,
         random_size,
@@ -69,6 +69,6 @@ def inference(
         repeats=repeats,
     )
     rows = case.run()
-    print(inference.table(case, rows))
+    print(inference.describe(case, rows))
     if output is not None:
-        inference.write(output, rows)
+        inference.write_rows(output, rows)

@@ -64,8 +64,8 @@ def sample(
     output: Annotated[Path, typer.Option(help="the picture to write")] = Path("samples.png"),
 ) -> None:
     """Draw a grid of pictures with a stock pipeline."""
+    from stepdistill.data.grid import save_grid
     from stepdistill.eval.show.samples import SampleOptions, draw_samples
-    from stepdistill.trainers.loop.grids import save_grid
 
     from .quiet import quiet_libraries
 

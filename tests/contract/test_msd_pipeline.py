@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from stepdistill.data.arrays import read_array_images
 from stepdistill.data.partition import PartitionSettings, make_router
+from stepdistill.data.pixels import unit_to_bytes
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors.load import as_extractor, load_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork
 from stepdistill.eval.measure.draws import step_generator, unit_noise
 from stepdistill.eval.measure.evaluate import evaluate
-from stepdistill.eval.measure.pixels import unit_to_bytes
 from stepdistill.eval.measure.reference_statistics import ReferenceStatistics, make_reference
 from stepdistill.eval.measure.settings import Protocol
 from stepdistill.eval.measure.targets import Target

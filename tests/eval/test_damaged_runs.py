@@ -13,7 +13,8 @@ from stepdistill.eval.measure.results import check_replaceable, read_results
 from stepdistill.eval.run_evaluation import label_names, read_run
 from stepdistill.eval.show.comparison_page import write_comparison
 from stepdistill.eval.show.curves import read_curve
-from stepdistill.eval.show.run_page import cost_cells, read_metrics, write_report
+from stepdistill.eval.show.run_files import cost_cells, read_metrics
+from stepdistill.eval.show.run_page import write_report
 from stepdistill.run import RunFolder
 from stepdistill.trainers.plans.compared import COST, read_cost
 

@@ -15,7 +15,7 @@ from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.run_evaluation import run_targets
-from stepdistill.eval.show.grids import grid
+from stepdistill.eval.show.grid import draw_grid
 from stepdistill.eval.speed import inference
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
@@ -192,7 +192,7 @@ def test_sample_takes_the_variant(folders, tmp_path):
 def test_a_grid_takes_the_variant(folders, tmp_path):
     pictures = []
     for index, (name, variant) in enumerate((("both", None), ("both", "ema"), ("alone", None))):
-        path = grid([Target("teacher", folders[name], 1, variant=variant)], tmp_path / f"{index}.png", 1, 3)
+        path = draw_grid([Target("teacher", folders[name], 1, variant=variant)], tmp_path / f"{index}.png", 1, 3)
         pictures.append(path.read_bytes())
     assert pictures[0] != pictures[1] == pictures[2]
 
@@ -222,13 +222,13 @@ def test_an_exported_student_says_the_variant_and_the_benchmark_takes_it(folders
     student = export_student(trainer.family, trainer.roles.student, trainer.sampler, run / "student", facts)
     asked, hub_folder = [], inference.hub_folder
     monkeypatch.setattr(inference, "hub_folder", lambda *place: asked.append(place) or hub_folder(*place))
-    case = inference.of_folders(str(student), None, "cpu", torch.float32, teacher_steps=2)
+    case = inference.load_inference(str(student), None, "cpu", torch.float32, teacher_steps=2)
     assert torch.equal(weight_of(case.teacher.denoiser), EMA)
     assert asked == [(str(folders["both"]), "v2")]
     (run / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"was distilled from both, which is no folder here .*; name it by --teacher"):
-        inference.of_folders(str(student), None, "cpu", torch.float32)
-    named = inference.of_folders(str(student), str(folders["both"]), "cpu", torch.float32, teacher_steps=2)
+        inference.load_inference(str(student), None, "cpu", torch.float32)
+    named = inference.load_inference(str(student), str(folders["both"]), "cpu", torch.float32, teacher_steps=2)
     assert torch.equal(weight_of(named.teacher.denoiser), PLAIN)  # another teacher than the run's, as far as one knows
 
 

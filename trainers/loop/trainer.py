@@ -31,6 +31,7 @@ from stepdistill.attention.kernels import AUTO
 from stepdistill.attention.modules import set_backend
 from stepdistill.conditions import drawn
 from stepdistill.config import Section
+from stepdistill.data.grid import save_grid
 from stepdistill.data.images import ImageSet
 from stepdistill.data.order import Order
 from stepdistill.data.pictures import as_pixels
@@ -47,7 +48,6 @@ from stepdistill.sampler import Draw, FewStepSampler, few_step_times
 from stepdistill.settings import OptimizerSettings, RunSettings
 
 from .causes import CONDITIONS, GRADIENT, REAL, RunStopped, advice, lines, too_many
-from .grids import save_grid
 from .ranks import on_main
 
 Losses = dict[str, tuple[float, Tensor]]

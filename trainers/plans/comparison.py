@@ -16,6 +16,7 @@ from stepdistill.data.router import Router
 from stepdistill.devices import best_device
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.results import read_results
+from stepdistill.eval.show.tables import text_table
 from stepdistill.locks import Lock
 from stepdistill.run import check_place
 from stepdistill.stock.folders import is_free
@@ -24,7 +25,6 @@ from stepdistill.trainers.loop.trainer import Trainer
 from .compared import ComparedRun, peak_memory, read_cost, write_cost
 from .comparison_report import measure, write_report
 from .comparison_settings import ComparisonSettings
-from .comparison_table import aligned
 from .distance_curve import DistanceCurve
 from .job import Job
 from .plan import Plan
@@ -103,7 +103,7 @@ class Comparison(Plan):
         for name, run in self.runs.items():
             methods = dict.fromkeys(job.method.name for job in run.plan.jobs)
             cells.append([name, ", ".join(methods), f"{run.plan.cost:,}", "finished" if run.finished else ""])
-        yield aligned(cells)
+        yield text_table(cells)
         self.rehearse()
 
     # -- making the runs -----------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.run_evaluation import label_names, protocol, shown_prompts, teacher_scale
 from stepdistill.eval.show.comparison_page import Together, write_comparison
 from stepdistill.eval.show.curves import CURVE, Curve, curves_table, draw_curves, read_curve
-from stepdistill.eval.show.grids import grid, table
+from stepdistill.eval.show.grid import draw_grid
+from stepdistill.eval.show.tables import markdown_table, results_table, text_table
 from stepdistill.settings import RunSettings
 from stepdistill.stock.folders import hub_folder
 
 from .compared import ComparedRun, read_cost
 from .comparison_settings import ComparisonSettings
-from .comparison_table import aligned, markdown, summary_table
+from .comparison_table import summary_table
 from .distance_curve import curve_protocol
 
 
@@ -92,7 +93,7 @@ def write_report(settings: ComparisonSettings, runs: dict[str, ComparedRun], dev
         pictures.append(draw_curves(by_title, distance, title, metric, columns, output / "compare.png"))
     student_rows = zip(measured.students, measured.rows[1:], strict=True)
     cells = summary_table(measured.rows[0], [(run, row) for (run, _), row in student_rows])
-    files.write_text(output / "table.md", markdown(cells))
+    files.write_text(output / "table.md", markdown_table(cells))
     content = {
         "passes": settings.passes,
         "teacher": distance,
@@ -111,12 +112,13 @@ def write_report(settings: ComparisonSettings, runs: dict[str, ComparedRun], dev
         {name: run.title for name, run in runs.items()},
     )
     page = write_comparison({name: run.folder.path for name, run in runs.items()}, output / "report.html", together)
-    over_training = aligned(curves_table(by_title, columns, distance))
+    over_training = text_table(curves_table(by_title, columns, distance))
+    finished = text_table(results_table(measured.rows, metric))
     notes = "".join(f"\nnote: {note}" for note in measured.protocol["notes"])
     return (
         f"{metric}, {settings.samples} samples, over network passes (teacher {distance:.3f})\n"
         f"{over_training}{notes}\n\n"
-        f"finished, {settings.final_samples} samples\n{table(measured.rows, metric)}\n\n{aligned(cells)}\n"
+        f"finished, {settings.final_samples} samples\n{finished}\n\n{text_table(cells)}\n"
         f"pictures {', '.join(map(str, pictures))}\ntable {output / 'table.md'}\nreport {page}"
     )
 
@@ -139,4 +141,4 @@ def _grid(measured: Measured, path: Path, device: str) -> Path:
         first.setdefault((run.title, steps), replace(target, name=run.title))
     prompts, seed = shown_prompts(measured.config.data.model_dump()), measured.config.evaluation.seed
     names = label_names(Path(teacher.path))
-    return grid([teacher, *first.values()], path, 2, seed=seed, device=device, label_names=names, prompts=prompts)
+    return draw_grid([teacher, *first.values()], path, 2, seed=seed, device=device, label_names=names, prompts=prompts)

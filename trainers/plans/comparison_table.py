@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from stepdistill.eval.show.curves import spread
+from stepdistill.eval.show.curves import format_spread
 
 from .compared import ComparedRun, read_cost
 
@@ -33,7 +33,7 @@ def summary_table(teacher: Row, rows: list[tuple[ComparedRun, Row]]) -> list[lis
     values = [f"{teacher[key]:.{digits}f}" for _, key, digits in measures]
     cells.append(["teacher", str(teacher["steps"]), *values, "1.00", *([""] * len(COSTS)), ""])
     for (title, steps), group in sorted(groups.items(), key=lambda item: _mean_distance(item[1])):
-        values = [spread([row[key] for _, row in group], digits) for _, key, digits in measures]
+        values = [format_spread([row[key] for _, row in group], digits) for _, key, digits in measures]
         ratio = _mean_distance(group) / teacher["frechet"]
         costs = cost_cells([run for run, _ in group])
         cells.append([title, str(steps), *values, f"{ratio:.2f}", *costs, str(len(group))])
@@ -65,15 +65,3 @@ def cost_cells(runs: list[ComparedRun]) -> list[str]:
 
 def _thousands(costs: list[dict[str, Any]]) -> str:
     return f"{fmean([cost['passes'] for cost in costs]) / 1000:.0f}k"
-
-
-def aligned(cells: list[list[str]]) -> str:
-    """Cells as text, right-aligned columns."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
-
-
-def markdown(cells: list[list[str]]) -> str:
-    """Cells as a Markdown table, the first row its header."""
-    header, *rows = cells
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]) + "\n"

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from stepdistill import assets
+from stepdistill.data.pixels import unit_to_bytes
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors.load import load_extractor
 from stepdistill.eval.measure.draws import step_generator, unit_noise
-from stepdistill.eval.measure.pixels import unit_to_bytes
 from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.eval.show.curves import CURVE, read_curve, write_curve
 from stepdistill.finiteness import is_finite

@@ -20,10 +20,10 @@ from stepdistill.data.arrays import read_idx, read_npz, write_npz
 from stepdistill.data.images import ImageSet
 from stepdistill.data.order import Order
 from stepdistill.data.pictures import mirror_half
+from stepdistill.data.pixels import signed_to_bytes
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork
-from stepdistill.eval.measure.pixels import signed_to_bytes
 from stepdistill.eval.measure.reference_statistics import make_reference
 from stepdistill.seeds import RunSeed
 from stepdistill.stock.folders import without_places

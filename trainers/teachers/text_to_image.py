@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from stepdistill.config import Section, UserPath
+from stepdistill.data.grid import save_grid
 from stepdistill.data.order import Order
 from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError
@@ -36,7 +37,6 @@ from stepdistill.pipelines.saving import save_in_one_dtype
 from stepdistill.readers import read_tensors
 from stepdistill.seeds import RunSeed
 from stepdistill.stock.folders import check_replaceable, without_places
-from stepdistill.trainers.loop.grids import save_grid
 
 from . import networks
 from .autoencoder import VAESettings, encode_all, reconstruction_psnr, train_vae

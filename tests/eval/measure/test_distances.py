@@ -4,11 +4,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from stepdistill.data.arrays import read_array_images
+from stepdistill.data.pixels import signed_to_bytes, unit_to_bytes
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork
 from stepdistill.eval.measure.distances import frechet_distance, kernel_distance, mean_and_covariance
-from stepdistill.eval.measure.pixels import signed_to_bytes, unit_to_bytes
 from stepdistill.eval.measure.reference_statistics import ReferenceStatistics, make_reference
 
 

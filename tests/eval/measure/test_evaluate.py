@@ -12,16 +12,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stepdistill.config import check
+from stepdistill.data.pixels import unit_to_bytes
 from stepdistill.errors import UserError
 from stepdistill.eval.extractors.load import load_extractor
 from stepdistill.eval.measure import evaluate as module
 from stepdistill.eval.measure.draws import select_conditions, unit_noise
 from stepdistill.eval.measure.evaluate import evaluate
-from stepdistill.eval.measure.pixels import unit_to_bytes
 from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.eval.measure.settings import Protocol
 from stepdistill.eval.measure.targets import Target
-from stepdistill.eval.show.grids import grid, table
+from stepdistill.eval.show.grid import draw_grid
+from stepdistill.eval.show.tables import results_table, text_table
 from stepdistill.eval.speed.latency import PARTS, measure_latency
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.judges.rewards import RewardSettings
@@ -196,7 +197,7 @@ def test_passes_count_the_guided_half(stable_diffusion_folder, tmp_path):
     assert set(shares) == set(PARTS)
     assert sum(shares.values()) == pytest.approx(1)
     assert all(shares[part] > 0 for part in PARTS)
-    printed = table([guided, plain], "frechet[rgb]")
+    printed = text_table(results_table([guided, plain], "frechet[rgb]"))
     assert "frechet[rgb]" in printed
     assert "KID" not in printed
     assert "ms/call" in printed
@@ -255,7 +256,7 @@ def test_broken_weights_are_named(tmp_path, student_folder, settings):
 def test_table_compares_with_the_first_row():
     row = {"name": "teacher", "steps": 25, "passes_per_image": 25.0, "frechet": 2.0, "images_per_second": 10.0}
     other = {**row, "name": "student", "steps": 1, "passes_per_image": 1.0, "frechet": 3.0, "images_per_second": 250}
-    lines = table([row, {**other, "kid_mean": 0.004, "kid_std": 0.001}], "FID").splitlines()
+    lines = text_table(results_table([row, {**other, "kid_mean": 0.004, "kid_std": 0.001}], "FID")).splitlines()
     assert lines[0].split() == ["name", "steps", "passes", "FID", "ratio", "KID", "x1000", "images/s", "speed"]
     assert lines[2].split() == ["teacher", "25", "25", "2.000", "1.00", "-", "10.0", "1.0x"]
     assert lines[3].split() == ["student", "1", "1", "3.000", "1.50", "4.00", "±", "1.00", "250.0", "25.0x"]
@@ -263,7 +264,7 @@ def test_table_compares_with_the_first_row():
 
 def test_grid_has_a_block_for_each_target_on_the_same_noise(tmp_path, label_folder, student_folder, drawn):
     targets = [Target("teacher", label_folder, 2), Target("student", student_folder)]
-    path = grid(targets, tmp_path / "grid.png", rows=2, columns=3, label_names=["one", "two", "three"])
+    path = draw_grid(targets, tmp_path / "grid.png", rows=2, columns=3, label_names=["one", "two", "three"])
     assert [call[1] for call in drawn] == [[0, 1, 2]] * 4
     assert torch.equal(drawn[0][2], drawn[2][2])
     assert torch.equal(drawn[1][2], drawn[3][2])
@@ -285,7 +286,7 @@ def test_rewards_are_means_over_the_pictures_in_minus_one_to_one(tmp_path, stude
     across, down = pixels.diff(dim=-1).abs().mean(), pixels.diff(dim=-2).abs().mean()
     expected = dict(zip(named, (pixels.mean().item(), (across + down).item() / 2), strict=True))
     assert row["rewards"] == pytest.approx(expected, abs=1e-6)
-    header, _, line = table([row]).splitlines()
+    header, _, line = text_table(results_table([row])).splitlines()
     assert f"{expected[named[1]]:.3f}" in line
     assert "Brightness" in header
 

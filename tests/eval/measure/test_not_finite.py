@@ -23,8 +23,8 @@ from stepdistill.eval.measure.reference_statistics import ReferenceStatistics, m
 from stepdistill.eval.measure.results import read_results
 from stepdistill.eval.measure.settings import Protocol
 from stepdistill.eval.measure.targets import Target
-from stepdistill.eval.show.grids import grid
-from stepdistill.eval.show.run_page import evaluation_table
+from stepdistill.eval.show.grid import draw_grid
+from stepdistill.eval.show.run_page import show_results
 from stepdistill.judges.rewards import RewardSettings
 from stepdistill.trainers.plans.distance_curve import DistanceCurve
 
@@ -58,7 +58,7 @@ def test_sample_draws_no_picture_of_what_is_no_number(broken, tmp_path):
 def test_a_grid_of_pictures_does_neither(broken, label_folder, tmp_path):
     targets = [Target("teacher", label_folder, 2), Target("student", broken)]
     with pytest.raises(UserError, match="drew pixels that are not numbers"):
-        grid(targets, tmp_path / "grid.png", rows=1, columns=2)
+        draw_grid(targets, tmp_path / "grid.png", rows=1, columns=2)
     assert not (tmp_path / "grid.png").exists()
 
 
@@ -168,9 +168,8 @@ def test_they_are_printed_and_in_the_file_and_on_the_page(label_folder, network_
     notes = content["protocol"]["notes"]
     assert len(notes) == 2
     assert [line for line in result.out.splitlines() if line.startswith("note: ")] == [f"note: {n}" for n in notes]
-    page = evaluation_table(content["protocol"], content["rows"])
-    for note in notes:
-        assert f"Note: {note}." in page
+    blocks = show_results(content["protocol"], content["rows"])
+    assert [block.text for block in blocks[2:]] == [f"Note: {note}." for note in notes]
     assert read_results(file) is not None
 
 
@@ -178,4 +177,4 @@ def test_an_older_file_without_notes_is_a_page_still(label_folder, settings, tmp
     evaluate([Target("teacher", label_folder, 1)], settings, tmp_path)
     content = json.loads((tmp_path / "evaluation.json").read_text())
     del content["protocol"]["notes"]
-    assert "Note:" not in evaluation_table(content["protocol"], content["rows"])
+    assert len(show_results(content["protocol"], content["rows"])) == 2  # the table, and the protocol's line

@@ -15,7 +15,7 @@ from stepdistill.eval.measure.preprocessing import Preprocessing
 from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.eval.measure.settings import Protocol
 from stepdistill.eval.measure.targets import Target
-from stepdistill.eval.show.grids import table
+from stepdistill.eval.show.tables import results_table, text_table
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.judges.rewards import RewardSettings
 
@@ -109,7 +109,7 @@ def test_the_table_shows_deviations():
     row = {"name": "a", "steps": 1, "passes_per_image": 1.0, "frechet": 2.0, "images_per_second": 10.0}
     several = {"precision": 0.5, "recall": 0.25, "diversity": 7.0, "clip_score": 0.3, "rewards": {"m:R": 1.5}}
     std = {"frechet": 0.125, "precision": 0.01, "recall": 0.02, "clip_score": 0.004, "rewards": {"m:R": 0.5}}
-    header, _, first, second = table([{**row, **several, "std": std}, row], "FID").splitlines()
+    header, _, first, second = text_table(results_table([{**row, **several, "std": std}, row], "FID")).splitlines()
     assert header.split()[3:-2] == ["FID", "ratio", "precision", "recall", "diversity", "CLIP", "R"]
     for words in ("2.000 ± 0.125", "0.500 ± 0.010", "0.250 ± 0.020", "7.000  ", "0.3000 ± 0.0040", "1.500 ± 0.500"):
         assert words in first

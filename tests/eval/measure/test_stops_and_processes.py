@@ -12,9 +12,9 @@ from measuring import draw_all
 from PIL import Image
 from ranks import two_ranks
 
+from stepdistill.data.pixels import unit_to_bytes
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.evaluate import evaluate
-from stepdistill.eval.measure.pixels import unit_to_bytes
 from stepdistill.eval.measure.processes import LAUNCHED, Processes, environment_without_launcher
 from stepdistill.eval.measure.settings import Protocol
 from stepdistill.eval.measure.targets import Target

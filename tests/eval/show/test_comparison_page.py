@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from stepdistill.errors import UserError
-from stepdistill.eval.show.comparison_page import Together, config_differences, write_comparison
+from stepdistill.eval.show import comparison_page
+from stepdistill.eval.show.comparison_page import Together, compare_configs, write_comparison
 from stepdistill.eval.show.curves import CURVE, draw_curves, read_curve, write_curve
+from stepdistill.eval.show.page import Note, Plot
 
 
 class Page(HTMLParser):
@@ -117,10 +119,13 @@ def test_the_page_of_two_runs_holds_everything_and_fetches_nothing(tmp_path, run
 
 
 def test_time_is_read_from_the_metrics(tmp_path, runs, monkeypatch):
-    from stepdistill.eval.show import comparison_page as comparison
-
     drawn = {}
-    monkeypatch.setattr(comparison, "_lines", lambda title, series, *_: drawn.update({title: series}) or "")
+
+    def draw_lines(title, series, *_):
+        drawn[title] = series
+        return Plot(title, "", "not drawn")
+
+    monkeypatch.setattr(comparison_page, "draw_lines", draw_lines)
     write_comparison(runs[:1], tmp_path / "report.html")
     assert drawn["distance over network passes"] == {"run": [([0, 2000, 4000], [9.0, 1.0, 0.5])]}
     ((minutes, values),) = drawn["distance over time"]["run"]
@@ -171,14 +176,12 @@ def test_given_numbers_picture_and_level_stand_for_the_runs_own(tmp_path, runs):
 
 
 def test_training_seeds_of_one_title_share_a_colour_and_a_column(tmp_path, monkeypatch):
-    from stepdistill.eval.show import comparison_page as comparison
-
     runs = {f"DMD2, seed {i}": make_run(tmp_path / str(i), "dmd2", 0.5 + i, seed=i) for i in range(2)}
     runs["SIM"] = make_run(tmp_path / "sim", "sim", 0.25, seed=0)
     together = Together(tmp_path / "none", tmp_path / "none", ("teacher", 0.2), "FID", [], dict.fromkeys(runs, "DMD2"))
     together.titles["SIM"] = "SIM"
-    drawn, svg = {}, comparison.svg
-    monkeypatch.setattr(comparison, "svg", lambda figure: drawn.update(figure_of(figure)) or svg(figure))
+    drawn, to_svg = {}, comparison_page.to_svg
+    monkeypatch.setattr(comparison_page, "to_svg", lambda figure: drawn.update(figure_of(figure)) or to_svg(figure))
     text = write_comparison(runs, tmp_path / "report.html", together).read_text()
     assert "<h1>Comparison of DMD2, SIM</h1>" in text
     for title in ("FID over network passes", "FID over time", "loss/student over passes"):
@@ -218,7 +221,8 @@ def test_grids_of_different_seeds_are_said_to_be(tmp_path):
 
 
 def test_configs_that_agree_do_not_differ():
-    assert "They do not" in config_differences({"a": {"output": "x", "seed": 1}, "b": {"output": "y", "seed": 1}})
+    same = compare_configs({"a": {"output": "x", "seed": 1}, "b": {"output": "y", "seed": 1}})
+    assert same == Note("They do not.")
 
 
 def test_a_curve_of_another_protocol_is_refused(tmp_path):

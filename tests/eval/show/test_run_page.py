@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from stepdistill.errors import UserError
-from stepdistill.eval.show.run_page import MOST_SAMPLES, read_metrics, write_report
+from stepdistill.eval.show.run_files import read_metrics
+from stepdistill.eval.show.run_page import MOST_SAMPLES, write_report
 
 CONFIG = """
 method: dmd2

@@ -9,7 +9,15 @@ import torch
 from console import stepdistill
 
 from stepdistill.errors import UserError
-from stepdistill.eval.speed.inference import ALL, Inference, Row, of_folders, of_random, speed_up, table
+from stepdistill.eval.speed.inference import (
+    ALL,
+    Inference,
+    Row,
+    describe,
+    load_inference,
+    make_random_inference,
+    speed_up,
+)
 from stepdistill.eval.speed.latency import Latency, measure_latency
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import random_sizes
@@ -57,21 +65,21 @@ def test_rows_and_table(stable_diffusion_folder):
     ]
     assert [r.latency.passes for r in rows] == [4, 1, 1, 1]
     assert {name: type(p) for name, p in stock.denoiser.attn_processors.items()} == before
-    text = table(case, rows)
+    text = describe(case, rows)
     assert "4 x fewer passes" in text
     assert all(f"student, {setup}" in text for setup in ("stock", "accelerated", "_native_math"))
-    everything = Inference(stock, stock, 1, 1, attention=(ALL,))._backends()
+    everything = Inference(stock, stock, 1, 1, attention=(ALL,))._list_backends()
     assert {"native", "_native_math"} <= set(everything)
     assert "flash" not in everything
 
 
 def test_a_student_names_its_teacher(student_folder, label_folder):
     with pytest.raises(UserError, match="does not say what it was distilled from"):
-        of_folders(str(student_folder), None, "cpu", torch.float32)
-    case = of_folders(str(student_folder), str(label_folder), "cpu", torch.float32, teacher_steps=2)
+        load_inference(str(student_folder), None, "cpu", torch.float32)
+    case = load_inference(str(student_folder), str(label_folder), "cpu", torch.float32, teacher_steps=2)
     assert (case.steps, case.teacher_steps) == (1, 2)
     with pytest.raises(UserError, match="no such folder"):
-        of_folders(str(student_folder), "nowhere", "cpu", torch.float32)
+        load_inference(str(student_folder), "nowhere", "cpu", torch.float32)
 
 
 def test_random_pipelines_are_whole(monkeypatch):
@@ -92,7 +100,7 @@ def test_random_pipelines_are_whole(monkeypatch):
         assert latency.passes == 1
         assert latency.shares["text_encoder"] > 0
     with pytest.raises(UserError, match="--random-size sd9: sizes are sd-small, sd15, sdxl"):
-        of_random("sd9", "cpu", torch.float32)
+        make_random_inference("sd9", "cpu", torch.float32)
 
 
 def test_the_command(student_folder, label_folder, tmp_path):

@@ -15,8 +15,8 @@ from toys import toy_family, toy_trainer
 from stepdistill.analytic import GaussianMixture
 from stepdistill.config import merge, read_yaml
 from stepdistill.data.images import ImageSet
-from stepdistill.eval.show.curves import at, curves_table
-from stepdistill.eval.show.grids import GAP, HEADER, TITLE
+from stepdistill.eval.show.curves import curves_table, distance_at
+from stepdistill.eval.show.grid import GAP, HEADER, TITLE
 from stepdistill.run import RunFolder
 from stepdistill.trainers.loop.trainer import RealSource
 from stepdistill.trainers.plans.compared import peak_memory
@@ -267,8 +267,8 @@ def test_a_table_of_curves_shows_passes_where_they_are_measured(points, shown):
 
 def test_curve_values_are_the_last_at_or_before():
     curve = [(0, 9.0), (100, 5.0), (205, 3.0)]
-    assert [at(curve, passes) for passes in (0, 99, 200, 201, 1000)] == [9.0, 5.0, 5.0, 3.0, 3.0]
-    assert at(curve[1:], 50) is None
+    assert [distance_at(curve, passes) for passes in (0, 99, 200, 201, 1000)] == [9.0, 5.0, 5.0, 3.0, 3.0]
+    assert distance_at(curve[1:], 50) is None
     cells = curves_table({"a": [curve], "b": [curve, [(0, 8.0), (100, 7.0)]], "c": [[]]}, [0.0, 100.0], 2.0)
     assert cells == [
         ["", "0k", "0k", "last / teacher"],
