@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent.
 
 A checkpoint is a folder of safetensors files and a ``state.json`` that lists every file's SHA-256.  It is written
-beside its place and renamed into it; older ones are deleted only after that.  Nothing is unpickled.
+next to its place and renamed into it; older ones are deleted only after that.  Nothing is unpickled.
 """
 
 from __future__ import annotations

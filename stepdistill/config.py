@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from . import plain_yaml
 from .errors import UserError, first_line, reading, shown
@@ -73,7 +74,7 @@ def expanded(path: str) -> str:
     whole = os.path.expandvars(path)
     if missing := re.search(r"\$(\w+|\{\w+\})", whole):
         raise ValueError(f"{missing[0]} is not set in the environment; set it, or write the path out")
-    prefix = re.match(r"[\w-]+:(?=~)|", whole)[0]
+    prefix = match[0] if (match := re.match(r"[\w-]+:(?=~)", whole)) else ""
     place = os.path.expanduser(whole.removeprefix(prefix))
     if re.match(r"~[\w.-]*(/|$)", place):
         raise ValueError(f"{place.split('/')[0]} is no user's home on this machine; write the path out")
@@ -221,17 +222,16 @@ def check(model: type[SectionType], raw: dict[str, Any], where: str) -> SectionT
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        said = [_say(model, one) for one in error.errors(include_url=False)[:3]]
-        raise UserError(
-            f"{where}: " + "; ".join(text if len(text) <= 400 else f"{text[:397]}..." for text in said)
-        ) from None
+        problems = [_describe_problem(model, detail) for detail in error.errors(include_url=False)[:3]]
+        shortened = [text if len(text) <= 400 else f"{text[:397]}..." for text in problems]
+        raise UserError(f"{where}: {'; '.join(shortened)}") from None
 
 
-def _say(model: type[BaseModel], error: dict[str, Any]) -> str:
+def _describe_problem(model: type[BaseModel], error: ErrorDetails) -> str:
     location = [str(part)[:100] for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = _keys_beside(model, location)
+        known = _known_keys(model, location)
         hint = f"; known keys here: {', '.join(known)}" if known else ""
         return f"unknown key {shown(key)}{hint}"
     if error["type"] == "missing":
@@ -242,15 +242,17 @@ def _say(model: type[BaseModel], error: dict[str, Any]) -> str:
     return f"{f'{key} = ' if key else ''}{shown(error['input'])}: {message}"
 
 
-def _keys_beside(model: type[BaseModel], location: list[str]) -> list[str]:
+def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The keys of the section that ``location`` lies in."""
     for part in location[:-1]:
         field = model.model_fields.get(part)
         if field is None:
             return []
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if model is None:
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section is None:
             return []
+        model = section
     return sorted(model.model_fields)
 
 

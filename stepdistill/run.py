@@ -63,7 +63,7 @@ FREE_TRAIN_KEYS = {
 
 def environment(seed: int) -> dict[str, Any]:
     """Versions, git state, command and machine, for the record."""
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

@@ -2,8 +2,8 @@
 
 Class labels come from a folder for each class, or from a column of labels in ``metadata.jsonl``, ``.csv`` or
 ``.parquet`` (the "imagefolder" convention: ``file_name`` and more); captions from such a column, or from ``NAME.txt``
-beside each picture.  Folders of classes whose names are whole numbers are labelled by them; other names count in sorted
-order, and must be as many as the teacher's classes.
+next to each picture.  Folders of classes whose names are whole numbers are labelled by them; other names count in
+sorted order, and must be as many as the teacher's classes.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _labels(listing: Listing, column: str | None, key: str) -> tuple[Sequence[La
         )
     if loose:
         raise UserError(
-            f"{key}: {source}: {listed(loose)} lie beside the folders of classes; move every picture into the folder "
+            f"{key}: {source}: {listed(loose)} lie next to the folders of classes; move every picture into the folder "
             "of its class"
         )
     if set(map(str.lower, listing.folders)) <= SPLITS or all(len(parts) > 2 for parts in inside):
@@ -135,7 +135,7 @@ def _one_label(values: list, file: Path) -> int | str:
 
 
 def _captions(listing: Listing, column: str | None, key: str, notes: list[str]) -> list[str]:
-    """The caption of each picture: of the metadata, where there is such a column, or of the text files beside."""
+    """The caption of each picture: of the metadata, where there is such a column, or of the text files next to it."""
     caption_key = f"{key}.caption_column"
     if listing.metadata or column is not None:
         rows = _read_metadata(listing, column, caption_key, column is not None, notes)
@@ -145,7 +145,7 @@ def _captions(listing: Listing, column: str | None, key: str, notes: list[str]) 
     texts = [file.with_suffix(".txt") for file in listing.files]
     if not any(text.exists() for text in texts):
         raise UserError(
-            f"{key}: {listing.root} has no captions, which this teacher's images need; write NAME.txt beside each "
+            f"{key}: {listing.root} has no captions, which this teacher's images need; write NAME.txt next to each "
             "picture, or metadata.jsonl with file_name and text"
         )
     captions = [read_text(text).strip() if text.exists() else None for text in texts]

@@ -29,7 +29,7 @@ class Listing:
     Attributes:
         files: the pictures, sorted.
         folders: the folders right in it, those without a picture too.
-        metadata: the files that say more of the pictures beside and below them.
+        metadata: the files that say more of the pictures next to and below them.
         hidden: pictures and folders that were passed over as hidden or left by a system.
         unread: suffixes of pictures that are not read, with their numbers.
     """

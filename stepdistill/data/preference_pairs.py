@@ -26,8 +26,8 @@ class PreferenceSettings(Section):
     """Where the pairs come from.
 
     A folder holds ``winner`` and ``loser`` with pictures of equal names, each as ``data.images.folder`` is read: a
-    caption ``NAME.txt`` beside each winner (or metadata.jsonl), or a sub-folder for each label.  A dataset has a column
-    of each.
+    caption ``NAME.txt`` next to each winner (or metadata.jsonl), or a sub-folder for each label.  A dataset has a
+    column of each.
     """
 
     folder: UserPath | None = None

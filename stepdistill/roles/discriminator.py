@@ -79,7 +79,7 @@ class DiscriminatorHead(nn.Module):
 class MapHead(nn.Module):
     """A feature map (B, C, h, w) to one logit for each of its places, (B, 1, h, w): PCM's head.
 
-    Two 3x3 convolutions with GroupNorm and LeakyReLU, the second beside a skip connection, and a 1x1 convolution.
+    Two 3x3 convolutions with GroupNorm and LeakyReLU, the second next to a skip connection, and a 1x1 convolution.
     """
 
     def __init__(self, channels: int):

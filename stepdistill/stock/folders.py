@@ -30,7 +30,7 @@ CONFIGS = {
 }
 """By the end of a component's class; every other component is a network with ``config.json`` and weights."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-"""One of these is beside a tokenizer's config."""
+"""One of these is next to a tokenizer's config."""
 
 
 def hub_folder(path: str, revision: str | None = None) -> str:

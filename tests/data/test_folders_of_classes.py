@@ -129,7 +129,7 @@ def test_what_macs_leave_beside_pictures_is_passed_over(tmp_path):
 def test_pictures_beside_the_folders_of_classes_are_named(tmp_path):
     """One of them took the labels of all."""
     draw(tmp_path, "ant/a.png", "bee/a.png", "cat/a.png", "loose.png")
-    assert_refused(tmp_path, "loose.png", "beside the folders of classes")
+    assert_refused(tmp_path, "loose.png", "next to the folders of classes")
 
 
 def test_pictures_without_any_folder_have_no_labels(tmp_path):

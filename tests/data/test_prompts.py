@@ -229,7 +229,7 @@ def test_a_column_of_the_metadata_is_named(tmp_path):
         ("metadata.csv", "name,text\na.png,a\n", "no column 'file_name'; it has name, text"),
         ("metadata.jsonl", '{"file_name": "a.png", "label": 1}\n', "has no captions, which this teacher's images need"),
         ("a.txt", "a", "1 of 2 pictures have no caption: .*b.png"),
-        ("notes.txt", "a", "has no captions, .*; write NAME.txt beside each picture, or metadata.jsonl"),
+        ("notes.txt", "a", "has no captions, .*; write NAME.txt next to each picture, or metadata.jsonl"),
     ],
 )
 def test_a_missing_caption_is_named(tmp_path, name, content, says):

@@ -73,7 +73,7 @@ def reconstruction_psnr(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 64
 
 @torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Give each latent channel mean 0 and variance 1 over ``pixels`` by changing the two 1x1 convolutions beside the
+    """Give each latent channel mean 0 and variance 1 over ``pixels`` by changing the two 1x1 convolutions next to the
     latents: what is decoded stays the same, and ``scaling_factor`` is 1."""
     latents = encode_all(vae, pixels)
     mean, std = (f(latents, dim=(0, 2, 3)).to(vae.device) for f in (torch.mean, torch.std))

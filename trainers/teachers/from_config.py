@@ -36,7 +36,7 @@ def train_teacher_from(path: Path, overrides: list[str] | None = None) -> Path:
     if not isinstance(kind, str) or kind not in TEACHERS:
         raise UserError(f"{path}: kind = {kind!r}: use one of {', '.join(TEACHERS)}")
     model, train = TEACHERS[kind]
-    settings = check(model, raw, str(path))
+    settings: Any = check(model, raw, str(path))
     with Lock(settings.output, file=Path(f"{settings.output}.lock")):
         return train(settings, best_device())
 
