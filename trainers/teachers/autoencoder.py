@@ -14,11 +14,11 @@ from diffusers import AutoencoderKL
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from stepdistill.data.grid import save_grid
 from stepdistill.data.order import Order
 from stepdistill.errors import UserError
 from stepdistill.files import replacing_folder
 from stepdistill.run import differences
-from stepdistill.trainers.loop.grids import save_grid
 
 from .loop import Channels, LoopSettings, autocast, check_multiples, fit
 from .networks import build_vae, load_vae
