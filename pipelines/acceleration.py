@@ -16,7 +16,7 @@ from stepdistill.attention.modules import find_attention, fuse, head_width, set_
 from stepdistill.errors import UserError
 from stepdistill.families import calls_of
 from stepdistill.families.calls import compiled_blocks
-from stepdistill.families.stable_diffusion import read_tiny_vae
+from stepdistill.families.latents import read_tiny_vae
 
 Choice = bool | Literal["auto"]
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,9 +32,6 @@ from torch import Tensor
 from .denoiser import Condition, Denoiser
 from .errors import UserError
 from .schedule import Clipping, Schedule, Transition, ancestral, expand, noise_up, upward
-
-if TYPE_CHECKING:
-    from stepdistill.roles.role import Role
 
 Final = Literal["clean", "timestep_0"]
 Draw = Callable[[Tensor], Tensor]
@@ -167,6 +164,12 @@ def renoised(schedule: Schedule, x_s: Tensor, s: Tensor, t: Tensor, noise: Tenso
     return noise_up(x_s, schedule.alpha_sigma(s), schedule.alpha_sigma(t), noise)
 
 
+class SignalDenoiser(Protocol):
+    """What has BOOT's signal: a role."""
+
+    def signal(self, eps: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class SignalSampler(FewStepSampler):
     """BOOT's student: one call on pure noise under the label of the lowest time (2306.05544)."""
@@ -176,7 +179,7 @@ class SignalSampler(FewStepSampler):
     ) -> tuple[Tensor, Tensor]:
         raise ValueError("a signal student has one step; there is nothing to roll out")
 
-    def sample(self, student: Role, noise: Tensor, condition: Condition, draw: Draw) -> Tensor:
+    def sample(self, student: SignalDenoiser, noise: Tensor, condition: Condition, draw: Draw) -> Tensor:
         return student.signal(noise, self.time(0, noise), condition)
 
 

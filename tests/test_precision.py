@@ -10,8 +10,7 @@ from torch import nn
 
 from stepdistill import precision
 from stepdistill.data.teacher_pairs import PairRecipe, PairSet, make_pairs
-from stepdistill.families import load_family
-from stepdistill.families.random_sizes import RANDOM_SIZES, random_stable_diffusion
+from stepdistill.families import load_family, random_sizes
 from stepdistill.roles.lora import LoRA
 from stepdistill.roles.roles import Roles
 from stepdistill.roles.settings import LoRASettings, RolesSettings
@@ -175,11 +174,15 @@ def test_the_second_base_of_a_student_on_another_model_is_not_rounded(folders, t
 # -- benchmarks --------------------------------------------------------------------------------------------
 
 
-def test_a_network_of_random_weights_has_the_configs_dtype(monkeypatch):
-    small = {"block_out_channels": (32,), "cross_attention_dim": 8, "sample_size": 8, "layers_per_block": 1}
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    monkeypatch.setitem(RANDOM_SIZES, "tiny", small | blocks)
-    family = random_stable_diffusion("tiny", torch.float16)
-    assert family.network.conv_in.weight.dtype == torch.float16
+def test_a_teacher_of_random_weights_has_the_configs_dtype(monkeypatch):
+    small = {"block_out_channels": (32, 32), "cross_attention_dim": 8, "sample_size": 8, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    monkeypatch.setitem(random_sizes.PIPELINE_SIZES, "tiny", small | blocks)
+    monkeypatch.setitem(random_sizes.TEXT_ENCODERS, "tiny", [(8, 1, 2)])
+    monkeypatch.setitem(random_sizes.VAE_CHANNELS, "tiny", (32, 32, 32, 32))
+    family = random_sizes.random_family("tiny", torch.float16)
+    dtypes = {name: next(network.parameters()).dtype for name, network in family.networks().items()}
+    assert dtypes == dict.fromkeys(("unet", "vae", "text_encoder"), torch.float16)
     with torch.no_grad():
-        assert family.denoiser()(torch.randn(1, 4, 8, 8), torch.tensor([5]), {}).output.isfinite().all()
+        condition = family.encode_conditions(["a cat"])
+        assert family.denoiser()(torch.randn(1, 4, 8, 8), torch.tensor([5]), condition).output.isfinite().all()

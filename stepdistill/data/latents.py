@@ -32,7 +32,7 @@ def check_posterior(posterior: Posterior, key: str, family: Family) -> None:
     Raises:
         UserError: the teacher has no VAE.
     """
-    if posterior == "sample" and getattr(family, "vae", None) is None:
+    if posterior == "sample" and family.vae is None:
         raise UserError(f"{key} = sample: this teacher has no VAE, its samples are the pictures; remove the key")
 
 
@@ -54,7 +54,7 @@ def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 
     Raises:
         UserError: the file cannot be written, the latents are not finite, or too many pictures cannot be read.
     """
-    if getattr(family, "vae", None) is None:
+    if family.vae is None:
         return None
     (latents,) = _cached(family, images, folder, batch, ("latents",), lambda pixels: (family.encode_images(pixels),))
     return latents

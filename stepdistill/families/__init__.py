@@ -127,7 +127,7 @@ def load_family(
     pipeline = load_pipeline(folder, what, remedy, dtype, variant, key, **optional)
     norms_in_float32(getattr(pipeline, kind.component))
     with reading(what, "look at the configs of its parts", "is not understood"):
-        teacher = kind.from_components(pipeline.components, path)
+        teacher = kind.from_pipeline(pipeline, path)
     teacher.source = Source(path, folder, variant)
     if null_label is not None:
         teacher.state_null_label(null_label, path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 
-import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition, Denoiser
@@ -16,15 +16,17 @@ from stepdistill.errors import UserError
 from stepdistill.schedule import PredictionType
 
 from .base import Family
+from .condition_encoders import Labels, NoConditions
+from .latents import Pixels
 
 
 class AnalyticFamily(Family):
     """Args:
     teacher: the closed-form denoiser; its schedule is the family's.
-    network: called as ``network(x, time, label)`` with x (B, C, H, W), time (B,), label (B,) or None; gives the
-        shape of x.  Student and fake score start as copies of it.
-    kind: what ``network`` predicts.
-    sample_shape: (C, H, W); D-dimensional data is (D, 1, 1).
+    network: called as ``network(x, time, label)`` with x (B, ...), time (B,), label (B,) or None; gives the shape
+        of x.  Student and fake score start as copies of it.
+    kind: what the outputs of ``network`` mean.
+    sample_shape: of one sample; D-dimensional data is (D, 1, 1).
     num_labels: labels 0..num_labels-1, the label ``num_labels`` being the null label; 0 is unconditional.
     feature_module: the attribute path of the module whose output a discriminator reads, "" for none.
     """
@@ -37,22 +39,26 @@ class AnalyticFamily(Family):
         teacher: Denoiser,
         network: nn.Module,
         kind: PredictionType,
-        sample_shape: tuple[int, int, int],
+        sample_shape: tuple[int, ...],
         num_labels: int = 0,
         feature_module: str = "",
     ):
-        self.teacher, self.network, self.kind, self.sample_shape = teacher, network, kind, sample_shape
-        self.schedule = teacher.schedule
-        self.scheduler = None
-        self.labels, self.feature_module = tuple(range(num_labels)), feature_module
-        self.condition_kind = "label" if num_labels else "none"
-        self.has_null = num_labels > 0
+        encoder = Labels(num_labels + 1, num_labels) if num_labels else NoConditions()
+        super().__init__(network, teacher.schedule, kind, sample_shape, encoder, Pixels(sample_shape))
+        self.teacher, self.feature_module = teacher, feature_module
+
+    @classmethod
+    def from_pipeline(cls, pipeline: DiffusionPipeline, source: str) -> Family:
+        raise UserError(f"teacher {source}: an analytic teacher is a function and lies in no folder")
 
     def teacher_denoiser(self) -> Denoiser:
         return self.teacher
 
     def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return network(x, time, condition.get("label"))
+
+    def feature_blocks(self, network: nn.Module) -> list[nn.Module]:
+        return [self.mid_block(network)]
 
     def mid_block(self, network: nn.Module) -> nn.Module:
         if not self.feature_module:
@@ -61,14 +67,6 @@ class AnalyticFamily(Family):
 
     def fresh_network(self, like: nn.Module | None = None) -> nn.Module:
         return copy.deepcopy(self.network if like is None else like)
-
-    def encode_conditions(self, items: list) -> Condition:
-        return {"label": torch.as_tensor(items, device=self.device)} if self.num_labels else {}
-
-    def null_condition(self, count: int) -> Condition:
-        if not self.has_null:
-            raise UserError("this analytic teacher has no labels, so it cannot be guided")
-        return {"label": torch.full((count,), self.num_labels, device=self.device)}
 
     def pipeline(self, network: nn.Module, scheduler):
         raise UserError("an analytic family has no stock pipeline to export to")

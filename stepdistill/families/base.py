@@ -1,4 +1,5 @@
-"""What a teacher family must say.  Adding a family is one file beside this one and one row in the contract tests."""
+"""The contract of a teacher family.  A new one is a file beside this one, a line in the table of families and a row in
+the contract tests."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill import assets, precision
@@ -17,12 +19,15 @@ from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
 from stepdistill.digests import check_folder
 from stepdistill.errors import UserError, reading
 from stepdistill.sampler import FewStepSampler
-from stepdistill.schedule import Clipping, PredictionType, Schedule
+from stepdistill.schedule import Clipping, PredictionType, Schedule, clipping_of
 from stepdistill.stock.loading import load_network, oversized, parts_of
 from stepdistill.stock.variants import choose_variant, variants_of
 
 from . import schedulers
 from .calls import StockCalls
+from .condition_encoders import ConditionEncoder
+from .features import features_at
+from .latents import Latents
 
 
 @dataclass(frozen=True)
@@ -37,24 +42,29 @@ class Source:
 class Family(abc.ABC):
     """A teacher, and everything that only its kind of model knows.
 
+    It answers in four parts: the *denoiser* (its own methods: the network's call, features and weights), the
+    *conditions* (:attr:`condition_encoder`), the *latents* (:attr:`latents`) and the *export* (its stock pipeline,
+    :attr:`calls` and the scheduler of a few-step student).
+
     Attributes:
-        name: the family's name in configs.
         network: the teacher's denoising network, frozen.
         schedule, kind: the noise schedule, and what the network's output means.
-        sample_shape: (C, H, W) of what is denoised (latents where there is a VAE).
-        condition_kind: ``none``, ``label`` or ``prompt``.
-        labels: of a class-conditional teacher: the numbers of its embedding that stand for a class, ascending; a null
-            label is not among them, wherever it is.
-        has_null: whether there is a null condition, which guidance needs.
-        lora_targets: names of the modules that LoRA adapts by default (as in peft's ``target_modules``).
+        sample_shape: the shape of one sample of what is denoised: (C, H, W) of pixels or latents.
+        condition_encoder: labels or prompts to what the network takes.
+        latents: between pixels and what is denoised.
+        scheduler: the teacher's own stock scheduler; None where the teacher is a function.
+        clipping: how that scheduler bounds x0 when it samples.
+        source: where the teacher was loaded from.
     """
 
     name: ClassVar[str]
+    """The family's name in configs."""
     component: ClassVar[str]
     """The network's name among the parts of a diffusers folder: ``unet`` or ``transformer``."""
     calls: ClassVar[type[StockCalls]] = StockCalls
     """How this family's stock pipelines are called."""
     lora_targets: ClassVar[list[str] | str]
+    """Names of the modules that LoRA adapts by default (as in peft's ``target_modules``)."""
     kohya_prefix: ClassVar[str | None] = None
     """What kohya's LoRA files put before the network's modules; None where no stock pipeline loads such a file."""
     architecture_keys: ClassVar[tuple[str, ...]] = ()
@@ -71,19 +81,23 @@ class Family(abc.ABC):
     """Whether the stock pipeline hands its scheduler an ``eta``."""
     takes_negatives: ClassVar[bool] = False
     """Whether there is :meth:`steering`."""
-    source: Source | None = None
-    """Where the teacher was loaded from."""
-    network: nn.Module
-    schedule: Schedule
-    kind: PredictionType
-    clipping: Clipping | None = None
-    """How the teacher's own scheduler bounds x0 when it samples."""
-    sample_shape: tuple[int, int, int]
-    condition_kind: ConditionKind = "none"
-    labels: tuple[int, ...] = ()
-    has_null: bool = False
     knows_null: bool = True
     """Whether the folder says which label is the null one, or can have none."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        kind: PredictionType,
+        sample_shape: tuple[int, ...],
+        condition_encoder: ConditionEncoder,
+        latents: Latents,
+        scheduler: Any = None,
+    ):
+        self.network, self.schedule, self.kind, self.sample_shape = network, schedule, kind, sample_shape
+        self.condition_encoder, self.latents, self.scheduler = condition_encoder, latents, scheduler
+        self.clipping: Clipping | None = None if scheduler is None else clipping_of(scheduler)
+        self.source: Source | None = None
 
     # -- folders -------------------------------------------------------------------------------------------
 
@@ -123,6 +137,15 @@ class Family(abc.ABC):
             )
 
     @classmethod
+    @abc.abstractmethod
+    def from_pipeline(cls, pipeline: DiffusionPipeline, source: str) -> Family:
+        """The teacher of a loaded pipeline; ``source`` names it in errors.
+
+        Raises:
+            UserError: its network is called otherwise than this family calls it.
+        """
+
+    @classmethod
     def check_network(cls, network: nn.Module, source: str) -> None:
         """Refuse a network that wants to be called otherwise than this family calls it.
 
@@ -144,11 +167,6 @@ class Family(abc.ABC):
         if config.sample_size is None:
             raise UserError(f"teacher {source}: its UNet's config has no sample_size; add it")
 
-    @property
-    def num_labels(self) -> int:
-        """How many classes there are."""
-        return len(self.labels)
-
     def state_null_label(self, label: int, source: str) -> None:
         """Take it from the user which label is the null one.
 
@@ -161,19 +179,29 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """Call ``network`` (the teacher's or a copy) on x (B, C, H, W), time (B,); gives (B, C, H, W).
+        """Call ``network`` (the teacher's or a copy) on x (B, ...), time (B,) as the schedule counts it;
+        gives (B, ...).
 
-        The bare call: whoever asks a network goes through a role or :meth:`denoiser`, which see to its precision.
+        A family whose network counts its time otherwise, or predicts with the other sign, sees to that here.  The bare
+        call: others use a role or :meth:`denoiser`, which see to the precision that it computes in.
         """
 
-    @abc.abstractmethod
-    def mid_block(self, network: nn.Module) -> nn.Module:
-        """The module whose output (B, F, h, w) is the encoder's last feature; a discriminator's input."""
-
     def feature_blocks(self, network: nn.Module) -> list[nn.Module]:
-        """The modules whose outputs (B, F, h, w) are all the features that a discriminator can read, in the order in
-        which they run."""
-        return [self.mid_block(network)]
+        """The modules whose outputs (B, F, h, w) are the features that a discriminator can read, in the order in which
+        they run."""
+        raise UserError(f"teachers of family {self.name} have no features for a discriminator")
+
+    def mid_block(self, network: nn.Module) -> nn.Module:
+        """The one of them whose output is the encoder's last feature."""
+        raise UserError(f"teachers of family {self.name} have no features for a discriminator")
+
+    def features(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition, every: bool) -> list[Tensor]:
+        """A forward of ``network`` to its features (B, F, ...): the encoder's last, or those of ``every`` block.
+
+        Takes what :meth:`forward` takes, and is as bare a call as that.
+        """
+        blocks = self.feature_blocks(network) if every else [self.mid_block(network)]
+        return features_at(blocks, lambda: self.forward(network, x, time, condition))
 
     def denoiser(self, network: nn.Module | None = None, autocast_dtype: torch.dtype | None = None) -> Denoiser:
         """``network`` (the teacher's by default) as a denoiser; it computes as :mod:`stepdistill.precision` says."""
@@ -253,21 +281,40 @@ class Family(abc.ABC):
     # -- conditions ----------------------------------------------------------------------------------------
 
     @property
+    def condition_kind(self) -> ConditionKind:
+        return self.condition_encoder.kind
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The numbers of the embedding that stand for a class, ascending."""
+        return self.condition_encoder.labels
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes there are."""
+        return len(self.labels)
+
+    @property
+    def has_null(self) -> bool:
+        """Whether there is a null condition, which guidance needs."""
+        return self.condition_encoder.has_null
+
+    @property
     def conditions(self) -> Conditions:
         """What the teacher is conditioned on."""
         return Conditions(self.condition_kind, self.labels)
 
     def prompts_cut(self, prompts: list[str]) -> list[int]:
         """Which of the prompts are longer than the encoder reads, by their places; none where that is not known."""
-        return []
+        return self.condition_encoder.prompts_cut(prompts)
 
-    @abc.abstractmethod
     def encode_conditions(self, items: list) -> Condition:
         """Labels or prompts to what the network takes, batch first, on the network's device."""
+        return self.condition_encoder.encode(items, self.device)
 
-    @abc.abstractmethod
     def null_condition(self, count: int) -> Condition:
         """The null condition for ``count`` samples; raises UserError where the teacher has none."""
+        return self.condition_encoder.null(count, self.device)
 
     def steering(self, negative: Condition, scale: Tensor) -> Condition:
         """What a condition holds besides, to lead a network with :func:`stepdistill.attention.modules.install`'s
@@ -277,23 +324,28 @@ class Family(abc.ABC):
     # -- pixels --------------------------------------------------------------------------------------------
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the pictures."""
-        return self.sample_shape
+        return self.latents.image_shape
+
+    @property
+    def vae(self) -> nn.Module | None:
+        """The network between pixels and latents; None where pixels are denoised."""
+        return self.latents.vae
 
     def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The law of the latents of pixels (B, C, H, W) in [-1, 1]: mean and standard deviation, (B, ...) each; of
         teachers with a VAE."""
-        raise ValueError(f"teachers of family {self.name} have no VAE")
+        mean, std = self.latents.posterior(pixels)
+        return mean.to(self.device), std.to(self.device)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to what is denoised; the identity without a VAE."""
-        return pixels
+        return self.latents.encode(pixels).to(self.device)
 
-    @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
         """The inverse: samples to pixels (B, C, H, W) in [-1, 1], clamped."""
-        return self.decoder()(samples).clamp(-1, 1)
+        return self.latents.decode(samples)
 
     def decoder(self, path: str | None = None) -> Callable[[Tensor], Tensor]:
         """Samples to pixels, unclamped and differentiable; ``path``: a smaller decoder for the same latents.
@@ -301,9 +353,7 @@ class Family(abc.ABC):
         Raises:
             UserError: a path for a family without a VAE, or one that holds no such decoder.
         """
-        if path is not None:
-            raise UserError(f"decoder = {path}: this teacher's samples are pixels already; remove it")
-        return lambda samples: samples
+        return self.latents.decoder(path)
 
     # -- export --------------------------------------------------------------------------------------------
 
@@ -338,13 +388,15 @@ class Family(abc.ABC):
 
     def networks(self) -> dict[str, nn.Module]:
         """The teacher's networks by the names of their folders: what a student is trained from."""
-        return {self.component: self.network}
+        return {self.component: self.network, **self.latents.networks(), **self.condition_encoder.networks()}
 
     # -- housekeeping --------------------------------------------------------------------------------------
 
     def to(self, device: torch.device | str) -> Family:
-        """Move the teacher; text encoders and VAEs stay where they are cheap until used."""
+        """Move the teacher's networks."""
         self.network.to(device)
+        self.condition_encoder.to(device)
+        self.latents.to(device)
         return self
 
     @property

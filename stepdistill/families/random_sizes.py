@@ -1,4 +1,5 @@
-"""Models of real and reduced sizes with random weights: what a network costs does not depend on what it knows."""
+"""Stable Diffusion of real and reduced sizes with random weights: what a network costs does not depend on what it
+knows."""
 
 from __future__ import annotations
 
@@ -15,12 +16,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from stepdistill.denoiser import Condition
 from stepdistill.precision import norms_in_float32
-from stepdistill.schedule import from_scheduler
 
 from .stable_diffusion import StableDiffusionFamily
 
@@ -28,7 +26,7 @@ RANDOM_SIZES: dict[str, dict[str, Any]] = {
     "sd-small": {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 256, "sample_size": 32},
     "sd15": {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "sample_size": 64},
 }
-"""UNets: a reduced Stable Diffusion, and SD 1.5's own size."""
+"""UNets of teachers: a reduced Stable Diffusion, and SD 1.5's own size."""
 
 SDXL: dict[str, Any] = {
     "block_out_channels": (320, 640, 1280),
@@ -44,12 +42,20 @@ SDXL: dict[str, Any] = {
     "sample_size": 128,
 }
 PIPELINE_SIZES = {**RANDOM_SIZES, "sdxl": SDXL}
+"""UNets of whole pipelines."""
 VAE_CHANNELS = {"sd-small": (32, 64, 128, 128)}
 TEXT_ENCODERS = {  # width, layers, heads of CLIP's
     "sd-small": [(256, 6, 4)],
     "sd15": [(768, 12, 12)],
     "sdxl": [(768, 12, 12), (1280, 32, 20)],
 }
+
+
+def random_family(size: str, dtype: torch.dtype = torch.float32) -> StableDiffusionFamily:
+    """A teacher of a size of :data:`RANDOM_SIZES`, its frozen weights random and in ``dtype``."""
+    pipeline = random_pipeline(size, dtype)
+    norms_in_float32(pipeline.unet)
+    return StableDiffusionFamily.from_pipeline(pipeline, size)
 
 
 def random_pipeline(
@@ -68,7 +74,7 @@ def random_pipeline(
     parts = {
         "unet": UNet2DConditionModel(**PIPELINE_SIZES[size]),
         "vae": vae,
-        "scheduler": random_scheduler(),
+        "scheduler": _scheduler(),
         "text_encoder": encoders[0],
         "tokenizer": _tokenizer(),
     }
@@ -83,7 +89,7 @@ def random_pipeline(
     return pipe
 
 
-def random_scheduler() -> DDIMScheduler:
+def _scheduler() -> DDIMScheduler:
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
@@ -107,39 +113,3 @@ def _tokenizer() -> CLIPTokenizer:
         Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
         Path(folder, "merges.txt").write_text("#version: 0.2\n")
         return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
-
-
-class RandomStableDiffusion(StableDiffusionFamily):
-    """A UNet of :data:`RANDOM_SIZES` with random text embeddings, no VAE and no text encoder: for benchmarks alone."""
-
-    takes_negatives = False
-
-    def __init__(self, size: str, dtype: torch.dtype):
-        config = RANDOM_SIZES[size]
-        network = UNet2DConditionModel(**config).requires_grad_(False).eval()
-        self.network = nn.Module.to(network, dtype)
-        norms_in_float32(self.network)
-        self.scheduler = random_scheduler()
-        self.schedule, self.kind = from_scheduler(self.scheduler)
-        self.sample_shape = (4, config["sample_size"], config["sample_size"])
-        self.condition_kind, self.embeds_guidance = "none", False
-        self.width = config["cross_attention_dim"]
-
-    def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        text = torch.zeros(len(x), 77, self.width, device=x.device)
-        return super().forward(network, x, time, {"text": text})
-
-    def encode_conditions(self, items: list) -> Condition:
-        return {}
-
-    def null_condition(self, count: int) -> Condition:
-        return {}
-
-    def to(self, device: torch.device | str) -> RandomStableDiffusion:
-        self.network.to(device)
-        return self
-
-
-def random_stable_diffusion(size: str, dtype: torch.dtype = torch.float32) -> RandomStableDiffusion:
-    """A family for benchmarks; ``size`` is a key of :data:`RANDOM_SIZES`, ``dtype`` that of its frozen weights."""
-    return RandomStableDiffusion(size, dtype)

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from stepdistill.conditions import ConditionKind
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
-from stepdistill.schedule import EDMSchedule, FlowSchedule, clipping_of, from_scheduler
+from stepdistill.schedule import EDMSchedule, FlowSchedule, from_scheduler
 
 from .base import Family
 from .calls import StockCalls
+from .condition_encoders import ConditionEncoder, Labels, NoConditions, class_labels
+from .latents import Pixels
 
 
 class UNet2DCalls(StockCalls):
@@ -108,27 +110,24 @@ class UNet2DFamily(Family):
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 
     def __init__(self, network: UNet2DModel, scheduler):
-        self.network = network.requires_grad_(False).eval()
-        self.scheduler = scheduler
-        self.schedule, self.kind = from_scheduler(scheduler)
-        self.clipping = clipping_of(scheduler)
-        if isinstance(self.schedule, FlowSchedule):
-            self.schedule.integer_labels = True  # the stock schedulers of pixel pipelines truncate their labels
-        config = network.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        schedule, kind = from_scheduler(scheduler)
+        if isinstance(schedule, FlowSchedule):
+            schedule.integer_labels = True  # the stock schedulers of pixel pipelines truncate their labels
+        shape = UNet2DCalls.noise_shape_of(network.config)
+        _, height, width = shape
         if height == width:
             network.register_to_config(sample_size=height)  # the consistency pipeline takes no pair
-        self.sample_shape = (config.in_channels, height, width)
-        if config.num_class_embeds:
-            self.condition_kind = "label"
-        self._set_null(stamp_of(network).get("null_label"))
-        # what we exported says all it knows
+        network = network.requires_grad_(False).eval()
+        null = stamp_of(network).get("null_label")
+        super().__init__(network, schedule, kind, shape, condition_encoder_of(network, null), Pixels(shape), scheduler)
+        # a folder that stepdistill exported says all that it knows
         self.knows_null = self.condition_kind == "none" or self.has_null or "version" in stamp_of(network)
 
-    def _set_null(self, label: int | None) -> None:
-        self.null_label, self.has_null = label, label is not None
-        self.labels = class_labels(self.network.config.num_class_embeds, label)
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for no class; None: there is none."""
+        encoder = self.condition_encoder
+        return encoder.null_label if isinstance(encoder, Labels) else None
 
     def state_null_label(self, label: int, source: str) -> None:
         if self.condition_kind == "none":
@@ -140,24 +139,24 @@ class UNet2DFamily(Family):
             )
         _check_null(label, self.network, f"teacher.null_label = {label}: the teacher {source}")
         self.network.register_to_config(_stepdistill={**stamp_of(self.network), "null_label": label})
-        self._set_null(label)
+        self.condition_encoder = condition_encoder_of(self.network, label)
         self.knows_null = True
 
     @classmethod
-    def from_components(cls, components: dict, source: str) -> UNet2DFamily:
-        """From a loaded pipeline's components.
+    def from_pipeline(cls, pipeline: DDPMPipeline | ConsistencyModelPipeline, source: str) -> UNet2DFamily:
+        """From a loaded pipeline.
 
         Raises:
             UserError: a network that is called in another way, without a sample size, or that learns its variance;
                 pictures that are not square, where no stock pipeline draws them.
         """
-        network = components["unet"]
+        network = pipeline.unet
         cls.check_network(network, source)
         null = stamp_of(network).get("null_label")
         if null is not None:
             where = f"teacher {source}: null_label = {null!r} under _stepdistill in its unet/config.json, which"
             _check_null(null, network, where)
-        family = cls(network, components["scheduler"])
+        family = cls(network, pipeline.scheduler)
         labels = family.condition_kind == "label"
         if not family.is_square and (labels or isinstance(family.schedule, EDMSchedule)):
             _, height, width = family.sample_shape
@@ -184,19 +183,6 @@ class UNet2DFamily(Family):
 
     def fresh_network(self, like: nn.Module | None = None) -> UNet2DModel:
         return UNet2DModel.from_config((self.network if like is None else like).config)
-
-    def encode_conditions(self, items: list) -> Condition:
-        if self.condition_kind == "none":
-            return {}
-        return {"label": torch.as_tensor(items, dtype=torch.long, device=self.device)}
-
-    def null_condition(self, count: int) -> Condition:
-        if not self.has_null:
-            raise UserError(
-                "this teacher has no null label, so it cannot be guided: set guidance_scale to 1, or say with "
-                "teacher.null_label which of its labels is that"
-            )
-        return {"label": torch.full((count,), self.null_label, dtype=torch.long, device=self.device)}
 
     def complete_weights(self, weights: dict[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
         """An exported student has no null label: that of ``like`` is put back."""
@@ -242,9 +228,10 @@ def stamp_of(network: nn.Module) -> dict[str, Any]:
     return dict(stamp) if isinstance(stamp, dict) else {}
 
 
-def class_labels(embeddings: int | None, null_label: int | None) -> tuple[int, ...]:
-    """The labels that stand for a class, of so many embeddings (None: of no labels)."""
-    return tuple(label for label in range(embeddings or 0) if label != null_label)
+def condition_encoder_of(network: nn.Module, null_label: int | None) -> ConditionEncoder:
+    """The labels of a network's embedding; nothing where it has none."""
+    embeddings = network.config.num_class_embeds
+    return Labels(embeddings, null_label) if embeddings else NoConditions()
 
 
 def _check_null(label: Any, network: UNet2DModel, what: str) -> None:

@@ -4,35 +4,10 @@ all of its blocks (PCM, 2405.18407)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-
-class _Reached(Exception):
-    """Raised by a hook to end a forward pass once all features are there: what follows is never run."""
-
-
-def features_at(modules: Sequence[nn.Module], forward: Callable[[], object]) -> list[Tensor]:
-    """The outputs of ``modules`` during ``forward()``, (B, F, h, w) each; what runs after the last is not computed."""
-    outputs: dict[nn.Module, Tensor] = {}
-
-    def keep(module, _inputs, output):
-        outputs[module] = output[0] if isinstance(output, tuple) else output
-        if len(outputs) == len(modules):
-            raise _Reached
-
-    handles = [module.register_forward_hook(keep) for module in modules]
-    try:
-        forward()
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [outputs[module] for module in modules]
-
 
 CHANNELS_A_GROUP = 8
 """At least so many channels share a norm's group: after the last 4x4 convolution a group sees one value a channel, so

@@ -15,7 +15,6 @@ from stepdistill.families.base import Family
 from stepdistill.finiteness import Watch
 
 from .adapters import AdapterSwitch
-from .discriminator import features_at
 from .settings import LoRASettings
 
 
@@ -110,19 +109,22 @@ class Role:
         return schedule.to_x0(output.to(torch.promote_types(output.dtype, x.dtype)), self.kind, x, last)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The mid-block's output at x_t, (B, F, h, w); the decoder is not run."""
-        (output,) = self._outputs_of([self.family.mid_block(self.network)], x_t, t, condition)
-        return output
+        """The encoder's last feature at x_t, (B, F, h, w); the decoder is not run."""
+        (feature,) = self._features(x_t, t, condition, every=False)
+        return feature
 
     def feature_maps(self, x_t: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """The outputs of all blocks at x_t, (B, F, h, w) each, in the order in which they run."""
-        return self._outputs_of(self.family.feature_blocks(self.network), x_t, t, condition)
+        return self._features(x_t, t, condition, every=True)
 
-    def _outputs_of(self, blocks: list[nn.Module], x_t: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
-        maps = features_at(blocks, lambda: self(x_t, t, condition))
-        for feature_map in maps:
-            self.watch.note(self.name, feature_map, self.schedule.network_time(t))
-        return maps
+    def _features(self, x_t: Tensor, t: Tensor, condition: Condition, every: bool) -> list[Tensor]:
+        x, time = self.schedule.network_input(x_t, t), self.schedule.network_time(t)
+        self.meter.count(x, self.trains)
+        with self.active(), precision.computing(x.device, self.autocast_dtype):
+            features = self.family.features(self.network, x, time, condition, every)
+        for feature in features:
+            self.watch.note(self.name, feature, time)
+        return features
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What this role trains, by name."""

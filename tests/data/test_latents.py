@@ -83,7 +83,7 @@ def test_a_file_that_is_cut_short_is_made_again(tmp_path):
 
 def test_a_teacher_of_pixels_has_none(tmp_path):
     assert cached_latents(SimpleNamespace(vae=None), pictures(), tmp_path / "cache") is None
-    assert cached_latents(SimpleNamespace(), pictures(), tmp_path / "cache") is None
+    assert cached_latents(SimpleNamespace(vae=None), pictures(), tmp_path / "cache") is None
     assert not (tmp_path / "cache").exists()
 
 

@@ -20,7 +20,7 @@ from stepdistill.data.partition import PartitionSettings, make_router
 from stepdistill.data.router import Router
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
-from stepdistill.families.stable_diffusion import PromptEncoder
+from stepdistill.families.clip_text import PromptEncoder
 
 WORDS = {
     "kind": ["a cat", "two dogs", "the red bus", "an owl", "big ships", "my house"],

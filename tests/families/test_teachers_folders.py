@@ -249,10 +249,12 @@ NETWORKS = {
 def test_a_network_that_is_called_otherwise_is_refused(name, folders):
     make, changes, says = NETWORKS[name]
     family = UNet2DFamily if make is pixel_network else StableDiffusionFamily
-    parts = DiffusionPipeline.from_pretrained(folders["pixels" if family is UNet2DFamily else "latents"]).components
-    family.from_components({**parts, "unet": make()}, "X")
+    pipeline = DiffusionPipeline.from_pretrained(folders["pixels" if family is UNet2DFamily else "latents"])
+    pipeline.register_modules(unet=make())
+    family.from_pipeline(pipeline, "X")
+    pipeline.register_modules(unet=make(**changes))
     with pytest.raises(UserError, match=f"teacher X: .*{says}"):
-        family.from_components({**parts, "unet": make(**changes)}, "X")
+        family.from_pipeline(pipeline, "X")
 
 
 # -- pictures that are not square --------------------------------------------------------------------------------

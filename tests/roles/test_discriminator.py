@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from stepdistill.roles.discriminator import DiscriminatorHead, MapHeads, features_at, norm_groups
+from stepdistill.families.features import features_at
+from stepdistill.roles.discriminator import DiscriminatorHead, MapHeads, norm_groups
 
 NARROW = [8, 16, 32, 64]
 

@@ -32,7 +32,7 @@ def stable_diffusion() -> StableDiffusionFamily:
     """The denoising network alone; VAE and text encoder are stand-ins that are not called."""
     network = tiny.condition_unet()
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    return StableDiffusionFamily(network, tiny.scheduler("sd_ddim_eps"), vae, nn.Identity(), None)
+    return StableDiffusionFamily.of(network, tiny.scheduler("sd_ddim_eps"), vae, nn.Identity(), None)
 
 
 FAMILIES = {"unet2d": unet2d, "stable_diffusion": stable_diffusion}

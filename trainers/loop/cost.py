@@ -11,31 +11,37 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import Condition
+from stepdistill.denoiser import Condition, Prediction
 from stepdistill.devices import DTYPES
 from stepdistill.errors import UserError
-from stepdistill.families.random_sizes import RANDOM_SIZES, random_stable_diffusion
+from stepdistill.families.random_sizes import RANDOM_SIZES, random_family
 from stepdistill.roles.role import Role
-from stepdistill.trainers.plans.build import build_trainer
+from stepdistill.trainers.plans.build import Fit, build_trainer
 from stepdistill.trainers.plans.job import Job
 
 from .trainer import Trainer
 
+How = Literal["__call__", "signal", "features", "feature_maps"]
+"""The methods of a role that call its network."""
+
+PROMPTS = ["a photo of a cat", "a red bus", "two dogs in the snow", "a bowl of fruit"]
+"""What a teacher of random weights is asked for."""
+
 
 @dataclass
 class Call:
-    """One recorded pass: who was asked what, and which backward followed."""
+    """One recorded network pass: the role, what it was called with, and which backward followed."""
 
     role: Role
     x: Tensor
     time: Tensor
     condition: Condition
-    how: Literal["prediction", "features", "signal"]
+    how: How
     to_weights: bool
     to_input: bool
 
@@ -48,49 +54,41 @@ class Call:
         """The pass alone."""
         x = self.x.detach().requires_grad_(self.to_input)
         with torch.set_grad_enabled(self.to_weights or self.to_input):
-            run = self.role if self.how == "prediction" else getattr(self.role, self.how)
-            output = run(x, self.time, self.condition)
-            output = output.output if self.how == "prediction" else output
+            result = getattr(self.role, self.how)(x, self.time, self.condition)
+        if isinstance(result, list):
+            outputs = result
+        else:
+            outputs = [result.output if isinstance(result, Prediction) else result]
+        ones = [torch.ones_like(output) for output in outputs]
         if self.to_weights:
-            output.backward(torch.ones_like(output))
+            torch.autograd.backward(outputs, ones)
             for parameter in self.role.parameters().values():
                 parameter.grad = None
         elif self.to_input:
-            torch.autograd.grad(output, x, torch.ones_like(output))
+            torch.autograd.grad(outputs, x, ones)
 
 
 def record(trainer: Trainer, run: Callable[[], None]) -> list[Call]:
     """The network passes that ``run`` makes."""
     calls: list[Call] = []
-    inside = {"features": False}
-    own_call, own_features, own_signal = Role.__call__, Role.features, Role.signal
+    methods = {how: getattr(Role, how) for how in get_args(How)}
 
-    def note(role: Role, x: Tensor, t: Tensor, condition: Condition, how: str) -> None:
-        grad = torch.is_grad_enabled()
-        to_input = grad and x.requires_grad
-        to_weights = grad and role.trains and not to_input
-        calls.append(Call(role, x.detach(), t, condition, how, to_weights, to_input))
+    def recording(how: How) -> Callable:
+        def call(role: Role, x: Tensor, t: Tensor, condition: Condition):
+            to_input = torch.is_grad_enabled() and x.requires_grad
+            to_weights = torch.is_grad_enabled() and role.trains and not to_input
+            calls.append(Call(role, x.detach(), t, condition, how, to_weights, to_input))
+            return methods[how](role, x, t, condition)
 
-    def call(role: Role, x_t: Tensor, t: Tensor, condition: Condition):
-        note(role, x_t, t, condition, "features" if inside["features"] else "prediction")
-        return own_call(role, x_t, t, condition)
+        return call
 
-    def signal(role: Role, eps: Tensor, t: Tensor, condition: Condition):
-        note(role, eps, t, condition, "signal")
-        return own_signal(role, eps, t, condition)
-
-    def features(role: Role, *arguments):
-        inside["features"] = True
-        try:
-            return own_features(role, *arguments)
-        finally:
-            inside["features"] = False
-
-    Role.__call__, Role.features, Role.signal = call, features, signal
+    for how in methods:
+        setattr(Role, how, recording(how))
     try:
         run()
     finally:
-        Role.__call__, Role.features, Role.signal = own_call, own_features, own_signal
+        for how, method in methods.items():
+            setattr(Role, how, method)
     return calls
 
 
@@ -108,17 +106,19 @@ def measure_step(job: Job, seconds: float, random_size: str | None = None) -> st
     """Measure for about ``seconds`` and say it as a table.
 
     Args:
-        random_size: a network with random weights in place of the config's teacher; see ``RANDOM_SIZES``.
+        random_size: a teacher of prompts with random weights in place of the config's, and prompts in place of its
+            data; see ``RANDOM_SIZES``.
 
     Raises:
         UserError: an unknown size.
     """
-    family = None
+    family, fit = None, None
     if random_size is not None:
         if random_size not in RANDOM_SIZES:
             raise UserError(f"--random-size {random_size}: sizes are {', '.join(RANDOM_SIZES)}")
-        family = random_stable_diffusion(random_size, DTYPES[job.config.teacher.dtype])
-    trainer = build_trainer(job, None, family=family)
+        family = random_family(random_size, DTYPES[job.config.teacher.dtype])
+        fit = Fit(PROMPTS, PROMPTS)
+    trainer = build_trainer(job, None, family=family, fit=fit)
     trainer.use_attention()
     device = trainer.family.device
 

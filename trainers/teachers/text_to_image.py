@@ -30,7 +30,8 @@ from stepdistill.data.grid import save_grid
 from stepdistill.data.order import Order
 from stepdistill.denoiser import Prediction
 from stepdistill.errors import UserError
-from stepdistill.families.stable_diffusion import StableDiffusionFamily, encode_prompts
+from stepdistill.families.clip_text import encode_prompts
+from stepdistill.families.stable_diffusion import StableDiffusionFamily
 from stepdistill.files import replacing_folder, write_tensors
 from stepdistill.objectives.denoising import capped_snr_weight, denoising_loss
 from stepdistill.pipelines.saving import save_in_one_dtype
@@ -142,7 +143,7 @@ def train_text_teacher(config: TextTeacherConfig, device: str = "cpu") -> Path:
     shape = (channels, height, width)
     unet = networks.build_unet(net.block_channels, net.attention, net.layers_per_block, net.heads, shape, text.width)
     unet, text_encoder = unet.to(device), text_encoder.to(device)
-    family = StableDiffusionFamily(unet, text_teacher_scheduler(), vae, text_encoder, tokenizer)
+    family = StableDiffusionFamily.of(unet, text_teacher_scheduler(), vae, text_encoder, tokenizer)
     steps = _train_denoiser(config, family, latents, known, device)
     unet.register_to_config(
         _stepdistill={
@@ -234,7 +235,7 @@ def _train_denoiser(
 def _show_samples(config: TextTeacherConfig, family: StableDiffusionFamily, both: nn.ModuleDict, path: Path) -> None:
     """Pictures of the configured prompts by the stock pipeline, from fixed noise."""
     settings, prompts = config.samples, config.samples.prompts
-    averaged = StableDiffusionFamily(
+    averaged = StableDiffusionFamily.of(
         both["unet"], text_teacher_scheduler(), family.vae, both["text_encoder"], family.tokenizer
     )
     pipeline = averaged.pipeline(averaged.network, averaged.scheduler)
