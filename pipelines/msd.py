@@ -34,7 +34,7 @@ from stepdistill.families import Family, calls_of, claiming_family
 from stepdistill.readers import read_json, regular
 from stepdistill.seeds import SEEDS
 from stepdistill.seeds import generator as seeded
-from stepdistill.stock.folders import MANIFEST, check_replaceable, is_whole, missing
+from stepdistill.stock.folders import MANIFEST, check_replaceable, find_missing, is_whole
 from stepdistill.stock.loading import load_pipeline, read_index
 
 from .card import students_card
@@ -386,7 +386,7 @@ def export_students(folders: list[Path], router: Router, path: Path) -> Path:
     for k, folder in enumerate(folders):
         if folder.is_dir() and not is_whole(folder):
             raise UserError(
-                f"{folder}: student {k} is not whole ({missing(folder)} is missing or cut short); train it with "
+                f"{folder}: student {k} is not whole ({find_missing(folder)} is missing or cut short); train it with "
                 f"--student {k}, which exports it again"
             )
     provenances = [check_student(folder, router, k) for k, folder in enumerate(folders)]

@@ -134,4 +134,4 @@ def _has_its_size(file: Path) -> bool:
 
 def _digest(state: dict[str, Any]) -> str:
     """SHA-256 of a state as JSON."""
-    return hashlib.sha256(json.dumps(files.finite(state), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(files.replace_non_finite(state), sort_keys=True).encode()).hexdigest()

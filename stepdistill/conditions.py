@@ -35,7 +35,7 @@ def are_labels(names: Iterable[str]) -> bool:
     return all(name.isascii() and name.isdigit() for name in names)
 
 
-def labels_of_names(names: Iterable[str], source: str) -> dict[str, int]:
+def number_classes(names: Iterable[str], source: str) -> dict[str, int]:
     """The number of each class name, in order: whole numbers are labels, other names count from 0 in sorted order.
 
     Args:
@@ -78,7 +78,7 @@ def check_class_count(labels: dict[str, int], conditions: Conditions, source: st
         return
     hollow = f"; without a picture: {', '.join(sorted(empty)[:3])}" if empty else ""
     raise UserError(
-        f"{source}: {len(labels)} classes by name ({listed(labels)}){hollow}, and the teacher knows "
+        f"{source}: {len(labels)} classes by name ({list_first(labels)}){hollow}, and the teacher knows "
         f"{len(conditions.labels)}; give all of the teacher's classes in the order of its labels, or name each by its "
         "label (0, 1, 2, ...)"
     )
@@ -121,7 +121,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdigit() and part.isascii() else (0, 0, part) for part in parts if part]
 
 
-def listed(values: Iterable[Any], most: int = 3) -> str:
+def list_first(values: Iterable[Any], most: int = 3) -> str:
     """The first few of values, in words: ``a, b, c, ... (7 more)``."""
     words = [str(value) for value in values]
     more = len(words) - most

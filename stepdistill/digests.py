@@ -103,7 +103,7 @@ def _compare(file: Path, digest: str, what: str, problem: str) -> None:
 # -- a run's teacher ---------------------------------------------------------------------------------------
 
 
-def digests_of(networks: Mapping[str, nn.Module]) -> Digests:
+def digest_networks(networks: Mapping[str, nn.Module]) -> Digests:
     """The digest of each network's weights, bit for bit, without any LoRA on it.
 
     It is of values, not of how they are stored: a network loaded in half precision has the same digest in float32.

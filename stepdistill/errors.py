@@ -79,7 +79,7 @@ def raised_at(error: BaseException) -> str:
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "no file"
 
 
-def described(value: object) -> str:
+def describe_value(value: object) -> str:
     """What a value is, in errors: ``a dict``, or a tensor's dtype and shape."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     return f"a {type(value).__name__}" if shape is None else f"{dtype} of shape {tuple(shape)}"

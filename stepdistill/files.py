@@ -165,7 +165,7 @@ def write_json(path: str | Path, value: object) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(replace_non_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
@@ -177,23 +177,23 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     """
     from safetensors.torch import save_file
 
-    from .readers import DIGEST, digest_of
+    from .readers import DIGEST, digest_tensors
 
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = metadata or {}
     with replacing(path) as temporary:
-        save_file(whole, temporary, {**metadata, DIGEST: digest_of(whole, metadata)})
+        save_file(whole, temporary, {**metadata, DIGEST: digest_tensors(whole, metadata)})
     return Path(path)
 
 
-def finite(value: object) -> object:
+def replace_non_finite(value: object) -> object:
     """``value`` with every number that is not finite as None."""
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
+        return {k: replace_non_finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
+        return [replace_non_finite(v) for v in value]
     return value
 
 

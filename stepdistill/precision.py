@@ -33,7 +33,7 @@ def computing(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abs
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def norms_in_float32(network: nn.Module) -> None:
+def keep_norms_in_float32(network: nn.Module) -> None:
     """Keep what a float16 network normalises with in float32; other networks are left alone.
 
     A CPU's kernels take bfloat16 samples with float32 weights or bfloat16 ones, not with float16 ones.

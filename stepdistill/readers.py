@@ -212,12 +212,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(regular(path), "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    if DIGEST in metadata and metadata[DIGEST] != digest_of(tensors, metadata):
+    if DIGEST in metadata and metadata[DIGEST] != digest_tensors(tensors, metadata):
         raise ValueError("its content is not what was written: the digest differs")
     return tensors, metadata
 
 
-def digest_of(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+def digest_tensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """SHA-256 of named tensors, bit for bit, and of metadata (the digest in it aside)."""
     sha = hashlib.sha256()
     for name, value in sorted(tensors.items()):

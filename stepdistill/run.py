@@ -294,7 +294,7 @@ class RunFolder:
         Raises:
             UserError: it cannot be written.
         """
-        line = (json.dumps(files.finite(row), allow_nan=False) + "\n").encode()
+        line = (json.dumps(files.replace_non_finite(row), allow_nan=False) + "\n").encode()
         with writing(self.metrics), self.metrics.open("ab", buffering=0) as file:
             end = file.tell()
             try:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import write_config
 
 from stepdistill import assets, checkpoint, files
-from stepdistill.digests import RECORD, check_file, check_folder, digests_of, read_record, write_record
+from stepdistill.digests import RECORD, check_file, check_folder, digest_networks, read_record, write_record
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.pipelines import MSDPipeline
@@ -205,15 +205,15 @@ def other_teacher(folder: Path) -> None:
 def test_the_digest_is_of_values_and_of_no_lora(tmp_path):
     folder = str(tiny.save_stable_diffusion(tmp_path / "teacher"))
     family = load_family(folder)
-    digests = digests_of(family.networks())
+    digests = digest_networks(family.networks())
     assert digests.keys() == {"unet", "vae", "text_encoder"}
     Roles(family, RolesSettings(weights="shared"))
-    assert digests_of(family.networks()) == digests
+    assert digest_networks(family.networks()) == digests
     half = load_family(folder, dtype=torch.bfloat16)
-    halved = digests_of(half.networks())
+    halved = digest_networks(half.networks())
     assert halved.keys() == digests.keys()
     assert all(halved[name] != digests[name] for name in digests)
-    assert digests_of({name: network.float() for name, network in half.networks().items()}) == halved
+    assert digest_networks({name: network.float() for name, network in half.networks().items()}) == halved
 
 
 @pytest.mark.parametrize("stopped", ["before its first checkpoint", "after it"])
@@ -226,9 +226,9 @@ def test_another_teacher_is_noticed_by_resume_and_export(stopped, tmp_path):
     else:  # what was copied without it is noticed by the checkpoint
         (tmp_path / "run" / "environment.json").unlink()
     shutil.copytree(teacher, tmp_path / "kept")
-    now = digests_of(load_family(str(teacher)).networks())["unet"][:12]
+    now = digest_networks(load_family(str(teacher)).networks())["unet"][:12]
     other_teacher(teacher)
-    then = digests_of(load_family(str(teacher)).networks())["unet"][:12]
+    then = digest_networks(load_family(str(teacher)).networks())["unet"][:12]
     results = [stepdistill("distill", config, "--resume")]
     if stopped == "after it":
         results.append(stepdistill("export", tmp_path / "run", "--output", tmp_path / "out"))

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import center_crop
 
 from stepdistill.data.folders import read_folder
 from stepdistill.data.images import ImageSet
-from stepdistill.data.pictures import opaque, upright
+from stepdistill.data.pictures import make_opaque, turn_upright
 from stepdistill.data.pixels import unit_to_bytes
 
 
@@ -60,7 +60,7 @@ class Preprocessing:
 
     def process_file(self, image: Image.Image, mode: str) -> np.ndarray:
         """uint8 (side, side, C) of a picture file, C by PIL's ``mode``."""
-        return self.process_image((opaque(upright(image)) if self.files == "shown" else image).convert(mode))
+        return self.process_image((make_opaque(turn_upright(image)) if self.files == "shown" else image).convert(mode))
 
     def process_image(self, image: Image.Image) -> np.ndarray:
         """uint8 (side, side, C)."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stepdistill.conditions import are_labels, as_caption, labels_of_names, listed
+from stepdistill.conditions import are_labels, as_caption, list_first, number_classes
 from stepdistill.errors import UserError, first_line
 
 from .images import ImageSet
@@ -119,7 +119,7 @@ def read_dataset(
             background,
         )
 
-    hint = f"set caption_column or label_column (the dataset's columns: {listed(dataset.column_names, 8)})"
+    hint = f"set caption_column or label_column (the dataset's columns: {list_first(dataset.column_names, 8)})"
     fingerprint = f"{dataset._fingerprint} {image_column} {background} {shape} {resize}"
     images = ImageSet(name, read, len(dataset), labels, fingerprint, names, hint, (), max_unreadable)
     if shape is not None:
@@ -141,7 +141,7 @@ def _read_labels(dataset: Any, column: str, name: str) -> tuple[list, dict[str, 
         return values, None
     if odd := [value for value in values if value is not None and value >= len(classes)]:
         raise UserError(f"dataset {name!r}: column {column!r}: label {odd[0]} has no name of its {len(classes)}")
-    names = labels_of_names(classes, name) if are_labels(classes) else {c: label for label, c in enumerate(classes)}
+    names = number_classes(classes, name) if are_labels(classes) else {c: label for label, c in enumerate(classes)}
     return [None if value is None or value < 0 else classes[value] for value in values], names
 
 

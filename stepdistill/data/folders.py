@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stepdistill.conditions import NONE, Captions, Conditions, as_caption, labels_of_names, listed
+from stepdistill.conditions import NONE, Captions, Conditions, as_caption, list_first, number_classes
 from stepdistill.errors import UserError
 
 from .images import ImageSet, Label
 from .listing import METADATA, Listing, list_pictures
-from .pictures import Shape, UnreadablePicture, check_kind, fit, open_header, open_picture, upright_size
+from .pictures import Shape, UnreadablePicture, check_kind, fit, open_header, open_picture, size_upright
 from .rows import choose_column, read_rows, read_text, text_columns
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
@@ -85,7 +85,7 @@ def _check_headers(files: list[Path], shape: Shape, resize: bool, as_they_are: b
         try:
             with open_header(file, str(file)) as image:
                 if as_they_are:
-                    check_kind(image, upright_size(image), shape, resize, str(file))
+                    check_kind(image, size_upright(image), shape, resize, str(file))
         except UnreadablePicture as error:
             unreadable[index] = str(error)
     return unreadable
@@ -110,15 +110,15 @@ def _labels(listing: Listing, column: str | None, key: str) -> tuple[Sequence[La
         )
     if loose:
         raise UserError(
-            f"{key}: {source}: {listed(loose)} lie next to the folders of classes; move every picture into the folder "
-            "of its class"
+            f"{key}: {source}: {list_first(loose)} lie next to the folders of classes; move every picture into the "
+            "folder of its class"
         )
     if set(map(str.lower, listing.folders)) <= SPLITS or all(len(parts) > 2 for parts in inside):
         raise UserError(
-            f"{key}: {source}: its folders ({listed(listing.folders)}) are none of classes, these lie deeper; name one "
-            f"of them, such as {listing.root / listing.folders[0]}"
+            f"{key}: {source}: its folders ({list_first(listing.folders)}) are none of classes, these lie deeper; name "
+            f"one of them, such as {listing.root / listing.folders[0]}"
         )
-    return [parts[0] for parts in inside], labels_of_names(listing.folders, f"{key}: {source}")
+    return [parts[0] for parts in inside], number_classes(listing.folders, f"{key}: {source}")
 
 
 def _one_label(values: list, file: Path) -> int | str:
@@ -126,7 +126,7 @@ def _one_label(values: list, file: Path) -> int | str:
     stated = {value for value in values if value is not None}
     if len(stated) != 1 or not isinstance(label := stated.pop(), int | str):
         raise UserError(
-            f"{file}: its metadata must give it one label, a number or a class name, not {listed(values) or 'none'}"
+            f"{file}: its metadata must give it one label, a number or a class name, not {list_first(values) or 'none'}"
         )
     return label
 
@@ -165,8 +165,8 @@ def _require_captions(listing: Listing, captions: list[str | None]) -> list[str]
     without = [str(file) for file, caption in zip(listing.files, captions, strict=True) if caption is None]
     if without:
         raise UserError(
-            f"{len(without):,} of {len(captions):,} pictures have no caption: {listed(without)}; write one for each, "
-            "or move these away"
+            f"{len(without):,} of {len(captions):,} pictures have no caption: {list_first(without)}; write one for each"
+            ", or move these away"
         )
     return [caption for caption in captions if caption is not None]
 
@@ -192,7 +192,7 @@ def _read_metadata(
             raise UserError(f"{file.parent}: {twins[0].name} and {twins[1].name}; keep one of them")
         rows = read_rows(file)
         if FILE_NAME not in rows.columns:
-            raise UserError(f"{file}: no column {FILE_NAME!r}; it has {listed(rows.columns, 8) or 'none'}")
+            raise UserError(f"{file}: no column {FILE_NAME!r}; it has {list_first(rows.columns, 8) or 'none'}")
         columns = [name for name in rows.columns if name != FILE_NAME]
         if not required and not (text_columns(columns) if column is None else column in columns):
             continue
@@ -206,5 +206,5 @@ def _read_metadata(
         return None
     gone = [str(path) for path in values if not path.exists()]
     if gone:
-        raise UserError(f"{listing.metadata[0]}: {len(gone):,} of its pictures are not there: {listed(gone)}")
+        raise UserError(f"{listing.metadata[0]}: {len(gone):,} of its pictures are not there: {list_first(gone)}")
     return [values.get(Path(os.path.normpath(file)), []) for file in listing.files]

@@ -15,8 +15,8 @@ from stepdistill.conditions import (
     are_labels,
     check_class_count,
     check_labels,
-    labels_of_names,
-    listed,
+    list_first,
+    number_classes,
     order_note,
     shortened,
 )
@@ -147,7 +147,8 @@ class ImageSet:
         if len(reasons) == 1:
             return reasons[0]
         names = [reason.split(": ")[0] for reason in reasons]
-        return f"{len(reasons):,} of {self.size:,} pictures cannot be used: {listed(names)}; the first: {reasons[0]}"
+        some = list_first(names)
+        return f"{len(reasons):,} of {self.size:,} pictures cannot be used: {some}; the first: {reasons[0]}"
 
     # -- conditions ----------------------------------------------------------------------------------------
 
@@ -203,7 +204,7 @@ class ImageSet:
         if texts and len(texts) < len(stated):
             raise UserError(f"{source}: labels are numbers or names, all of one kind; one is {texts[0]!r}")
         if texts:
-            self._name_classes(self.names or labels_of_names(texts, source), conditions, source)
+            self._name_classes(self.names or number_classes(texts, source), conditions, source)
         check_labels([label for label in self.labels or [] if isinstance(label, int)], conditions.labels, source)
 
     def _name_classes(self, names: dict[str, int], conditions: Conditions, source: str) -> None:
@@ -211,7 +212,7 @@ class ImageSet:
         empty = sorted(set(names) - set(self.captions))
         check_class_count(names, conditions, source, empty)
         if empty:
-            self.notes.append(f"classes without a picture: {listed(empty)}")
+            self.notes.append(f"classes without a picture: {list_first(empty)}")
         if not are_labels(names):
             names = dict(zip(names, conditions.labels, strict=True))
         self.notes += filter(None, [order_note(names)])
@@ -230,7 +231,7 @@ class ImageSet:
         name_of = {label: f" {name}" for name, label in (self.names or {}).items() if name != str(label)}
         sizes = Counter(label for label in labels if isinstance(label, int))
         classes = [f"{label}{name_of.get(label, '')} ({sizes[label]:,})" for label in sorted({*sizes, *name_of})]
-        return f"{count} of labels {listed(classes, 5)}"
+        return f"{count} of labels {list_first(classes, 5)}"
 
     @property
     def usable(self) -> list[int] | None:

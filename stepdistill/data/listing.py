@@ -12,7 +12,7 @@ from typing import Literal
 
 from PIL import Image
 
-from stepdistill.conditions import listed
+from stepdistill.conditions import list_first
 from stepdistill.errors import UserError, first_line
 
 from .pictures import IMAGE_SUFFIXES
@@ -44,7 +44,7 @@ class Listing:
     @property
     def notes(self) -> list[str]:
         """A line on each kind of thing that was passed over."""
-        notes = [f"passed over: {listed(self.hidden)}"] if self.hidden else []
+        notes = [f"passed over: {list_first(self.hidden)}"] if self.hidden else []
         if self.unread:
             kinds = ", ".join(f"{count} of {suffix}" for suffix, count in sorted(self.unread.items()))
             notes.append(f"pictures that are not read: {kinds} ({', '.join(sorted(IMAGE_SUFFIXES))} are)")

@@ -68,15 +68,15 @@ def _unreadable(name: str, error: Exception) -> UnreadablePicture:
     return UnreadablePicture(f"{name}: not a readable image ({first_line(error)}); remove or replace the file")
 
 
-def upright(image: Image.Image) -> Image.Image:
+def turn_upright(image: Image.Image) -> Image.Image:
     """A picture turned as its EXIF orientation says; as it is where that cannot be read."""
     with contextlib.suppress(Exception):
         return ImageOps.exif_transpose(image)
     return image
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of :func:`upright`, by the header alone."""
+def size_upright(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of :func:`turn_upright`, by the header alone."""
     orientation = 1
     if image.format != "PNG" or "exif" in image.info:  # Pillow decodes the whole of any other PNG to look for it
         with contextlib.suppress(Exception):
@@ -84,7 +84,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if orientation in TURNED else image.size
 
 
-def opaque(image: Image.Image, background: str = "white") -> Image.Image:
+def make_opaque(image: Image.Image, background: str = "white") -> Image.Image:
     """A picture on ``background`` where it is transparent; the same one where it has no transparency."""
     if not image.has_transparency_data:
         return image
@@ -125,9 +125,9 @@ def fit(image: Image.Image, shape: Shape | None, resize: bool, name: str, backgr
     if shape is None:
         raise ValueError(f"{name}: these pictures are read for their captions alone, without a shape")
     channels, height, width = shape
-    image = upright(image)
+    image = turn_upright(image)
     check_kind(image, image.size, shape, resize, name)
-    image = opaque(image, background).convert("L" if channels == 1 else "RGB")
+    image = make_opaque(image, background).convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         side = min(image.size[0] / width, image.size[1] / height)
         crop_w, crop_h = side * width, side * height

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from stepdistill.conditions import NONE, Conditions, listed
+from stepdistill.conditions import NONE, Conditions, list_first
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
 
@@ -155,7 +155,7 @@ def _read_folder(root: Path, shape: Shape, settings: PreferenceSettings, conditi
     odd = sorted(names[0] ^ names[1])
     if odd:
         raise UserError(
-            f"pso.pairs.folder = {root}: in one of winner and loser alone: {listed(odd)}; pair or remove them"
+            f"pso.pairs.folder = {root}: in one of winner and loser alone: {list_first(odd)}; pair or remove them"
         )
 
     def read(part: str, conditions: Conditions, column: str | None) -> ImageSet:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepdistill.conditions import listed
+from stepdistill.conditions import list_first
 from stepdistill.errors import UserError, reading
 from stepdistill.readers import read_bytes, regular
 
@@ -87,10 +87,10 @@ def choose_column(columns: Iterable[str], column: str | None, where: str, key: s
     usual = text_columns(columns)
     if not usual:
         raise UserError(
-            f"{where}: no column is called {', '.join(TEXT_COLUMNS[:3])}; it has {listed(columns, 8) or 'none'}: name "
-            f"one with {key}"
+            f"{where}: no column is called {', '.join(TEXT_COLUMNS[:3])}; it has {list_first(columns, 8) or 'none'}: "
+            f"name one with {key}"
         )
-    note = f"{where}: texts are read from column {usual[0]!r}, not {listed(usual[1:])}; {key} names another"
+    note = f"{where}: texts are read from column {usual[0]!r}, not {list_first(usual[1:])}; {key} names another"
     return usual[0], note if len(usual) > 1 else None
 
 
@@ -141,7 +141,7 @@ def _read_json(path: Path) -> Rows:
         if len(usual) != 1:
             raise UserError(
                 f"{path}: a JSON object without one list of texts or rows under text, prompts, captions, annotations "
-                f"or data (its keys are {listed(content, 8)}); write a list"
+                f"or data (its keys are {list_first(content, 8)}); write a list"
             )
         content = lists[usual[0]]
     return _rows_of_objects(content, path)

@@ -26,7 +26,7 @@ from stepdistill.errors import UserError, reading
 from stepdistill.families.base import Family
 from stepdistill.files import write_tensors
 from stepdistill.finiteness import is_finite
-from stepdistill.readers import digest_of, parse_json, read_tensors, regular
+from stepdistill.readers import digest_tensors, parse_json, read_tensors, regular
 from stepdistill.sampler import ddim_times, ode_sample
 from stepdistill.seeds import DistinctSeeds, generator
 
@@ -49,7 +49,7 @@ class PairRecipe:
         if family.clipping is not None:
             facts.append(asdict(family.clipping))
         state = family.network.state_dict()  # a LoRA on it is not the teacher's
-        weights = digest_of({k.replace(".base_layer.", "."): v for k, v in state.items() if "lora_" not in k})
+        weights = digest_tensors({k.replace(".base_layer.", "."): v for k, v in state.items() if "lora_" not in k})
         return hashlib.sha256(f"{json.dumps(facts)} {weights}".encode()).hexdigest()
 
     @property

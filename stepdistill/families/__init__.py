@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepdistill.errors import UserError, reading
-from stepdistill.precision import norms_in_float32
+from stepdistill.precision import keep_norms_in_float32
 from stepdistill.stock.loading import check_index, load_pipeline, read_index
 
 from .base import Family, Source
@@ -125,7 +125,7 @@ def load_family(
     optional = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
     remedy, key = "save it again with save_pretrained", "teacher.variant"
     pipeline = load_pipeline(folder, what, remedy, dtype, variant, key, **optional)
-    norms_in_float32(getattr(pipeline, kind.component))
+    keep_norms_in_float32(getattr(pipeline, kind.component))
     with reading(what, "look at the configs of its parts", "is not understood"):
         teacher = kind.from_pipeline(pipeline, path)
     teacher.source = Source(path, folder, variant)

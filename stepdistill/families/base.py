@@ -20,13 +20,13 @@ from stepdistill.digests import check_folder
 from stepdistill.errors import UserError, reading
 from stepdistill.sampler import FewStepSampler
 from stepdistill.schedule import Clipping, PredictionType, Schedule, clipping_of
-from stepdistill.stock.loading import load_network, oversized, parts_of
-from stepdistill.stock.variants import choose_variant, variants_of
+from stepdistill.stock.loading import load_network, oversized, read_parts
+from stepdistill.stock.variants import choose_variant, find_variants
 
 from . import schedulers
 from .calls import StockCalls
 from .condition_encoders import ConditionEncoder
-from .features import features_at
+from .features import capture_outputs
 from .latents import Latents
 
 
@@ -107,7 +107,7 @@ class Family(abc.ABC):
 
         What else must be there is for :meth:`check_parts`, whose errors say what is wrong.
         """
-        kind = parts_of(index).get(cls.component, ("", ""))[1]
+        kind = read_parts(index).get(cls.component, ("", ""))[1]
         return kind == cls.parts.get(cls.component)
 
     @classmethod
@@ -117,7 +117,7 @@ class Family(abc.ABC):
         Raises:
             UserError: a part that is missing, of another class or not understood, or another pipeline around them.
         """
-        name, parts = index["_class_name"], {part: kind for part, (_, kind) in parts_of(index).items()}
+        name, parts = index["_class_name"], {part: kind for part, (_, kind) in read_parts(index).items()}
         expected = ", ".join(cls.parts)
         known = {*cls.parts, *cls.left_out}
         if more := [f"{part} ({kind})" for part, kind in parts.items() if part not in known]:
@@ -201,7 +201,7 @@ class Family(abc.ABC):
         Takes what :meth:`forward` takes, and is as bare a call as that.
         """
         blocks = self.feature_blocks(network) if every else [self.mid_block(network)]
-        return features_at(blocks, lambda: self.forward(network, x, time, condition))
+        return capture_outputs(blocks, lambda: self.forward(network, x, time, condition))
 
     def denoiser(self, network: nn.Module | None = None, autocast_dtype: torch.dtype | None = None) -> Denoiser:
         """``network`` (the teacher's by default) as a denoiser; it computes as :mod:`stepdistill.precision` says."""
@@ -263,7 +263,7 @@ class Family(abc.ABC):
             check_folder(Path(place), what, (self.component,))
         name = self.component
         with reading(what, "name a student that was exported", f"its {name} cannot be loaded"):
-            variant = choose_variant({name: variants_of(Path(place) / name)}, variant, what, None)
+            variant = choose_variant({name: find_variants(Path(place) / name)}, variant, what, None)
             loaded = load_network(type(self.network), place, what, variant=variant, subfolder=name).state_dict()
         weights, expected = self.complete_weights(loaded, like), like.state_dict()
         shapes, expected_shapes = ({k: v.shape for k, v in state.items()} for state in (weights, expected))

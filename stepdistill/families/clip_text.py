@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepdistill.conditions import ConditionKind
 from stepdistill.denoiser import Condition
-from stepdistill.readers import digest_of
+from stepdistill.readers import digest_tensors
 
 from .condition_encoders import ConditionEncoder
 
@@ -48,7 +48,7 @@ class PromptEncoder:
     def fingerprint(self) -> str:
         """SHA-256 of the encoder's weights and the tokenizer's vocabulary."""
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.sha256(f"{digest_of(self.network.state_dict())} {vocabulary}".encode()).hexdigest()
+        return hashlib.sha256(f"{digest_tensors(self.network.state_dict())} {vocabulary}".encode()).hexdigest()
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Hidden states (B, tokens, width), and their means over the tokens that are no padding, (B, width)."""

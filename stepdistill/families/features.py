@@ -11,7 +11,7 @@ class _Reached(Exception):
     """Raised by a hook to end a forward pass once all features are there: what follows is never run."""
 
 
-def features_at(modules: Sequence[nn.Module], forward: Callable[[], object]) -> list[Tensor]:
+def capture_outputs(modules: Sequence[nn.Module], forward: Callable[[], object]) -> list[Tensor]:
     """The outputs of ``modules`` during ``forward()``, (B, F, h, w) each; what runs after the last is not computed."""
     outputs: dict[nn.Module, Tensor] = {}
 

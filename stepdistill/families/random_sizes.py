@@ -18,7 +18,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from stepdistill.precision import norms_in_float32
+from stepdistill.precision import keep_norms_in_float32
 
 from .stable_diffusion import StableDiffusionFamily
 
@@ -54,7 +54,7 @@ TEXT_ENCODERS = {  # width, layers, heads of CLIP's
 def random_family(size: str, dtype: torch.dtype = torch.float32) -> StableDiffusionFamily:
     """A teacher of a size of :data:`RANDOM_SIZES`, its frozen weights random and in ``dtype``."""
     pipeline = random_pipeline(size, dtype)
-    norms_in_float32(pipeline.unet)
+    keep_norms_in_float32(pipeline.unet)
     return StableDiffusionFamily.from_pipeline(pipeline, size)
 
 

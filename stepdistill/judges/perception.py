@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stepdistill.errors import UserError, described, running
+from stepdistill.errors import UserError, describe_value, running
 from stepdistill.plugins import call_factory, import_attribute
 
 
@@ -54,7 +54,9 @@ def perceptual_loss(model: PerceptualModel, spec: str, pixels: Tensor, real: Ten
     with running(f"perceptual model {spec!r}: called on {len(pixels)} pictures it"):
         loss = model.loss(pixels, real, indices)
     if not isinstance(loss, Tensor) or loss.shape != (len(pixels),) or not loss.is_floating_point():
-        raise UserError(f"perceptual model {spec!r}: gave {described(loss)} for {len(pixels)} pictures; (B,) is needed")
+        raise UserError(
+            f"perceptual model {spec!r}: gave {describe_value(loss)} for {len(pixels)} pictures; (B,) is needed"
+        )
     if pixels.requires_grad and not loss.requires_grad:
         raise UserError(f"perceptual model {spec!r}: its loss has no gradient to the pictures")
     return loss

@@ -51,10 +51,10 @@ def is_whole(folder: str | Path) -> bool:
     """
     folder = Path(folder)
     files.recover(folder)
-    return missing(folder) is None
+    return find_missing(folder) is None
 
 
-def missing(folder: Path) -> str | None:
+def find_missing(folder: Path) -> str | None:
     """The first file that a pipeline's folder, or that of several students, should have and has not; None: whole.
 
     A weight file that is cut short counts as missing.
@@ -79,7 +79,7 @@ def _missing_of_several(folder: Path) -> str | None:
     if not (folder / "router.json").is_file():
         return "router.json"
     for k in range(students):
-        part = missing(folder / f"student-{k}")
+        part = find_missing(folder / f"student-{k}")
         if part is not None:
             return f"student-{k}/{part}"
     return None

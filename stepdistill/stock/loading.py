@@ -25,7 +25,7 @@ from stepdistill.finiteness import check_module
 from stepdistill.readers import read_json, regular
 
 from .folders import INDEX, check_stamp
-from .variants import choose_variant, variants_of
+from .variants import choose_variant, find_variants
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
@@ -89,7 +89,7 @@ def _is_known(library: str) -> bool:
     return library in LIBRARIES or importlib.util.find_spec(f"diffusers.pipelines.{library}") is not None
 
 
-def parts_of(index: dict[str, Any]) -> Parts:
+def read_parts(index: dict[str, Any]) -> Parts:
     """The parts that a checked index lists."""
     return {
         name: (entry[0], entry[1])
@@ -122,11 +122,11 @@ def load_pipeline(
     """
     folder = Path(folder)
     index = read_index(folder, what)
-    parts = {name: part for name, part in parts_of(index).items() if name not in replacements}
+    parts = {name: part for name, part in read_parts(index).items() if name not in replacements}
     check_folder(folder, what, parts.keys())
     with reading(what, remedy, "cannot be loaded"):
         networks = {name: _network_class(*part) for name, part in parts.items()}
-        variants = {name: variants_of(folder / name) for name, network in networks.items() if network is not None}
+        variants = {name: find_variants(folder / name) for name, network in networks.items() if network is not None}
         variant = choose_variant(variants, variant, what, variant_key)
         loaded = dict(replacements)
         for name, network in networks.items():
@@ -209,7 +209,7 @@ def load_network(
         check_config(place, what)
         for file in place.glob("*.safetensors"):
             regular(file)
-        if variant not in variants_of(place):
+        if variant not in find_variants(place):
             variant = None
         arguments["local_files_only"] = True
     elif subfolder is not None:

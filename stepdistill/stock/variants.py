@@ -22,7 +22,7 @@ Variants = set[str | None]
 """Of one network's weights; None stands for plain ones."""
 
 
-def variants_of(folder: Path) -> Variants:
+def find_variants(folder: Path) -> Variants:
     """The variants of a network's folder."""
     names = [WEIGHTS.fullmatch(file.name) for file in folder.glob("*")]
     return {name[1] for name in names if name is not None}

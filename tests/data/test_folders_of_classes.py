@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stepdistill.conditions import Conditions, labels_of_names
+from stepdistill.conditions import Conditions, number_classes
 from stepdistill.data.listing import list_pictures
 from stepdistill.data.sources import load_images
 from stepdistill.errors import UserError
@@ -153,8 +153,8 @@ def test_names_that_differ_in_writing_alone_are_refused(tmp_path, names):
 def test_the_order_of_names_is_that_of_composed_letters():
     decomposed = unicodedata.normalize("NFD", "é")
     assert decomposed < "f" < "é"
-    assert labels_of_names(["f", "é"], "x") == {"f": 0, "é": 1}
-    assert labels_of_names(["f", decomposed], "x") == {"f": 0, decomposed: 1}
+    assert number_classes(["f", "é"], "x") == {"f": 0, "é": 1}
+    assert number_classes(["f", decomposed], "x") == {"f": 0, decomposed: 1}
 
 
 def test_numbers_inside_names_are_pointed_out(tmp_path):

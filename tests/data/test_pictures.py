@@ -14,7 +14,7 @@ from stepdistill.config import check
 from stepdistill.data.arrays import read_npz
 from stepdistill.data.columns import read_dataset
 from stepdistill.data.folders import read_folder
-from stepdistill.data.pictures import fit, opaque, open_picture, upright, upright_size
+from stepdistill.data.pictures import fit, make_opaque, open_picture, size_upright, turn_upright
 from stepdistill.data.preference_pairs import PreferenceSettings, read_preferences
 from stepdistill.data.sources import load_images
 from stepdistill.errors import UserError
@@ -59,15 +59,15 @@ def test_every_orientation_is_turned_upright(orientation, form):
         8: np.rot90(STORED),
     }
     image = open_picture(io.BytesIO(turned(orientation=orientation, form=form)), "x")
-    assert upright_size(image) == expected[orientation].shape[1::-1]
-    np.testing.assert_array_equal(np.asarray(upright(image)), expected[orientation])
+    assert size_upright(image) == expected[orientation].shape[1::-1]
+    np.testing.assert_array_equal(np.asarray(turn_upright(image)), expected[orientation])
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_an_orientation_that_cannot_be_read_is_none():
     image = Image.fromarray(STORED)
     image.info["exif"] = b"Exif\0\0MM\0*\0\0\xff\xff\0\x01"
-    assert upright(image).size == upright_size(image) == (4, 6)
+    assert turn_upright(image).size == size_upright(image) == (4, 6)
 
 
 def test_a_folder_turns_its_pictures(tmp_path):
@@ -152,7 +152,7 @@ def test_half_transparent_pixels_are_mixed():
 def test_a_picture_without_transparency_stays_what_it_is():
     for mode in ("RGB", "L", "CMYK", "P"):
         image = Image.new(mode, (6, 4))
-        assert opaque(image) is image
+        assert make_opaque(image) is image
 
 
 def test_every_reader_puts_transparent_pictures_on_the_configs_colour(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from stepdistill.families.features import features_at
+from stepdistill.families.features import capture_outputs
 from stepdistill.roles.discriminator import DiscriminatorHead, MapHeads, norm_groups
 
 NARROW = [8, 16, 32, 64]
@@ -146,7 +146,7 @@ def test_features_are_the_outputs_of_the_blocks_and_nothing_after_the_last_runs(
     ran = []
     layers[3].register_forward_hook(lambda *_: ran.append(3))
     x = torch.randn(2, 4)
-    maps = features_at([layers[0], layers[2]], lambda: layers(x))
+    maps = capture_outputs([layers[0], layers[2]], lambda: layers(x))
     assert torch.equal(maps[0], layers[0](x))
     assert torch.equal(maps[1], layers[:3](x))
     assert ran == []

@@ -10,7 +10,7 @@ import tiny
 from console import stepdistill
 
 from stepdistill.errors import UserError
-from stepdistill.stock.folders import check_replaceable, is_exported, is_whole, missing
+from stepdistill.stock.folders import check_replaceable, find_missing, is_exported, is_whole
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,11 @@ def test_weights_cut_short_and_missing_shards_are_named(teachers, tmp_path):
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    assert missing(copy) == "unet/diffusion_pytorch_model.safetensors"
+    assert find_missing(copy) == "unet/diffusion_pytorch_model.safetensors"
     file.write_bytes(whole)
     index = {"weight_map": {"a": file.name, "b": "diffusion_pytorch_model-2.safetensors"}}
     (copy / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    assert missing(copy) == "unet/diffusion_pytorch_model-2.safetensors"
+    assert find_missing(copy) == "unet/diffusion_pytorch_model-2.safetensors"
 
 
 def test_only_what_stepdistill_exported_is_written_over(teachers, tmp_path):

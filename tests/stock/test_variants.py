@@ -23,7 +23,7 @@ from stepdistill.pipelines import export_student
 from stepdistill.roles.roles import Roles
 from stepdistill.roles.settings import RolesSettings
 from stepdistill.stock.loading import load_network, load_pipeline
-from stepdistill.stock.variants import WEIGHTS, variants_of
+from stepdistill.stock.variants import WEIGHTS, find_variants
 from stepdistill.trainers.plans import comparison_report as report
 from stepdistill.trainers.plans.build import build_trainer, provenance
 from stepdistill.trainers.plans.job import make_job
@@ -88,9 +88,9 @@ def test_other_files_are_no_weights():
 
 
 def test_a_part_without_the_variant_is_loaded_plain(folders, tmp_path):
-    assert variants_of(folders["both"] / "unet") == {None, "ema"}
-    assert variants_of(folders["alone"] / "unet") == {"ema"}
-    assert variants_of(tmp_path / "nowhere") == set()
+    assert find_variants(folders["both"] / "unet") == {None, "ema"}
+    assert find_variants(folders["alone"] / "unet") == {"ema"}
+    assert find_variants(tmp_path / "nowhere") == set()
     mixed = tiny.save_stable_diffusion(tmp_path / "mixed")
     DiffusionPipeline.from_pretrained(mixed).unet.save_pretrained(mixed / "unet", variant="fp16")
     (mixed / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -105,7 +105,7 @@ def test_weights_in_several_files_are_of_their_variant(tmp_path):
         network.conv_in.weight.add_(1)
     network.save_pretrained(tmp_path, variant="ema", max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    assert variants_of(tmp_path) == {None, "ema"}
+    assert find_variants(tmp_path) == {None, "ema"}
     for variant, offset in ((None, 0), ("ema", 1)):
         loaded = load_network(type(network), tmp_path, "it", variant=variant)
         torch.testing.assert_close(loaded.conv_in.weight, tiny.condition_unet().conv_in.weight + offset)

@@ -31,7 +31,7 @@ from stepdistill.config import Section
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.noise import Noise
-from stepdistill.readers import digest_of
+from stepdistill.readers import digest_tensors
 from stepdistill.roles.recorded import Node, NodeStore
 from stepdistill.settings import RunSettings
 from stepdistill.trainers.loop.causes import RunStopped
@@ -247,8 +247,8 @@ class DisBack(ScoreTrainer):
             "kind": self.roles.fake_score.kind,
             "averaged": False,
             "teacher_loss": self.start_loss,
-            "teacher_sha256": digest_of(self.family.network.state_dict()),
-            "student_sha256": digest_of(self.roles.student.portable_state_dict()),
+            "teacher_sha256": digest_tensors(self.family.network.state_dict()),
+            "student_sha256": digest_tensors(self.roles.student.portable_state_dict()),
         }
 
     # -- backtracking --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from stepdistill.data.prompts import content_notes
 from stepdistill.data.router import Router
 from stepdistill.data.sources import load_images, load_prompts
 from stepdistill.devices import DTYPES
-from stepdistill.digests import digests_of
+from stepdistill.digests import digest_networks
 from stepdistill.errors import UserError, first_line
 from stepdistill.eval.extractors.load import load_extractor
 from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
@@ -289,7 +289,7 @@ def build_trainer(
     config = job.config
     accelerator = accelerator or make_accelerator()
     family = family or load_teacher(config)
-    teacher_digests = digests_of(family.networks())
+    teacher_digests = digest_networks(family.networks())
     family.to(accelerator.device)
     sampler = sampler or job.method.make_sampler(config, family)
     fit = check_fit(job, family) if fit is None else fit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepdistill.errors import UserError, described, running
+from stepdistill.errors import UserError, describe_value, running
 from stepdistill.objectives.feedback import hinge_loss
 
 
@@ -34,7 +34,7 @@ class Reward:
             rewards = self.score(pixels, items)
         if not isinstance(rewards, Tensor) or rewards.shape != (len(pixels),) or not rewards.is_floating_point():
             raise UserError(
-                f"reward {self.name}: gave {described(rewards)} for {len(pixels)} pictures; one number a picture, "
+                f"reward {self.name}: gave {describe_value(rewards)} for {len(pixels)} pictures; one number a picture, "
                 "(B,), is needed"
             )
         return rewards

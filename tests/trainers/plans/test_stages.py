@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from stepdistill.config import merge
 from stepdistill.errors import UserError
-from stepdistill.readers import digest_of
+from stepdistill.readers import digest_tensors
 from stepdistill.roles.lora import read_lora
 from stepdistill.trainers.plans.resolve import resolve
 
@@ -83,7 +83,7 @@ def write(folder: Path, raw: dict) -> Path:
 
 def digests(folder: Path) -> dict[str, str]:
     """Every weight file of a student, by its tensors."""
-    return {str(p.relative_to(folder)): digest_of(load_file(p)) for p in sorted(folder.rglob("*.safetensors"))}
+    return {str(p.relative_to(folder)): digest_tensors(load_file(p)) for p in sorted(folder.rglob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from stepdistill.data.router import Router
 from stepdistill.errors import UserError
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
-from stepdistill.readers import digest_of
+from stepdistill.readers import digest_tensors
 from stepdistill.roles.role import Role
 from stepdistill.trainers.loop.trainer import RealSource, Trainer
 from stepdistill.trainers.methods.regression import Regression
@@ -89,7 +89,7 @@ def run(path: Path, *arguments, report: bool = False) -> str:
 
 def digests(folder: Path) -> dict[str, str]:
     """Every weight file under a folder, by its tensors."""
-    found = {str(p.relative_to(folder)): digest_of(load_file(p)) for p in sorted(folder.rglob("*.safetensors"))}
+    found = {str(p.relative_to(folder)): digest_tensors(load_file(p)) for p in sorted(folder.rglob("*.safetensors"))}
     assert found
     return found
 
@@ -120,7 +120,8 @@ def assert_the_same_run(one: Path, other: Path) -> None:
     tensors, _ = checkpoint.load(checkpoint.latest(one / "checkpoints"))
     again, _ = checkpoint.load(checkpoint.latest(other / "checkpoints"))
     assert {"student", "optimizer-student", "noise"} <= tensors.keys() == again.keys()
-    assert {name: digest_of(group) for name, group in tensors.items()} == {n: digest_of(g) for n, g in again.items()}
+    first, second = ({name: digest_tensors(group) for name, group in part.items()} for part in (tensors, again))
+    assert first == second
     assert rows(one) == rows(other)
     assert len(rows(one)) == 2
     assert digests(one / "student") == digests(other / "student")
@@ -458,7 +459,7 @@ def test_the_second_stage_starts_from_the_firsts_exported_weights(small_run, roo
     assert torch.equal(own[key][:LABELS], exported[key])  # the null label is not exported
     assert all(torch.equal(own[k], exported[k]) for k in own if k != key)
     fake_score, teacher = trainer.roles.fake_score.network, trainer.family.network
-    assert digest_of(fake_score.state_dict()) == digest_of(teacher.state_dict())
+    assert digest_tensors(fake_score.state_dict()) == digest_tensors(teacher.state_dict())
 
 
 def test_no_shared_stage_to_run_is_said(root, tmp_path):
@@ -481,11 +482,11 @@ def test_take_both_goes_on_with_student_and_fake_score(root, recipe_run):
             k: v[:LABELS] if k == "class_embedding.weight" and role.name == "student" else v for k, v in state.items()
         }
         saved = {k: v[: len(cut[k])] for k, v in tensors[role.name].items()}
-        assert digest_of(cut) == digest_of(saved)
-    assert digest_of(trainer.roles.fake_score.state_dict()) != digest_of(trainer.family.network.state_dict())
+        assert digest_tensors(cut) == digest_tensors(saved)
+    assert digest_tensors(trainer.roles.fake_score.state_dict()) != digest_tensors(trainer.family.network.state_dict())
     assert stage.job.config.roles.fake_score_from == str(before.run.path)
     assert resume(trainer, stage.run)  # a stopped stage's own checkpoint comes after
-    assert digest_of(trainer.roles.fake_score.state_dict()) != digest_of(tensors["fake_score"])
+    assert digest_tensors(trainer.roles.fake_score.state_dict()) != digest_tensors(tensors["fake_score"])
 
 
 def test_take_both_goes_on_with_loras(root, tmp_path):
@@ -497,7 +498,7 @@ def test_take_both_goes_on_with_loras(root, tmp_path):
     tensors, _ = checkpoint.load(checkpoint.latest(before.folder.checkpoints))
     for role in (trainer.roles.student, trainer.roles.fake_score):
         assert any(value.any() for key, value in role.state_dict().items() if "lora_B" in key)
-        assert digest_of(role.state_dict()) == digest_of(tensors[role.name])
+        assert digest_tensors(role.state_dict()) == digest_tensors(tensors[role.name])
     other = merge(raw, {"stages": [stages[0], merge(stages[1], {"roles": {"weights": "full"}})]})
     with pytest.raises(UserError, match=r"roles\.fake_score_from = .*hold both runs' roles in the same way"):
         build_trainer(resolve(other).stages[1].job, None)
