@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
 from stepdistill.errors import UserError
-from stepdistill.objectives.segmentation import dice_loss, focal_loss
+from stepdistill.objectives.segmentation import dice_loss
 
 
 @dataclass
@@ -61,7 +62,7 @@ def instance_loss(categories: Tensor, masks: Tensor, truth: list[Instances], mas
     dice = dice_loss(masks[picture, cell].to(logits.dtype).sigmoid(), shapes.to(logits.dtype))
     none = logits.new_zeros(len(truth))
     count = none.index_add(0, picture, torch.ones_like(dice))
-    category_loss = focal_loss(logits, target).sum((1, 2)) / (count + 1)
+    category_loss = sigmoid_focal_loss(logits, target).sum((1, 2)) / (count + 1)
     return category_loss + mask_weight * none.index_add(0, picture, dice) / count.clamp(min=1)
 
 

@@ -1,21 +1,9 @@
-"""The two losses of an instance-segmentation network such as SOLO (1912.04488, eq. 1-4)."""
+"""The mask loss of an instance-segmentation network such as SOLO (1912.04488, eq. 4).
+
+Its other loss, the sigmoid focal loss of categories (1708.02002, eq. 5), is :func:`torchvision.ops.sigmoid_focal_loss`.
+"""
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid
-
-
-def focal_loss(logits: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """``-a_t (1 - p_t)^gamma log p_t`` of each element: the sigmoid focal loss (1708.02002, eq. 5).
-
-    ``p = sigmoid(logits)``; where ``target`` is 1, ``p_t = p`` and ``a_t = alpha``; where it is 0, ``p_t = 1 - p`` and
-    ``a_t = 1 - alpha``.  Computed from the logits, so a saturated one gives neither infinity nor NaN.
-
-    Args:
-        logits: any shape; target: the same shape, 0 or 1.
-    """
-    signed = logits * (2 * target - 1)  # the logit of p_t
-    weight = alpha * target + (1 - alpha) * (1 - target)
-    return -weight * (-signed).sigmoid() ** gamma * logsigmoid(signed)
 
 
 def dice_loss(probabilities: Tensor, target: Tensor) -> Tensor:
