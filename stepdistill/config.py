@@ -46,8 +46,10 @@ class Section(BaseModel):
 
 
 def _excessive(value: Any) -> int | float | None:
-    """A number in nested lists and mappings that is too large or not finite, None without one; sections see to their
-    own."""
+    """A number in nested lists and mappings that is too large or not finite, None without one.
+
+    Nested sections check theirs.
+    """
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
@@ -60,12 +62,12 @@ def _excessive(value: Any) -> int | float | None:
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-def expanded(path: str) -> str:
+def expand_path(path: str) -> str:
     """A path with ``~`` and ``$VAR`` (``${VAR}``) put in, as a shell would; also behind a word and a colon
     (``dinov2:~/weights``).
 
     Raises:
-        ValueError: an empty path, a variable or user that is not there, or characters that no file name has.
+        ValueError: an empty path, an unknown variable or user, or characters that no file name has.
     """
     if not path.strip():
         raise ValueError("the path is empty; name a file or folder, or remove the key")
@@ -83,18 +85,18 @@ def expanded(path: str) -> str:
     return prefix + place
 
 
-UserPath = Annotated[str, AfterValidator(expanded)]
+UserPath = Annotated[str, AfterValidator(expand_path)]
 """A file, folder or hub id in a config; ``~`` and ``$VAR`` are put in."""
 
 
 def user_path(path: str, key: str) -> str:
-    """:func:`expanded`, for a value that is read before its config is checked; ``key`` is its name in errors.
+    """:func:`expand_path`, for a value that is read before its config is checked; ``key`` is its name in errors.
 
     Raises:
-        UserError: as :func:`expanded` does.
+        UserError: as :func:`expand_path` does.
     """
     try:
-        return expanded(path)
+        return expand_path(path)
     except ValueError as error:
         raise UserError(f"{key} = {path[:200]}: {error}") from None
 
@@ -103,7 +105,7 @@ def output_folder(raw: dict[str, Any], where: str, what: str) -> Path:
     """The folder that a raw config's ``output`` names; ``what`` it is of, for errors.
 
     Raises:
-        UserError: there is none, or it is no path.
+        UserError: the key is missing, or its value is no path.
     """
     output = raw.get("output")
     if not isinstance(output, str):
@@ -112,7 +114,7 @@ def output_folder(raw: dict[str, Any], where: str, what: str) -> Path:
 
 
 def section_of(raw: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    """The mapping at ``key`` of a raw config, {} where there is none.
+    """The mapping at ``key`` of a raw config, {} where the key is missing.
 
     Raises:
         UserError: it is something else.
@@ -167,7 +169,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in one YAML file, {} for an empty one; ``inherits`` is a key as any other.
 
     Raises:
-        FileNotFoundError: not there.
+        FileNotFoundError: no such file.
         UserError: not a plain file, not YAML, or another kind of value.
     """
     try:
@@ -228,6 +230,7 @@ def check(model: type[SectionType], raw: dict[str, Any], where: str) -> SectionT
 
 
 def _describe_problem(model: type[BaseModel], error: ErrorDetails) -> str:
+    """One error of pydantic in words, with the key and what is allowed."""
     location = [str(part)[:100] for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":

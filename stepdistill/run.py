@@ -1,4 +1,4 @@
-"""The run folder: what a run was told, what it measured, what it made.
+"""The run folder: the config of a run, its measurements and its results.
 
 config.yaml       the resolved config, defaults included
 environment.json  versions, git state, command, when, digests of the teacher's weights
@@ -92,19 +92,20 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
-def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """A raw config without what may change on the way."""
-    kept = {k: v for k, v in config.items() if k not in FREE_KEYS}
-    if "train" in kept:
-        kept["train"] = {k: v for k, v in (kept["train"] or {}).items() if k not in FREE_TRAIN_KEYS}
+def fixed_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a raw config that must stay the same when its run is resumed."""
+    fixed = {key: value for key, value in config.items() if key not in FREE_KEYS}
+    if "train" in fixed:
+        train = fixed["train"] or {}
+        fixed["train"] = {key: value for key, value in train.items() if key not in FREE_TRAIN_KEYS}
     for section, images in (("data", "images"), ("pso", "pairs")):
-        if (kept.get(section) or {}).get(images):
-            kept[section] = {**kept[section], images: _without(kept[section][images], "max_unreadable")}
-    if kept.get("data"):
-        kept["data"] = _without(kept["data"], "shown")  # of pictures alone
-        if part := kept["data"].get("part"):  # the folder of several students may be moved
-            kept["data"]["part"] = _without(part, "router")
-    return kept
+        if (fixed.get(section) or {}).get(images):
+            fixed[section] = {**fixed[section], images: _without(fixed[section][images], "max_unreadable")}
+    if fixed.get("data"):
+        fixed["data"] = _without(fixed["data"], "shown")  # which concerns pictures alone
+        if part := fixed["data"].get("part"):  # the folder of several students may be moved
+            fixed["data"]["part"] = _without(part, "router")
+    return fixed
 
 
 def _without(section: dict[str, Any], key: str) -> dict[str, Any]:
@@ -114,14 +115,14 @@ def _without(section: dict[str, Any], key: str) -> dict[str, Any]:
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """The keys where two configs differ, with both values."""
     if isinstance(a, dict) and isinstance(b, dict):
-        found = []
+        lines = []
         for key in sorted(a.keys() | b.keys()):
-            found += differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-        return found
+            lines += differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+        return lines
     return [] if a == b else [f"{path} ({shown(a)} there, {shown(b)} now)"]
 
 
-def check_place(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Refuse an output folder that could not be made or written.
 
     Raises:
@@ -138,29 +139,29 @@ def check_place(folder: Path) -> None:
         raise UserError(f"output = {folder}: {existing} cannot be written to; choose another folder, or its rights")
 
 
-def holds_run(
+def check_run_folder(
     folder: Path,
     config: dict[str, Any],
     resume: bool,
-    before: set[str],
-    compared: Callable[[dict[str, Any]], Any] = comparable,
+    early: set[str],
+    fixed: Callable[[dict[str, Any]], Any] = fixed_part,
     what: str = "config",
 ) -> bool:
     """Whether ``folder`` holds the run of this config, to go on with; nothing is written.
 
     Args:
-        before: what may lie there with no run yet, as one that was killed early leaves it.
-        compared: the part of a config that must be the same.
+        early: names that the folder may hold without a run, as one that was killed early leaves it.
+        fixed: takes the part of a config that must be the same.
         what: the config's name in errors.
 
     Raises:
-        UserError: the folder holds a run and resume was not asked for, or the run has another config, or the folder
+        UserError: the folder holds a run and ``resume`` is False, or the run has another config, or the folder
             holds something else or cannot be written.
     """
-    check_place(folder)
+    check_writable(folder)
     saved = folder / "config.yaml"
     if not saved.exists():
-        if folder.is_dir() and not all(_is_early(path, before) for path in folder.iterdir()):
+        if folder.is_dir() and not all(_is_early(path, early) for path in folder.iterdir()):
             raise UserError(f"output = {folder}: the folder is not empty and holds no run; choose another")
         return False
     if not resume:
@@ -169,7 +170,7 @@ def holds_run(
             "output=FOLDER"
         )
     with reading(saved, "choose another output folder", "damaged"):
-        odd = differences(compared(read_mapping(saved)), compared(config))
+        odd = differences(fixed(read_mapping(saved)), fixed(config))
     if odd:
         raise UserError(
             f"output = {folder}: its {what} differs: {'; '.join(odd[:3])}; give it the same, or choose another folder "
@@ -178,11 +179,11 @@ def holds_run(
     return True
 
 
-def _is_early(path: Path, before: set[str]) -> bool:
-    """Whether something in a folder may be there before ``config.yaml`` is."""
+def _is_early(path: Path, early: set[str]) -> bool:
+    """Whether something in a folder may have been written before ``config.yaml``."""
     if path.name == "samples" and path.is_dir():  # earlier versions made it first
         return not any(path.iterdir())
-    return path.name in before or files.is_internal(path)
+    return path.name in early or files.is_internal(path)
 
 
 class RunFolder:
@@ -200,13 +201,13 @@ class RunFolder:
         """Whether there is a run to go on with; nothing is written.
 
         Raises:
-            UserError: the folder holds a run and resume was not asked for, or the run has another config, or the
+            UserError: the folder holds a run and ``resume`` is False, or the run has another config, or the
                 folder holds something else.
         """
-        return holds_run(self.path, config.model_dump(mode="json"), resume, {CACHE, PAIRS})
+        return check_run_folder(self.path, config.model_dump(mode="json"), resume, {CACHE, PAIRS})
 
     def lock(self) -> Lock:
-        """To be held by whoever writes here."""
+        """The lock that a process holds while it writes in the folder."""
         return Lock(self.path, remedy="or choose another folder with output=FOLDER")
 
     def tidy(self) -> None:
@@ -247,11 +248,12 @@ class RunFolder:
         """Record the resolved config."""
         files.write_text(self.path / "config.yaml", dump_yaml(config))
 
-    def keep_metrics_until(self, iteration: int) -> str | None:
+    def drop_metrics_after(self, iteration: int) -> str | None:
         """Drop rows that a resumed run will write again, and lines that are no rows.
 
         Returns:
-            What to tell the user, where more than a last line cut short was dropped; the file as it was is kept beside.
+            What to tell the user, where more than a last line cut short was dropped; the file as it was stays under
+            another name.
 
         Raises:
             UserError: it cannot be read or written.
@@ -285,8 +287,8 @@ class RunFolder:
         if not self.metrics.exists():
             return -1
         with reading(self.metrics, "see to the disk, or move the file away"):
-            found = [_iteration(line) for line in self.metrics.read_bytes().splitlines()]
-        return max((at for at in found if at is not None), default=-1)
+            iterations = [_iteration(line) for line in self.metrics.read_bytes().splitlines()]
+        return max((iteration for iteration in iterations if iteration is not None), default=-1)
 
     def append(self, row: dict[str, Any]) -> None:
         """One more row of metrics; what is no number becomes null.
@@ -301,7 +303,7 @@ class RunFolder:
                 while line:
                     line = line[file.write(line) :]
             except OSError:
-                with contextlib.suppress(OSError):  # no half row: the rest may come once there is space
+                with contextlib.suppress(OSError):  # no half row: the rest may come once the disk has space
                     file.truncate(end)
                 raise
 

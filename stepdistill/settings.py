@@ -65,9 +65,9 @@ class ImagesSettings(Section):
 
     @model_validator(mode="after")
     def _one_source(self):
-        given = [k for k in ("folder", "npz", "dataset") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(f"set exactly one of folder, npz, dataset (set: {', '.join(given) or 'none'})")
+        sources = [key for key in ("folder", "npz", "dataset") if getattr(self, key) is not None]
+        if len(sources) != 1:
+            raise ValueError(f"set exactly one of folder, npz, dataset (set: {', '.join(sources) or 'none'})")
         if self.label_column is not None and self.caption_column is not None:
             raise ValueError("set label_column or caption_column, not both: a teacher takes labels or captions")
         return self
@@ -99,7 +99,7 @@ class DataSettings(Section):
         "folder of pictures with captions, or of save_to_disk; asset:NAME is allowed",
     )
     prompt_column: str | None = Field(
-        None, description="the column of prompts; by default the first of text, prompt, caption that is there"
+        None, description="the column of prompts; by default the first of text, prompt, caption that it has"
     )
     prompt_dataset: PromptColumnSettings | None = None
     prompts_from_images: bool = Field(False, description="the prompts are the captions of images")
@@ -162,9 +162,9 @@ class OptimizerSettings(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    warmup: int = Field(0, ge=0, le=10**9, description="linear, over this role's own updates; starts at lr / warmup")
+    warmup: int = Field(0, ge=0, le=10**9, description="linear, over the updates of this role; starts at lr / warmup")
     decay: int = Field(
-        0, ge=0, le=10**9, description="then linearly towards 0 at this many of its own updates; 0 is constant"
+        0, ge=0, le=10**9, description="then linearly towards 0 at this many of its updates; 0 is constant"
     )
     clip: float = Field(10.0, gt=0, description="the gradient norm is clipped to this")
 
@@ -207,7 +207,7 @@ class TrainSettings(Section):
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """What networks are asked to compute in; None is float32."""
+        """The number format that networks compute in; None is float32."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
     @field_validator("attention")
@@ -227,7 +227,7 @@ class JudgeSettings(Section):
     seed: Seed = 1234
     extractor: UserPath | None = Field(None, description="feature network: asset:NAME, a file, or inception")
     reference: UserPath | None = Field(None, description="reference statistics: asset:NAME or a file")
-    teacher_steps: list[Steps] = Field([], description="teacher step counts measured beside its full number")
+    teacher_steps: list[Steps] = Field([], description="more numbers of steps at which the teacher is measured")
     teacher_guidance_scale: float | None = Field(None, ge=0)
     latency: bool = True
     stages: bool = Field(False, description="of a recipe: the student of every stage too")

@@ -15,7 +15,7 @@ import stepdistill
 import stepdistill.eval
 import stepdistill.trainers
 from stepdistill import plain_yaml
-from stepdistill.config import Section, apply_overrides, check, dump_yaml, expanded, merge, read_yaml
+from stepdistill.config import Section, apply_overrides, check, dump_yaml, expand_path, merge, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.settings import RunSettings
 from stepdistill.trainers.plans.job import make_job
@@ -398,14 +398,14 @@ def test_every_path_of_every_section_takes_home_and_variables():
 def test_a_path_is_read_as_a_shell_would(monkeypatch, path, expected):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("PLACE", "/data")
-    assert expanded(path) == expected
+    assert expand_path(path) == expected
 
 
 @pytest.mark.parametrize("path", ["", "  ", "$NOWHERE/a", "${NOWHERE}", "~nobody-of-this-name/a", "a\0b"])
 def test_a_path_that_names_nothing_is_refused(monkeypatch, path):
     monkeypatch.delenv("NOWHERE", raising=False)
     with pytest.raises(ValueError, match=r"name a file|not set|no user|no file name"):
-        expanded(path)
+        expand_path(path)
 
 
 def test_a_parent_may_lie_in_a_folder_of_the_environment(tmp_path, monkeypatch):

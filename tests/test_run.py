@@ -158,7 +158,7 @@ def test_rows_after_the_checkpoint_and_a_last_line_cut_short_are_dropped(run, cu
     before = run.metrics.read_text().splitlines()
     with run.metrics.open("a") as file:
         file.write(cut)
-    run.keep_metrics_until(3)
+    run.drop_metrics_after(3)
     assert run.metrics.read_text().splitlines() == before[:3]
     run.append({"iteration": 4})
     assert rows(run) == [1, 2, 3, 4]
@@ -183,20 +183,20 @@ def test_good_rows_behind_a_damaged_line_stay(run, damage, where):
     good = run.metrics.read_bytes().splitlines(keepends=True)
     before = b"".join([*good[:where], DAMAGES[damage] + b"\n", *good[where:]])
     run.metrics.write_bytes(before)
-    note = run.keep_metrics_until(3)
+    note = run.drop_metrics_after(3)
     assert run.metrics.read_bytes() == b"".join(good[:3])
     assert note == f"{run.metrics}: 1 damaged lines are left out; the file as it was is metrics.jsonl.damaged"
     assert (run.path / "metrics.jsonl.damaged").read_bytes() == before
-    assert run.keep_metrics_until(3) is None
+    assert run.drop_metrics_after(3) is None
     run.metrics.write_bytes(before)
-    run.keep_metrics_until(3)
+    run.drop_metrics_after(3)
     assert (run.path / "metrics.jsonl.damaged-2").read_bytes() == before
 
 
 def test_a_last_row_without_its_end_of_line_is_a_row(run):
     run.append({"iteration": 1})
     run.metrics.write_bytes(run.metrics.read_bytes().rstrip())
-    assert run.keep_metrics_until(1) is None
+    assert run.drop_metrics_after(1) is None
     run.append({"iteration": 2})
     assert rows(run) == [1, 2]
 
@@ -227,8 +227,8 @@ def test_a_row_that_the_disk_does_not_take_leaves_no_half_of_it(run, monkeypatch
 
 
 def test_without_a_checkpoint_all_rows_go_and_no_file_is_no_trouble(run):
-    run.keep_metrics_until(5)
+    run.drop_metrics_after(5)
     assert not run.metrics.exists()
     run.append({"iteration": 0})
-    run.keep_metrics_until(-1)
+    run.drop_metrics_after(-1)
     assert run.metrics.read_text() == ""

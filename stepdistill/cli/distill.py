@@ -103,4 +103,4 @@ def methods() -> None:
 
     for name, method in METHODS.items():
         print(f"{name:12s} {method.title}")
-    print(f"{'msd':12s} a section beside any of them: several students of one teacher (2410.23274)")
+    print(f"{'msd':12s} a section for any of them: several students of one teacher (2410.23274)")

@@ -136,7 +136,7 @@ def test_methods_lists_every_method_with_its_title():
     result = stepdistill("methods")
     assert result.code == 0
     assert len(result.out.splitlines()) == len(METHODS) + 1
-    assert re.search(r"^msd +a section beside any of them", result.out, re.MULTILINE)
+    assert re.search(r"^msd +a section for any of them", result.out, re.MULTILINE)
     for name, method in METHODS.items():
         assert re.search(rf"^{name} +{re.escape(method.title)}$", result.out, re.MULTILINE)
 

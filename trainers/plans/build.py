@@ -352,7 +352,7 @@ def resume(trainer: Trainer, run: RunFolder) -> bool:
     resumed = restore_latest(trainer, run)
 
     def keep_rows() -> None:
-        note = run.keep_metrics_until(trainer.counters["iteration"] if resumed else -1)
+        note = run.drop_metrics_after(trainer.counters["iteration"] if resumed else -1)
         if note is not None:
             print(f"note: {note}")
         written = run.last_iteration()  # a run that was stopped again has them in its file and its checkpoint

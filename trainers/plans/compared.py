@@ -18,7 +18,7 @@ from stepdistill import checkpoint, files
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError, reading
 from stepdistill.readers import read_json
-from stepdistill.run import RunFolder, comparable, holds_run
+from stepdistill.run import RunFolder, check_run_folder, fixed_part
 from stepdistill.settings import Steps
 from stepdistill.trainers.loop.trainer import passes_of
 
@@ -37,7 +37,9 @@ class ComparedRunSettings(Section):
     )
     overrides: list[str] = Field([], description="key=value for it alone")
     tunes: str | None = Field(None, description="another run, whose student this one starts from; its passes are extra")
-    steps: list[Steps] = Field([], description="numbers of steps that the student is measured at; its own by default")
+    steps: list[Steps] = Field(
+        [], description="numbers of steps to measure the student at; that of its folder by default"
+    )
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ComparedRun:
 
     Attributes:
         title: the name in the comparison's config; ``name`` has the seed too, where there are several.
-        seed: None: the config's own.
+        seed: None: that of the run's config.
         tuned: the run whose student this one tunes.
     """
 
@@ -78,11 +80,11 @@ class ComparedRun:
         """Refuse a finished run that is not what the config describes, at its budget.
 
         Raises:
-            UserError: it was made by another config, or in another number of passes or updates.
+            UserError: it was made by another config, or with another number of passes or updates.
         """
         self.plan.check_folder(resume=True)
         for job in self.plan.jobs:
-            holds_run(Path(job.config.output), job.config.model_dump(mode="json"), True, set(), _with_budget)
+            check_run_folder(Path(job.config.output), job.config.model_dump(mode="json"), True, set(), _with_budget)
 
     def common_settings(self) -> dict[str, Any]:
         """What all runs of a comparison must have in common; the seed, where the comparison does not set it."""
@@ -103,7 +105,7 @@ def _with_budget(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a finished run's config that must be that of its comparison: its end too."""
     train = config.get("train") or {}
     budget = "updates" if train.get("max_passes") is None else "max_passes"  # whose updates are enough
-    compared = comparable(config)
+    compared = fixed_part(config)
     return {**compared, "train": {**compared.get("train", {}), budget: train.get(budget)}}
 
 

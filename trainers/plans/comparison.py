@@ -18,7 +18,7 @@ from stepdistill.errors import UserError
 from stepdistill.eval.measure.results import read_results
 from stepdistill.eval.show.tables import text_table
 from stepdistill.locks import Lock
-from stepdistill.run import check_place
+from stepdistill.run import check_writable
 from stepdistill.stock.folders import is_free
 from stepdistill.trainers.loop.trainer import Trainer
 
@@ -36,8 +36,8 @@ class Comparison(Plan):
     """Checked runs by name, in the order that they can be made.
 
     Attributes:
-        command: config and overrides as typed: each run is made by this command with ``--only``, in a process of its
-            own, so that its peak memory is its own; without a command all are made in this process.
+        command: config and overrides as typed: each run is made by this command with ``--only``, in a new process, so
+            that its peak memory can be measured; without a command all are made in this process.
         only: make this run alone, or those of this title at all training seeds; nothing is shown then.
     """
 
@@ -80,7 +80,7 @@ class Comparison(Plan):
 
     def check_folder(self, resume: bool) -> bool:
         """As :meth:`Plan.check_folder`; a comparison always goes on."""
-        check_place(self.output)
+        check_writable(self.output)
         begun = any((run.folder.path / "config.yaml").exists() for run in self.runs.values())
         names = {"evaluation.work", "teacher.work", *(run.folder.path.name for run in self.runs.values())}
         early = is_free(self.output, names | {path.name for path in self.output.glob("reference-*.safetensors")})

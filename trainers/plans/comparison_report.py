@@ -31,7 +31,7 @@ class Measured:
     Attributes:
         config: whose teacher, data and evaluation are those of all; its guidance scale is the teacher's where
             ``evaluation.teacher_guidance_scale`` is not set.
-        students: the finished runs, once for each number of steps that they are measured at (None: their own).
+        students: the finished runs, once for each number of steps to measure them at (None: that of their folder).
         targets, rows: the teacher, then the ``students``; as measured when finished.
         level: the teacher's row, measured like a point of a curve.
         protocol: that of ``level``, as it was written.
@@ -46,7 +46,7 @@ class Measured:
 
 
 def measure(settings: ComparisonSettings, runs: dict[str, ComparedRun], device: str) -> Measured:
-    """The teacher and what is finished, into ``evaluation.json``, unless it is there; and the teacher into
+    """The teacher and what is finished, into ``evaluation.json``, unless the file has it; and the teacher into
     ``teacher.json``, where the points of a curve are of another number of pictures.
 
     Raises:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from stepdistill.config import read_yaml
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.processes import environment_without_launcher
 from stepdistill.eval.show.run_page import write_report
@@ -19,6 +18,7 @@ from stepdistill.locks import Lock
 from stepdistill.pipelines import export_student
 from stepdistill.pipelines.msd import is_msd_folder
 from stepdistill.run import RunFolder
+from stepdistill.settings import DataSettings, RunSettings
 from stepdistill.stock.folders import check_replaceable
 from stepdistill.trainers.loop.trainer import Trainer
 
@@ -62,29 +62,32 @@ def export_again(job: Job, run: RunFolder, output: Path | None, dtype: torch.dty
             )
 
 
-def evaluate_and_report(enabled: bool, run: RunFolder) -> None:
+def evaluate_and_report(config: RunSettings, run: RunFolder) -> None:
     """Evaluate in a fresh process that loads the student as anyone would, then write the report.
 
+    Args:
+        config: of the run, or of the last one of several.
+
     Raises:
-        UserError: the evaluation failed; training and student are there.
+        UserError: the evaluation failed; the student is finished.
     """
-    if enabled:
+    if config.evaluation.enabled:
         command = [sys.executable, "-P", "-m", "stepdistill", "evaluate", str(run.path)]
         done = subprocess.run(command, check=False, env=environment_without_launcher())
         if done.returncode:
             again = shlex.join(["stepdistill", "evaluate", str(run.path)])
             raise UserError(f"the evaluation ended with exit code {done.returncode}; try: {again}")
     write_report(run.path)
-    print_last_screen(run)
+    print_last_screen(config, run)
 
 
-def print_last_screen(run: RunFolder) -> None:
+def print_last_screen(config: RunSettings, run: RunFolder) -> None:
     """Where everything is, and what to do next."""
     kind, pipeline = "a stock diffusers folder", "DiffusionPipeline"
     if is_msd_folder(run.student):
         kind, pipeline = "several students, each a stock diffusers folder", "MSDPipeline"
     call = f"{pipeline}.from_pretrained({json.dumps(str(run.student), ensure_ascii=False)})"
-    prompt = _example_prompt(run)
+    prompt = _example_prompt(config.data)
     option = "" if prompt is None else f" --prompt {shlex.quote(prompt)}"
     grid = f"\n  pictures   {run.path / 'grid.png'}" if (run.path / "grid.png").exists() else ""
     print(f"""
@@ -97,10 +100,9 @@ Next:
   stepdistill distill CONFIG teacher.path=... output=...   your own teacher""")
 
 
-def _example_prompt(run: RunFolder) -> str | None:
+def _example_prompt(data: DataSettings) -> str | None:
     """A prompt for the student of a run; None: it takes none."""
-    data = read_yaml(run.path / "config.yaml").get("data") or {}
-    if data.get("shown"):
-        return data["shown"][0]
-    takes_prompts = any(data.get(key) for key in ("prompts", "prompt_dataset", "prompts_from_images"))
+    if data.shown:
+        return data.shown[0]
+    takes_prompts = data.prompts or data.prompt_dataset or data.prompts_from_images
     return "PROMPT" if takes_prompts else None

@@ -22,7 +22,7 @@ class Job:
 
     Attributes:
         unused: sections of other methods that the file also holds.
-        cache: where latents are kept, ``cache`` in the run folder by default.
+        cache: where latents are stored, ``cache`` in the run folder by default.
     """
 
     config: RunSettings
@@ -36,7 +36,7 @@ class Job:
 
 
 def make_job(raw: dict[str, Any], where: str = "config") -> Job:
-    """Check the raw config of one run.  Sections of other methods may stand beside the chosen one's and are set aside.
+    """Check the raw config of one run.  Sections of other methods are checked and set aside.
 
     Raises:
         UserError: one line that names the key, its value and what is allowed.

@@ -119,7 +119,7 @@ class Plan(ABC):
 
     def finish(self) -> None:
         """What the main process does after training."""
-        evaluate_and_report(self.job.config.evaluation.enabled, self.folder)
+        evaluate_and_report(self.job.config, self.folder)
 
     def part(self, name: str) -> Plan:
         """The plan of one of several students.

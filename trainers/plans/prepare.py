@@ -1,4 +1,4 @@
-"""What a run has before its trainer: the teacher and the sampler, each made once and handed on."""
+"""What a run has before its trainer: the teacher and the sampler, each made once."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ two samples, and the untouched student is exported as the trained one will be, b
 Small networks (up to ``SMALL`` parameters) are rehearsed in full, in a temporary folder: the run's own trainer on a few
 conditions and pictures makes one update; the student is written, loaded by stock diffusers and called, and its pictures
 are compared with the sampler's.  Of larger ones nothing of their size is built or written: the files that their roles
-start from are read, the scheduler is asked for its timesteps, pipeline and model card are made in memory.
+start from are read, the scheduler's timesteps are set, pipeline and model card are made in memory.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _check_finite(trainer: Trainer) -> None:
 
 
 def check_starts(roles: RolesSettings, family: Family) -> None:
-    """Refuse weights named in ``roles`` that are not there or do not fit the teacher.
+    """Refuse weights named in ``roles`` that are missing or do not fit the teacher.
 
     Raises:
         UserError: one of them.
@@ -170,7 +170,7 @@ def _names_lora_targets(job: Job, family: Family) -> bool:
 
 
 def check_timesteps(scheduler, sampler: FewStepSampler) -> None:
-    """Refuse a scheduler whose own timesteps are not those that the student is trained at.
+    """Refuse a scheduler whose timesteps are not those that the student is trained at.
 
     Raises:
         UserError: they differ, or the scheduler refuses their number.

@@ -27,7 +27,7 @@ from stepdistill import files
 from stepdistill.config import Section, check, dump_yaml, merge, section_of
 from stepdistill.data.router import Router
 from stepdistill.errors import UserError
-from stepdistill.run import CACHE, comparable, holds_run
+from stepdistill.run import CACHE, check_run_folder, fixed_part
 from stepdistill.stock.folders import check_replaceable
 from stepdistill.trainers import METHODS
 from stepdistill.trainers.loop.ranks import locked, on_main
@@ -131,7 +131,7 @@ class Stages(Plan):
         early = set()
         if not started:  # the teacher's pairs may have been made before, in the folder of their stage
             early = {CACHE, *(stage.output.name for stage in self.stages)}
-        if not holds_run(self.output, self.config, resume, early, comparable_stages, "recipe"):
+        if not check_run_folder(self.output, self.config, resume, early, fixed_part_with_stages, "recipe"):
             return False
         for stage in started:
             stage.check_folder(resume=True)
@@ -154,7 +154,7 @@ class Stages(Plan):
             exists = on_main(accelerator, lambda: self.check_folder(resume))  # again: nobody else writes now
             on_main(accelerator, self.folder.tidy)
             on_main(accelerator, lambda: check_replaceable(self.folder.student))
-            for stage in self.unfinished[1:]:  # the first one's own checks come before its first update
+            for stage in self.unfinished[1:]:  # the first one is checked right before it starts
                 stage.rehearse()
             for number, stage in enumerate(self.stages, 1):
                 title = f"stage {number} of {len(self.stages)}, {stage.name}"
@@ -186,9 +186,9 @@ class Stages(Plan):
             shutil.copytree(self.last.folder.student, temporary, dirs_exist_ok=True)
 
 
-def comparable_stages(config: dict[str, Any]) -> dict[str, Any]:
+def fixed_part_with_stages(config: dict[str, Any]) -> dict[str, Any]:
     """A config with or without stages, without the keys that may change when it is resumed."""
-    return {**comparable(config), STAGES: [comparable(stage) for stage in config.get(STAGES) or []]}
+    return {**fixed_part(config), STAGES: [fixed_part(stage) for stage in config.get(STAGES) or []]}
 
 
 # -- reading -------------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 """Several students of one teacher, each for a part of the conditions (MSD, 2410.23274).
 
-A section ``msd`` beside any method, or stages, makes K runs of it.  Student k trains alone, with its own fake score and
-discriminator, on the conditions that the router gives it:
+A section ``msd`` in the config of any method, or of stages, makes K runs of it.  Student k trains alone, with a fake
+score and a discriminator for itself, on the conditions that the router gives it:
 
     G_k = Distill(teacher, F(D, Y_k)),   k = 1..K
 
 What is filtered: the conditions of student and fake score, and real images (a discriminator that sees all classes
 tells them apart by class); not the teacher's noise-sample pairs of ``regression``, which every student sees in full
 (filtered, coverage is lost), nor the images of ``tsm`` unless the config says so.  Stages with ``shared: true`` come
-first and run once, on everything.  Student 0 has the run's own seed, so K = 1 is its method to the bit.
+first and run once, on everything.  Student 0 has the seed of the config, so K = 1 is its method to the bit.
 
 The paper released no code; rates, lengths and the handling of optimizer state between stages are not known.  Folders:
 
@@ -32,7 +32,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.locks import Lock
 from stepdistill.pipelines import export_students
-from stepdistill.run import CACHE, PAIRS, holds_run
+from stepdistill.run import CACHE, PAIRS, check_run_folder
 from stepdistill.seeds import LARGEST
 from stepdistill.stock.folders import check_replaceable
 from stepdistill.trainers.loop.ranks import locked, on_main
@@ -43,14 +43,14 @@ from .describe import data_lines, notes, student_line
 from .job import Job
 from .plan import Plan
 from .prepare import Prepared, prepare
-from .stages import STAGES, Stages, comparable_stages
+from .stages import STAGES, Stages, fixed_part_with_stages
 
 MSD = "msd"
 SHARED = "shared"
 PATIENCE = 600.0
 """Seconds that a student's start waits for another's, which makes the router for all."""
 SEED_STEP = 100
-"""Between students' seeds: more than a run's own offsets."""
+"""Between students' seeds: more than the offsets within a run."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Students(Plan):
         return Lock(self.output, PATIENCE, "or choose another folder with output=FOLDER")
 
     def make_router(self, family: Family) -> Router:
-        """The router of the run's conditions; the one in the folder where there is one.
+        """The router of the run's conditions; the one in the folder, if the folder has one.
 
         Raises:
             UserError: a partition that does not fit the teacher, or the folder's router is of another one.
@@ -133,7 +133,7 @@ class Students(Plan):
         return make_router(self.settings, condition_items(self.job.config, family), family.condition_kind, encoder)
 
     def check_folder(self, resume: bool) -> bool:
-        return holds_run(self.output, self.config, resume, {FILE, CACHE, PAIRS}, comparable_stages)
+        return check_run_folder(self.output, self.config, resume, {FILE, CACHE, PAIRS}, fixed_part_with_stages)
 
     def part(self, name: str) -> OneStudent:
         if name == SHARED:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,8 +213,9 @@ def test_a_child_that_is_to_be_alone_is(monkeypatch):
     done = subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(finish.subprocess, "run", lambda _command, env, **_: given.update(env) or done)
     monkeypatch.setattr(finish, "write_report", lambda _path: None)
-    monkeypatch.setattr(finish, "print_last_screen", lambda _run: None)
-    finish.evaluate_and_report(True, RunFolder("run"))
+    monkeypatch.setattr(finish, "print_last_screen", lambda *_: None)
+    config = SimpleNamespace(evaluation=SimpleNamespace(enabled=True))
+    finish.evaluate_and_report(config, RunFolder("run"))
     assert given == left
 
 
