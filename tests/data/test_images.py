@@ -1,11 +1,8 @@
-"""Orders, real images and prompts: exact values, and one line for what cannot be read."""
+"""Folders and datasets of images, and prompts: exact values, and one line for what cannot be read."""
 
 from __future__ import annotations
 
-import gzip
 import io
-import re
-import struct
 
 import datasets
 import numpy as np
@@ -13,224 +10,19 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features
 from PIL import Image
+from pixels import as_batch, assert_refused, random_pixels
 
 from stepdistill.conditions import Conditions
 from stepdistill.data import columns
-from stepdistill.data.arrays import read_array_images, read_idx, read_npz, write_npz
+from stepdistill.data.arrays import read_array_images
 from stepdistill.data.columns import read_dataset
 from stepdistill.data.folders import read_folder
-from stepdistill.data.order import Order
-from stepdistill.data.pictures import mirror_half
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.sources import read_named_prompts
-from stepdistill.errors import UserError
 from stepdistill.settings import PromptColumnSettings
 
 GRAY, COLOUR = (1, 4, 6), (3, 4, 6)
 PROMPTS = Conditions("prompt")
-
-
-def pixels(count: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
-
-
-def as_batch(array: np.ndarray) -> torch.Tensor:
-    """What a reader must give for uint8 (N, H, W[, C])."""
-    array = array[..., None] if array.ndim == 3 else array
-    return torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-def assert_refused(call, *parts: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-
-
-# -- mirrored ----------------------------------------------------------------------------------------------
-
-
-def test_mirrored_turns_about_half_of_the_pictures_left_to_right():
-    images = torch.rand(400, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    made = mirror_half(images, torch.Generator().manual_seed(1))
-    same = (made == images).flatten(1).all(1)
-    turned = (made == images.flip(-1)).flatten(1).all(1)
-    assert (same ^ turned).all()
-    assert 150 < turned.sum() < 250
-    assert torch.equal(made, mirror_half(images, torch.Generator().manual_seed(1)))
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3)])
-def test_what_is_written_is_read(tmp_path, shape):
-    images = pixels(5, shape)
-    path = write_npz(tmp_path / "new" / "set.npz", images.reshape(5, 4, 6, -1), np.arange(5, dtype=np.uint8))
-    read = read_npz(path, COLOUR if len(shape) == 3 else GRAY)
-    assert torch.equal(read.batch(list(range(5))), as_batch(images))
-    assert read.labels == list(range(5))
-    assert [p.name for p in path.parent.iterdir()] == ["set.npz"]
-
-
-# -- order -------------------------------------------------------------------------------------------------
-
-
-def test_every_epoch_is_another_permutation():
-    order = Order(11, 5)
-    epochs = [order.indices(11 * e, 11) for e in range(4)]
-    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-@pytest.mark.parametrize("cut", [1, 2, 3, 7, 16, 40])
-def test_any_slicing_gives_the_same_sequence(cut):
-    whole = Order(7, 3).indices(0, 40)
-    order = Order(7, 3)
-    assert [i for at in range(0, 40, cut) for i in order.indices(at, min(cut, 40 - at))] == whole
-
-
-def test_no_epoch_of_one_seed_is_an_epoch_of_another():
-    """Seed s at epoch e + 1 is not seed s + 1 at epoch e, as a sum of both would have it."""
-    epochs = {(seed, epoch): tuple(Order(50, seed).indices(50 * epoch, 50)) for seed in range(5) for epoch in range(5)}
-    assert len(set(epochs.values())) == 25
-
-
-def test_order_is_a_function_of_seed_and_position():
-    order = Order(10, 1)
-    late = order.indices(95, 20)
-    order.indices(0, 5)
-    assert order.indices(95, 20) == late == Order(10, 1).indices(95, 20)
-    assert Order(10, 2).indices(95, 20) != late
-
-
-# -- arrays ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("shape", "wanted"), [((4, 6), GRAY), ((4, 6, 1), GRAY), ((4, 6, 3), COLOUR)])
-def test_npz_pixels_are_exact_and_in_range(tmp_path, shape, wanted):
-    array = pixels(5, shape)
-    array.reshape(-1)[:2] = 0, 255
-    np.savez(tmp_path / "a.npz", images=array, labels=np.arange(5))
-    images = read_npz(tmp_path / "a.npz", wanted)
-    batch = images.batch([3, 0, 3])
-    assert batch.dtype == torch.float32
-    assert torch.equal(batch, as_batch(array)[[3, 0, 3]])
-    assert batch[1].min() == -1
-    assert batch[1].max() == 1
-    assert images.labels == [0, 1, 2, 3, 4]
-    assert len(images) == images.size == 5
-
-
-def test_npz_captions_are_what_they_were(tmp_path):
-    captions = ["a cat", "", "ein Löwe, naïve, 虎"]
-    write_npz(tmp_path / "a.npz", pixels(3, (4, 6, 3)), np.array(captions))
-    images = read_npz(tmp_path / "a.npz", COLOUR)
-    assert images.labels == captions
-    assert all(type(caption) is str for caption in images.labels)
-
-
-@pytest.mark.parametrize(
-    ("labels", "part"),
-    [
-        (None, "a.npz: its images have no class labels"),
-        (np.array(["a", "b", "c"]), "a.npz: its images have no class labels"),
-        (np.array([0, 1, 3]), "a.npz: labels 0..3 are outside 0..2"),
-        (np.array([-1, 1, 2]), "a.npz: labels -1..2 are outside 0..2"),
-    ],
-)
-def test_class_labels_are_refused_when_they_are_none(tmp_path, labels, part):
-    images = read_npz(write_npz(tmp_path / "a.npz", pixels(3, (4, 6)), labels), GRAY)
-    with pytest.raises(UserError, match=re.escape(part)):
-        images.classes(3)
-
-
-def test_npz_without_labels_and_with_gray_for_a_colour_teacher(tmp_path):
-    array = pixels(2, (4, 6))
-    np.savez_compressed(tmp_path / "a.npz", images=array)
-    images = read_npz(tmp_path / "a.npz", COLOUR)
-    assert images.labels is None
-    assert torch.equal(images.batch([0, 1]), as_batch(array).expand(2, 3, 4, 6))
-
-
-@pytest.mark.parametrize(
-    ("arrays", "parts"),
-    [
-        ({"pictures": pixels(2, (4, 6))}, ["no array named 'images'", "pictures"]),
-        ({"images": pixels(2, (4, 6)).astype(np.float32)}, ["must be uint8", "float32 (2, 4, 6)"]),
-        ({"images": pixels(2, (4,))}, ["must be uint8 of shape (N, H, W)", "(2, 4)"]),
-        ({"images": pixels(0, (4, 6))}, ["(0, 4, 6)"]),
-        ({"images": pixels(2, (3, 4, 6))}, ["C 1, 3 or 4", "(2, 3, 4, 6)"]),
-        ({"images": pixels(3, (4, 6)), "labels": np.arange(2)}, ["3 images but 2 labels"]),
-        ({"images": pixels(2, (4, 6)), "labels": np.array([0.5, 1])}, ["labels must be integers", "float64 (2,)"]),
-        ({"images": pixels(2, (4, 6)), "labels": np.eye(2, dtype=int)}, ["labels must be integers", "(2, 2)"]),
-        ({"images": pixels(2, (4, 6)), "labels": np.int64(1)}, ["labels must be integers"]),
-        ({"images": pixels(2, (4, 6)), "labels": np.array([b"a", b"b"])}, ["labels must be integers or captions"]),
-        ({"images": pixels(2, (4, 6)), "labels": np.array(["a"])}, ["2 images but 1 labels"]),
-        ({"images": np.array([None, 1], dtype=object)}, ["not a readable .npz"]),
-        ({"images": pixels(2, (6, 6))}, ["[0]: the image is 6x6, the teacher needs 6x4", "data.images.resize=true"]),
-    ],
-)
-def test_npz_that_does_not_fit(tmp_path, arrays, parts):
-    path = tmp_path / "a.npz"
-    np.savez(path, **arrays)
-    assert_refused(lambda: read_npz(path, GRAY), str(path), *parts)
-
-
-def test_npz_files_that_are_none(tmp_path):
-    whole = io.BytesIO()
-    np.savez(whole, images=pixels(9, (4, 6)))
-    damaged = bytearray(whole.getvalue())
-    damaged[150] ^= 0xFF
-    array = io.BytesIO()
-    np.save(array, pixels(2, (4, 6)))
-    contents = {
-        "cut.npz": whole.getvalue()[:-40],
-        "damaged.npz": bytes(damaged),
-        "text.npz": b"not an archive",
-        "empty.npz": b"",
-        "one.npy": array.getvalue(),
-    }
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-        assert_refused(lambda name=name: read_npz(tmp_path / name, GRAY), name, "not a readable .npz")
-    assert_refused(
-        lambda: read_npz(tmp_path / "gone.npz", GRAY), "gone.npz: no such file; set data.images.npz to an existing .npz"
-    )
-
-
-# -- idx ---------------------------------------------------------------------------------------------------
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}i", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_idx_plain_and_gzipped(tmp_path, pack):
-    array, labels = pixels(4, (4, 6)), np.array([3, 1, 0, 2], dtype=np.uint8)
-    (tmp_path / "images").write_bytes(pack(idx(array)))
-    (tmp_path / "labels").write_bytes(pack(idx(labels)))
-    images = read_idx(tmp_path / "images", tmp_path / "labels", GRAY)
-    assert torch.equal(images.batch([0, 1, 2, 3]), as_batch(array))
-    assert images.labels == [3, 1, 0, 2]
-    assert read_idx(tmp_path / "images", None, GRAY).labels is None
-
-
-def test_idx_that_cannot_be_read(tmp_path):
-    whole, packed = idx(pixels(4, (4, 6))), gzip.compress(idx(pixels(4, (4, 6))))
-    damaged = packed[:20] + bytes(20) + packed[40:]
-    contents = {
-        "short": (whole[:-5], "cut short"),
-        "header": (whole[:9], "cut short"),
-        "png": (b"\x89PNG1234", "not an idx file"),
-        "empty": (b"", "not an idx file"),
-        "cut.gz": (packed[:-12], "not readable"),
-        "damaged.gz": (damaged, "not readable"),
-    }
-    for name, (content, says) in contents.items():
-        (tmp_path / name).write_bytes(content)
-        assert_refused(lambda name=name: read_idx(tmp_path / name, None, GRAY), name, says)
-    assert_refused(lambda: read_idx(tmp_path / "gone", None, GRAY), "gone: no such file")
 
 
 # -- folders -----------------------------------------------------------------------------------------------
@@ -243,7 +35,7 @@ def save(path, array: np.ndarray) -> np.ndarray:
 
 
 def test_a_flat_folder_is_sorted_and_has_no_labels(tmp_path):
-    arrays = [save(tmp_path / f"{i}.png", pixels(1, (4, 6, 3), i)[0]) for i in (2, 0, 1)]
+    arrays = [save(tmp_path / f"{i}.png", random_pixels(1, (4, 6, 3), i)[0]) for i in (2, 0, 1)]
     (tmp_path / "notes.md").write_text("not a picture")
     (tmp_path / "folder.png").mkdir()
     images = read_folder(tmp_path, COLOUR)
@@ -253,7 +45,7 @@ def test_a_flat_folder_is_sorted_and_has_no_labels(tmp_path):
 
 def test_sub_folders_are_labels_in_sorted_order(tmp_path):
     for name in ("cat/b.png", "ant/a.PNG", "cat/deep/c.bmp", "bee/x.png"):
-        save(tmp_path / name, pixels(1, (4, 6))[0])
+        save(tmp_path / name, random_pixels(1, (4, 6))[0])
     images = read_folder(tmp_path, GRAY, conditions=Conditions("label", range(3)))
     images.prepare(Conditions("label", range(3)), "data.images")
     assert images.labels == [0, 1, 2, 2]  # ant, bee, cat, cat
@@ -262,7 +54,7 @@ def test_sub_folders_are_labels_in_sorted_order(tmp_path):
 
 def test_text_files_beside_the_pictures_are_captions(tmp_path):
     for index in range(2):
-        save(tmp_path / f"{index}.png", pixels(1, (4, 6))[0])
+        save(tmp_path / f"{index}.png", random_pixels(1, (4, 6))[0])
         (tmp_path / f"{index}.txt").write_text(f" a picture of {index}\n", encoding="utf-8-sig")
     assert read_folder(tmp_path, GRAY, conditions=PROMPTS).labels == ["a picture of 0", "a picture of 1"]
     (tmp_path / "1.txt").write_bytes(b"\xff\xfe\x00")
@@ -270,8 +62,8 @@ def test_text_files_beside_the_pictures_are_captions(tmp_path):
 
 
 def test_a_wrong_size_names_file_sizes_and_remedy(tmp_path):
-    save(tmp_path / "a.png", pixels(1, (4, 6))[0])
-    save(tmp_path / "b.png", pixels(1, (5, 6))[0])  # not the first: all are looked at
+    save(tmp_path / "a.png", random_pixels(1, (4, 6))[0])
+    save(tmp_path / "b.png", random_pixels(1, (5, 6))[0])  # not the first: all are looked at
     assert_refused(
         lambda: read_folder(tmp_path, GRAY),
         str(tmp_path / "b.png"),
@@ -284,7 +76,7 @@ def test_a_wrong_size_names_file_sizes_and_remedy(tmp_path):
 @pytest.mark.parametrize("size", [(8, 20), (12, 12), (4, 6), (40, 60), (3, 3)])
 def test_resizing_crops_the_centre_and_uses_lanczos(tmp_path, size):
     height, width = size
-    array = save(tmp_path / "a.png", pixels(1, (height, width, 3))[0])
+    array = save(tmp_path / "a.png", random_pixels(1, (height, width, 3))[0])
     found = read_folder(tmp_path, COLOUR, resize=True).batch([0])
     side = min(width / 6, height / 4)  # the largest 6:4 window, in the middle
     left, top = (width - 6 * side) / 2, (height - 4 * side) / 2
@@ -306,13 +98,13 @@ def test_the_centre_is_what_stays():
 
 
 def test_pictures_that_cannot_be_read(tmp_path):
-    save(tmp_path / "a.png", pixels(1, (4, 6))[0])
+    save(tmp_path / "a.png", random_pixels(1, (4, 6))[0])
     (tmp_path / "b.png").write_bytes(b"not a picture")
     assert_refused(lambda: read_folder(tmp_path, GRAY), "b.png: not a readable image", "remove or replace")
 
 
 def test_a_picture_cut_short_is_named_when_it_is_read(tmp_path):
-    save(tmp_path / "a.png", pixels(1, (64, 64, 3))[0])
+    save(tmp_path / "a.png", random_pixels(1, (64, 64, 3))[0])
     content = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
     images = read_folder(tmp_path, (3, 64, 64))
@@ -334,7 +126,7 @@ def test_folders_without_pictures(tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path):
-    array = pixels(3, (4, 6, 3))
+    array = random_pixels(3, (4, 6, 3))
     columns = {
         "image": [Image.fromarray(a) for a in array],
         "label": [2, 0, 1],
@@ -380,7 +172,7 @@ def test_an_empty_dataset_is_refused(monkeypatch):
 def test_no_picture_but_the_first_is_decoded_before_it_is_drawn(tmp_path):
     """And none of another column with it."""
     file = io.BytesIO()
-    Image.fromarray(pixels(1, (4, 6))[0]).save(file, "PNG")
+    Image.fromarray(random_pixels(1, (4, 6))[0]).save(file, "PNG")
     good, bad = {"bytes": file.getvalue(), "path": None}, {"bytes": b"no picture", "path": None}
     features = Features({"image": datasets.Image(), "other": datasets.Image()})
     rows = {"image": [good, bad, good], "other": [bad, bad, bad]}

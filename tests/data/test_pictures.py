@@ -14,7 +14,7 @@ from stepdistill.config import check
 from stepdistill.data.arrays import read_npz
 from stepdistill.data.columns import read_dataset
 from stepdistill.data.folders import read_folder
-from stepdistill.data.pictures import fit, make_opaque, open_picture, size_upright, turn_upright
+from stepdistill.data.pictures import fit, make_opaque, mirror_half, open_picture, size_upright, turn_upright
 from stepdistill.data.preference_pairs import PreferenceSettings, read_preferences
 from stepdistill.data.sources import load_images
 from stepdistill.errors import UserError
@@ -199,3 +199,13 @@ def test_winners_and_losers_of_a_dataset_are_told_apart(tmp_path):
 def test_a_background_that_is_no_colour_is_refused(text):
     with pytest.raises(UserError, match=r"background: .*is no colour; write a name such as white, or '#rrggbb'"):
         check(ImagesSettings, {"folder": "a", "background": text}, "config")
+
+
+def test_mirrored_turns_about_half_of_the_pictures_left_to_right():
+    images = torch.rand(400, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    made = mirror_half(images, torch.Generator().manual_seed(1))
+    same = (made == images).flatten(1).all(1)
+    turned = (made == images.flip(-1)).flatten(1).all(1)
+    assert (same ^ turned).all()
+    assert 150 < turned.sum() < 250
+    assert torch.equal(made, mirror_half(images, torch.Generator().manual_seed(1)))
