@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
@@ -37,7 +37,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _bounded(self):
+    def _bounded(self) -> Self:
         for name, value in self:
             if (number := _excessive(value)) is not None:
                 limit = f"{MOST_INT:,}" if isinstance(number, int) else f"{MOST_FLOAT:g}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from .errors import UserError
 
 PredictionType = Literal["eps", "v", "x0", "flow", "edm"]
 Transition = Literal["renoise", "ode", "tcd", "ancestral"]
+Number = TypeVar("Number", float, Tensor)
 """How a few-step student moves from one of its times to the next; see :mod:`stepdistill.sampler`."""
 
 ALPHA_MIN = 1e-4
@@ -349,7 +350,7 @@ class FlowSchedule(Schedule):
         top = 1 - 1 / self.num_levels
         return tuple(self.shifted(top * k / steps) for k in range(steps, 0, -1))
 
-    def shifted(self, u):
+    def shifted(self, u: Number) -> Number:
         """The flow time that the unshifted time ``u`` in [0, 1] becomes."""
         return self.shift * u / (1 + (self.shift - 1) * u)
 
@@ -442,7 +443,7 @@ class Clipping:
         return (x0.clamp(-bound, bound) / bound).to(x0.dtype)
 
 
-def clipping_of(scheduler) -> Clipping | None:
+def clipping_of(scheduler: Any) -> Clipping | None:
     """How a diffusers scheduler bounds x0: ``thresholding``, else ``clip_sample``, else (of consistency models)
     ``clip_denoised``; None where it does not.
 
@@ -457,7 +458,7 @@ def clipping_of(scheduler) -> Clipping | None:
     return Clipping() if config.get("clip_denoised") else None
 
 
-def from_scheduler(scheduler) -> tuple[Schedule, PredictionType]:
+def from_scheduler(scheduler: Any) -> tuple[Schedule, PredictionType]:
     """The schedule and prediction type that a diffusers scheduler's config describes.
 
     Any scheduler with ``alphas_cumprod`` (DDPM, DDIM, PNDM, Euler, DPM-Solver, LCM, ...) is VP, with the

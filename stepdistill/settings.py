@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -64,7 +64,7 @@ class ImagesSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _one_source(self):
+    def _one_source(self) -> Self:
         sources = [key for key in ("folder", "npz", "dataset") if getattr(self, key) is not None]
         if len(sources) != 1:
             raise ValueError(f"set exactly one of folder, npz, dataset (set: {', '.join(sources) or 'none'})")
@@ -108,7 +108,7 @@ class DataSettings(Section):
     part: PartSettings | None = Field(None, description="set for each student by msd; not by hand")
 
     @model_validator(mode="after")
-    def _one_kind(self):
+    def _one_kind(self) -> Self:
         if self.prompts is not None and self.prompt_dataset is not None:
             raise ValueError("set prompts or prompt_dataset, not both")
         if self.prompt_column is not None and self.prompts is None:
@@ -141,7 +141,7 @@ class SamplerSettings(Section):
     also_steps: list[int] = Field([], description="other numbers of steps it is meant for; divisors of steps")
 
     @model_validator(mode="after")
-    def _one_start(self):
+    def _one_start(self) -> Self:
         if self.start is not None and self.init_sigma is not None:
             raise ValueError("set start or init_sigma, not both: they name the same time")
         if odd := [n for n in self.also_steps if n < 1 or self.steps % n or n == self.steps]:

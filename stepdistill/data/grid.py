@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -47,7 +48,7 @@ def save_grid(pixels: Tensor, path: Path, columns: int = 10, least_side: int = 4
     save_picture(tile_pictures(signed_to_bytes(pixels), columns, least_side), path, kind)
 
 
-def save_picture(image: Image.Image, path: Path, kind: str = "PNG", **options) -> None:
+def save_picture(image: Image.Image, path: Path, kind: str = "PNG", **options: Any) -> None:
     """Write a picture file, whole or not at all.
 
     Raises:
