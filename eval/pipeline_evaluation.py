@@ -15,7 +15,7 @@ from stepdistill.eval.measure.tools import read_prompts
 from stepdistill.eval.show.grid import check_picture, draw_grid
 from stepdistill.locks import Lock
 
-from .run_evaluation import evaluate_run, label_names, measured_text
+from .run_evaluation import describe_results, evaluate_run, read_label_names
 
 OUTPUT = Path("evaluation.json")
 """Where the measurements of pipelines go by default."""
@@ -102,10 +102,10 @@ def evaluate_pipelines(
     processes = Processes.launched()
     rows = evaluate(parsed, settings, output, processes.device, processes, keep_samples, same_protocol=True)
     if processes.main:
-        print(measured_text(output_file(output), rows))
+        print(describe_results(output_file(output), rows))
         if picture is not None:
             texts = read_prompts(settings)
-            names = label_names(Path(parsed[0].path))
+            names = read_label_names(Path(parsed[0].path))
             path = draw_grid(
                 parsed,
                 picture,

@@ -3,124 +3,126 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from stepdistill import assets
 from stepdistill.config import check, read_mapping
 from stepdistill.data.sources import load_prompts
-from stepdistill.errors import UserError, reading, shown
+from stepdistill.errors import UserError
 from stepdistill.eval.measure.evaluate import evaluate
 from stepdistill.eval.measure.processes import Processes
 from stepdistill.eval.measure.settings import Protocol
 from stepdistill.eval.measure.targets import Target
 from stepdistill.eval.show.grid import draw_grid
-from stepdistill.eval.show.tables import results_table, text_table
+from stepdistill.eval.show.tables import Row, results_table, text_table
 from stepdistill.families import claiming_family
 from stepdistill.pipelines.msd import is_msd_folder
 from stepdistill.readers import read_json
-from stepdistill.settings import DataSettings, JudgeSettings, SamplerSettings, TeacherSettings
+from stepdistill.run_record import RunRecord
+from stepdistill.settings import DataSettings, JudgeSettings, RunSettings, SamplerSettings, TeacherSettings
 from stepdistill.stock.folders import hub_folder, is_whole
 from stepdistill.stock.loading import read_index
 
-SECTIONS = {
-    "teacher": TeacherSettings,
-    "data": DataSettings,
-    "sampler": SamplerSettings,
-    "evaluation": JudgeSettings,
-}
-"""The sections of a run's config that its evaluation reads."""
 
+@dataclass(frozen=True)
+class MeasuredRun:
+    """The sections of a run's config that its evaluation reads, and its record."""
 
-def read_run(run: Path) -> dict[str, Any]:
-    """A run's config, the sections that an evaluation reads checked and with their defaults.
+    teacher: TeacherSettings
+    data: DataSettings
+    sampler: SamplerSettings
+    evaluation: JudgeSettings
+    record: RunRecord
 
-    Raises:
-        UserError: not a run folder, or a config that is none of a run.
-    """
-    file = run / "config.yaml"
-    try:
-        raw = read_mapping(file)
-    except FileNotFoundError:
-        raise UserError(f"{run}: not a run folder (no config.yaml in it)") from None
-    checked = {name: check(model, raw.get(name, {}), f"{file}: {name}") for name, model in SECTIONS.items()}
-    with reading(file, "take it from the run's config again", "damaged; it is not a run's config"):
-        method, stages = raw["method"], [{"name": stage["name"]} for stage in raw.get("stages") or []]
-        own = raw.get(method) or {}
-        section = raw.get(own.get("base")) or own
-        if not all(isinstance(part, dict) for part in (own, section, raw.get("dmd2") or {})):
-            raise ValueError(f"the section of method {shown(method)} is no mapping")
-    named = {"stages": stages} if stages else {}
-    return {**raw, **{name: part.model_dump(mode="json") for name, part in checked.items()}, **named}
+    @classmethod
+    def from_config(cls, config: RunSettings, record: RunRecord) -> MeasuredRun:
+        """Of a config that is checked already."""
+        return cls(config.teacher, config.data, config.sampler, config.evaluation, record)
 
+    @classmethod
+    def read(cls, run: Path) -> MeasuredRun:
+        """From a run's folder.
 
-def run_targets(run: Path, config: dict[str, Any]) -> list[Target]:
-    """The teacher at its full steps, the teacher at fewer, and the student.
+        Raises:
+            UserError: not a run folder, or a config or record that is none of a run.
+        """
+        file = run / "config.yaml"
+        try:
+            raw = read_mapping(file)
+        except FileNotFoundError:
+            raise UserError(f"{run}: not a run folder (no config.yaml in it)") from None
+        return cls(
+            check(TeacherSettings, raw.get("teacher", {}), f"{file}: teacher"),
+            check(DataSettings, raw.get("data", {}), f"{file}: data"),
+            check(SamplerSettings, raw.get("sampler", {}), f"{file}: sampler"),
+            check(JudgeSettings, raw.get("evaluation", {}), f"{file}: evaluation"),
+            RunRecord.load(run),
+        )
 
-    A guided teacher is evaluated with ``evaluation.teacher_guidance_scale``, by default that of its distillation.
-    """
-    own, teacher = config["evaluation"], config["teacher"]
-    path, variant = hub_folder(assets.resolve(teacher["path"]), teacher.get("revision")), teacher.get("variant")
-    scale = teacher_scale(config)
-    also = sorted(config["sampler"].get("also_steps") or [], reverse=True)
-    students = [Target("student", run / "student", n) for n in [None, *also]]
-    null = teacher.get("null_label")
-    if config["method"] == "pso":  # its teacher is a few-step model already, the one that was tuned
-        counts = [config["sampler"]["steps"], *also]
-        return [*(Target("untuned", path, n, None, null, variant) for n in counts), *students]
-    fewer = sorted(set(own["teacher_steps"]) - {teacher["steps"]}, reverse=True)
-    teachers = [Target("teacher", path, n, scale, null, variant) for n in [teacher["steps"], *fewer]]
-    stages = config.get("stages") if own.get("stages") and "msd" not in config else None  # those are each student's
-    for number, stage in enumerate(stages or [], 1):
-        name = stage["name"]
-        students.append(Target(f"stage {name}", run / f"{number:02d}-{name}" / "student"))
-    return [*teachers, *students]
+    @property
+    def labels(self):
+        """The labels that are drawn, as a protocol says them."""
+        return "uniform" if self.data.labels == "all" else self.data.labels
 
+    def teacher_target(self, steps: int | None = None) -> Target:
+        """The teacher, by default at its full steps, with ``evaluation.teacher_guidance_scale``, by default that of the
+        distillation."""
+        scale = self.evaluation.teacher_guidance_scale
+        if scale is None:
+            scale = self.record.guidance_scale
+        return self._target("teacher", self.teacher.steps if steps is None else steps, scale)
 
-def teacher_scale(config: dict[str, Any]) -> float:
-    """``evaluation.teacher_guidance_scale``, by default that of the distillation."""
-    scale = config["evaluation"]["teacher_guidance_scale"]
-    return own_scale(config) if scale is None else scale
+    def _target(self, name: str, steps: int, guidance_scale: float | None) -> Target:
+        """The teacher's folder, called so."""
+        path = hub_folder(assets.resolve(self.teacher.path), self.teacher.revision)
+        return Target(name, path, steps, guidance_scale, self.teacher.null_label, self.teacher.variant)
 
+    def list_targets(self, run: Path) -> list[Target]:
+        """What is measured: the teacher at its full steps and at fewer, and the student in the run's folder.
 
-def own_scale(config: dict[str, Any]) -> float:
-    """The guidance scale that the student was distilled with; 1 where there is none.
+        A model that was tuned stands in the teacher's place, at the student's numbers of steps and with the guidance
+        scale of its pipeline.
+        """
+        also = sorted(self.sampler.also_steps, reverse=True)
+        students = [Target("student", run / "student", steps) for steps in [None, *also]]
+        if self.record.baseline == "untuned":
+            return [*(self._target("untuned", steps, None) for steps in [self.sampler.steps, *also]), *students]
+        fewer = sorted(set(self.evaluation.teacher_steps) - {self.teacher.steps}, reverse=True)
+        teachers = [self.teacher_target(steps) for steps in [None, *fewer]]
+        stages = [part for part in self.record.parts if part.undivided] if self.evaluation.stages else []
+        return [
+            *teachers,
+            *students,
+            *(Target(f"stage {part.name}", run / part.folder / "student") for part in stages),
+        ]
 
-    A method on another (``base``) is asked for that one's.  Where teacher and fake score share a scale the student's
-    fixed point is the unguided teacher, whatever the scale.
-    """
-    section = config.get(config["method"]) or {}
-    section = config.get(section.get("base")) or section
-    if "guidance_scale" not in section:  # a method that reads another's section
-        section = config.get("dmd2") or section
-    if section.get("fake_score_guidance") == "shared":
-        return 1.0
-    scale = section.get("guidance_scale") or 1.0
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise UserError(f"{config['method']}.guidance_scale = {shown(scale)}: a number is needed")
-    return float(scale)
+    def make_protocol(self, samples: int, latency: bool = False) -> Protocol:
+        """How pipelines are measured as the run's config says, with ``samples`` of each.
 
-
-def protocol(config: dict[str, Any], samples: int, latency: bool = False) -> Protocol:
-    """How a run's config wants pipelines measured, with ``samples`` of each."""
-    own, labels = config["evaluation"], config["data"]["labels"]
-    asked = {
-        "samples": samples,
-        "batch_size": own["batch_size"],
-        "seed": own["seed"],
-        "extractor": own["extractor"],
-        "reference": own["reference"],
-        "labels": "uniform" if labels == "all" else labels,
-        "prompts": config["data"].get("prompts"),
-        "prompt_column": config["data"].get("prompt_column"),
-        "prompt_dataset": config["data"].get("prompt_dataset"),
-        "prompt_images": config["data"]["images"] if config["data"].get("prompts_from_images") else None,
-        "rewards": (config["pso"].get("rewards") or []) if config["method"] == "pso" else [],
-        "latency": latency,
-    }
-    return check(Protocol, asked, "evaluation")
+        Raises:
+            UserError: a setting that does not fit.
+        """
+        evaluation, data = self.evaluation, self.data
+        settings = {
+            "samples": samples,
+            "batch_size": evaluation.batch_size,
+            "seed": evaluation.seed,
+            "extractor": evaluation.extractor,
+            "reference": evaluation.reference,
+            "labels": self.labels,
+            "prompts": data.prompts,
+            "prompt_column": data.prompt_column,
+            "prompt_dataset": data.prompt_dataset and data.prompt_dataset.model_dump(mode="json"),
+            "prompt_images": None,
+            "rewards": [reward.model_dump(mode="json") for reward in self.record.rewards],
+            "latency": latency,
+        }
+        if data.prompts_from_images and data.images is not None:
+            settings["prompt_images"] = data.images.model_dump(mode="json")
+        return check(Protocol, settings, "evaluation")
 
 
 def evaluate_run(
@@ -133,51 +135,50 @@ def evaluate_run(
     Raises:
         UserError: not a run folder, no student in it yet, or an evaluation setting that does not fit.
     """
-    config = read_run(run)
-    own = config["evaluation"]
+    measured = MeasuredRun.read(run)
+    evaluation = measured.evaluation
     if not is_whole(run / "student"):
         again = shlex.join(["stepdistill", "export", str(run)])
         raise UserError(f"{run}: there is no whole student in it; finish the run, or: {again}")
-    targets = run_targets(run, config)
-    lines = []
-    if own["extractor"] is not None:
-        settings = protocol(config, samples or own["samples"], own["latency"])
-        rows = evaluate(targets, settings, run, device, processes)
-        if processes is None or processes.main:
-            lines = [measured_text(run / "evaluation.json", rows)]
-    else:
-        lines = ["no distance was measured: evaluation.extractor and evaluation.reference are not set"]
-    if processes is not None and not processes.main:
+    targets = measured.list_targets(run)
+    text = "no distance was measured: evaluation.extractor and evaluation.reference are not set"
+    main = processes is None or processes.main
+    if evaluation.extractor is not None:
+        protocol = measured.make_protocol(samples or evaluation.samples, evaluation.latency)
+        rows = evaluate(targets, protocol, run, device, processes)
+        if main:
+            text = describe_results(run / "evaluation.json", rows)
+    if not main:
         return ""
-    shown = [t for t in targets if t.name in ("student", "untuned") or t.steps in (targets[0].steps, 1)]
+    first_steps = targets[0].steps
     draw_grid(
-        shown,
+        [target for target in targets if target.name in ("student", "untuned") or target.steps in (first_steps, 1)],
         run / "grid.png",
-        seed=own["seed"],
+        seed=evaluation.seed,
         device=device,
-        prompts=shown_prompts(config["data"]),
-        label_names=label_names(run / "student"),
-        labels="uniform" if config["data"]["labels"] == "all" else config["data"]["labels"],
+        prompts=choose_prompts(measured.data),
+        label_names=read_label_names(run / "student"),
+        labels=measured.labels,
     )
-    return "\n".join(lines)
+    return text
 
 
-def shown_prompts(data: dict[str, Any]) -> list[str] | None:
-    """The prompts of a run's pictures, by the ``data`` of its config: as said there, or its first ones; None: none."""
-    if data.get("shown"):
-        return data["shown"]
-    prompts = load_prompts(check(DataSettings, data, "data"))
+def choose_prompts(data: DataSettings) -> list[str] | None:
+    """The prompts of a run's pictures: those that its config shows, or its first ones; None: it has none."""
+    if data.shown:
+        return data.shown
+    prompts = load_prompts(data)
     return prompts and prompts[:10]
 
 
-def measured_text(file: Path, rows: list[dict[str, Any]]) -> str:
+def describe_results(file: Path, rows: list[Row]) -> str:
     """The table of an evaluation's rows, and the protocol's line and notes from its file."""
     protocol = read_json(file)["protocol"]
     notes = "".join(f"\nnote: {note}" for note in protocol["notes"])
     return f"{text_table(results_table(rows, protocol['metric']))}\n{protocol['line']}{notes}"
 
 
-def label_names(pipeline: Path) -> list[str] | None:
+def read_label_names(pipeline: Path) -> list[str] | None:
     """The names of a folder's labels, where its network's config says them."""
     if is_msd_folder(pipeline):
         pipeline = pipeline / "student-0"

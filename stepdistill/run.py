@@ -2,6 +2,7 @@
 
 config.yaml       the resolved config, defaults included
 environment.json  versions, git state, command, when, digests of the teacher's weights
+record.json       what its evaluation and report need to know of method and parts (stepdistill.run_record)
 metrics.jsonl     one row every train.log_every student updates; what damage was taken out is in metrics.jsonl.damaged
 samples/          grids over time on fixed noise
 cache/            latents of real images

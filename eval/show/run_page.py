@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.protocols import protocol_line
 from stepdistill.eval.measure.results import read_results
+from stepdistill.run_record import PartRecord, RunRecord
 
 from .page import Block, Details, Note, Picture, Plot, Plots, Section, Table, build_or_note, note_missing, write_page
 from .plots import label_small, make_axes, plot_line, style_axes, to_svg
@@ -18,7 +18,6 @@ from .tables import results_table
 
 MOST_SAMPLES = 12
 """Sample grids that a page shows, spread evenly over the run."""
-MOST_STUDENTS = 1000
 FACTS = (
     ("method", ["method"]),
     ("teacher", ["teacher.path", "teacher"]),
@@ -50,7 +49,7 @@ def write_report(run: str | Path) -> Path:
         Section("What was run", build_or_note("What was run", lambda: _list_facts(run, config))),
         Section("Evaluation", build_or_note("evaluation.json", lambda: _show_evaluation(run))),
         Section("Comparison, on the same noise", build_or_note("grid.png", lambda: _show_grid(run))),
-        *_show_training(run, config),
+        *_show_training(run),
         Section("Config", _show_config(read_text(run / "config.yaml"))),
     ]
     return write_page(run / "report.html", run.resolve().name, sections)
@@ -91,52 +90,29 @@ def _value_at(config: dict, key: str) -> Any:
     return value
 
 
-def _show_training(run: Path, config: dict[str, Any]) -> list[Section]:
+def _show_training(run: Path) -> list[Section]:
     """Curves and samples: of the run, or of every stage and student of it with what each cost."""
-    parts = _list_parts(run, config)
+    parts = _read_parts(run)
     if not parts:
         tuned = build_or_note("metrics.jsonl", lambda: _show_tuning(run))
         first = [Section("Reward and distance to the untuned model", tuned)] if tuned else []
         return [*first, Section("Curves", _show_curves(run)), Section("Samples over time", _show_samples(run))]
     rows = [["part", "method", "student updates", "network passes", "minutes"]]
-    rows += [[name, method, *cost_cells(folder)] for name, folder, method in parts]
+    rows += [[part.name, part.method, *cost_cells(run / part.folder)] for part in parts]
+    title = "Stages" if all(part.undivided for part in parts) else "Students"
     return [
-        Section("Stages" if "msd" not in config else "Students", [Table(rows)]),
-        *(Section(f"Curves: {name}", _show_curves(folder)) for name, folder, _ in parts),
-        *(Section(f"Samples over time: {name}", _show_samples(folder, 4)) for name, folder, _ in parts),
+        Section(title, [Table(rows)]),
+        *(Section(f"Curves: {part.name}", _show_curves(run / part.folder)) for part in parts),
+        *(Section(f"Samples over time: {part.name}", _show_samples(run / part.folder, 4)) for part in parts),
     ]
 
 
-def _list_parts(run: Path, settings: dict[str, Any]) -> list[tuple[str, Path, str]]:
-    """(name, run folder, method) of a recipe's stages, of several students, of both; [] for one run."""
-    listed_stages = settings.get("stages")
-    stages = [stage for stage in listed_stages if _is_stage(stage)] if isinstance(listed_stages, list) else []
-    method = str(settings.get("method", "-"))
-
-    def list_stages(chosen: list[dict], folder: Path, prefix: str = "") -> list[tuple[str, Path, str]]:
-        return [
-            (f"{prefix}{stage.get('name')}", folder / f"{number:02d}-{stage.get('name')}", stage.get("method", method))
-            for number, stage in enumerate(chosen, 1)
-        ]
-
-    msd = settings.get("msd")
-    if not isinstance(msd, dict):
-        return list_stages(stages, run)
-    parts = list_stages([stage for stage in stages if stage.get("shared")], run / "shared", "shared, ")
-    separate = [stage for stage in stages if not stage.get("shared")]
-    students = msd.get("students")
-    for k in range(students if isinstance(students, int) and students <= MOST_STUDENTS else 0):
-        folder = run / f"student-{k}"
-        if separate:
-            parts += list_stages(separate, folder, f"student {k}, ")
-        else:
-            parts.append((f"student {k}", folder, method))
-    return parts
-
-
-def _is_stage(stage: Any) -> bool:
-    """Whether it is a mapping with a name that a folder of the run can have."""
-    return isinstance(stage, dict) and re.fullmatch(r"[\w.-]+", str(stage.get("name"))) is not None
+def _read_parts(run: Path) -> list[PartRecord]:
+    """The runs that the run is made of, in the order of their training; [] for one run, or where it does not say."""
+    try:
+        return RunRecord.load(run).parts
+    except UserError:
+        return []
 
 
 def _show_tuning(run: Path) -> list[Block]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from stepdistill import checkpoint
 from stepdistill.config import merge
-from stepdistill.eval.run_evaluation import shown_prompts
+from stepdistill.eval.run_evaluation import choose_prompts
 from stepdistill.pipelines import export_student
 from stepdistill.run import RunFolder
 from stepdistill.trainers.plans.build import build_trainer, provenance, resume
@@ -328,4 +328,4 @@ def test_a_runs_pictures_are_of_the_prompts_that_it_shows(shown, drawn, teachers
     trainer.save_samples()
     assert asked == drawn
     assert (run.samples / "000000.png").is_file()
-    assert shown_prompts(trainer.config.data.model_dump()) == (shown or ["a cat", "a dog", "a red bus"])
+    assert choose_prompts(trainer.config.data) == (shown or ["a cat", "a dog", "a red bus"])

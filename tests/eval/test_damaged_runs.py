@@ -10,12 +10,13 @@ import pytest
 
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.results import check_replaceable, read_results
-from stepdistill.eval.run_evaluation import label_names, read_run
+from stepdistill.eval.run_evaluation import MeasuredRun, read_label_names
 from stepdistill.eval.show.comparison_page import write_comparison
 from stepdistill.eval.show.curves import read_curve
 from stepdistill.eval.show.run_files import cost_cells, read_metrics
 from stepdistill.eval.show.run_page import write_report
 from stepdistill.run import RunFolder
+from stepdistill.run_record import FILE, RunRecord
 from stepdistill.trainers.plans.compared import COST, read_cost
 
 ROW = {"iteration": 1, "seconds": 1.0, "passes": 8, "loss/student": 0.5, "updates/student": 1}
@@ -45,6 +46,7 @@ def make_run(folder):
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
     (folder / "environment.json").write_text('{"seed": 0}')
+    RunRecord().save(folder)
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     (folder / "distances.json").write_text("[[0, 2.0], [8, 1.0]]")
     return folder
@@ -207,21 +209,50 @@ def test_pages_of_what_is_no_file(name, kind, run):
 
 @pytest.mark.parametrize(
     "changes",
-    ["teacher: 3", "teacher: {}", "data: []", "evaluation: {samples: many}", "sampler: {steps: 0}", "method: [1]"],
+    ["teacher: 3", "teacher: {}", "data: []", "evaluation: {samples: many}", "sampler: {steps: 0}"],
 )
 def test_the_config_of_a_run_that_is_evaluated_is_looked_at(changes, run):
     key = changes.partition(":")[0]
     lines = [line for line in CONFIG.splitlines() if not line.startswith(key)]
     (run / "config.yaml").write_text("\n".join([*lines, changes]))
     with pytest.raises(UserError, match=r"config\.yaml: ") as caught:
-        read_run(run)
+        MeasuredRun.read(run)
     assert "\n" not in str(caught.value)
 
 
 def test_a_runs_config_has_its_defaults(run):
-    config = read_run(run)
-    assert config["evaluation"]["samples"] == 5000
-    assert config["data"]["labels"] == "all"
+    measured = MeasuredRun.read(run)
+    assert measured.evaluation.samples == 5000
+    assert measured.labels == "uniform"
+    assert measured.record == RunRecord()
+
+
+RECORDS = [
+    "",
+    "3",
+    "{",
+    '{"guidance_scale": "strong"}',
+    '{"guidance_scale": -1}',
+    '{"baseline": "other"}',
+    '{"rewards": [{"reward": "no such"}]}',
+    '{"parts": [{"name": "a", "folder": "../a", "method": "dmd2"}]}',
+    '{"other": 1}',
+]
+
+
+@pytest.mark.parametrize("content", RECORDS)
+def test_a_damaged_record_is_one_line_for_an_evaluation_and_none_for_a_page(content, run):
+    (run / FILE).write_text(content)
+    with pytest.raises(UserError, match=r"record\.json: ") as caught:
+        MeasuredRun.read(run)
+    assert "\n" not in str(caught.value)
+    assert "Curves" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_run_without_a_record_says_how_to_get_one(run):
+    (run / FILE).unlink()
+    with pytest.raises(UserError, match=r"record\.json: is missing.*--resume, which writes it"):
+        MeasuredRun.read(run)
 
 
 @pytest.mark.parametrize("content", ["{", "3", "[1]", "[[1]]", '[["a", 1]]', '{"points": 3}', "[[1e999, 1]]"])
@@ -242,4 +273,4 @@ def test_a_damaged_cost_is_none(content, tmp_path):
 def test_names_of_labels_are_a_list_of_words(names, tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text(json.dumps({"_stepdistill": {"label_names": names}}))
-    assert label_names(tmp_path) is None
+    assert read_label_names(tmp_path) is None

@@ -15,7 +15,7 @@ from stepdistill.data.arrays import read_array_images
 from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork
 from stepdistill.eval.measure.reference_statistics import make_reference
-from stepdistill.eval.run_evaluation import run_targets, shown_prompts
+from stepdistill.eval.run_evaluation import MeasuredRun, choose_prompts
 from stepdistill.trainers.plans.job import make_job
 
 
@@ -44,8 +44,8 @@ def config(root, **changes):
     ],
 )
 def test_the_teacher_is_guided_as_the_student_was_distilled(tmp_path, changes, scale):
-    raw = make_job(config(tmp_path, **changes)).config.model_dump(mode="json")
-    targets = run_targets(tmp_path, raw)
+    job = make_job(config(tmp_path, **changes))
+    targets = MeasuredRun.from_config(job.config, job.method.make_record(job.config)).list_targets(tmp_path)
     assert {target.guidance_scale for target in targets if target.name == "teacher"} == {scale}
     assert targets[-1].guidance_scale is None  # the student's own
 
@@ -66,8 +66,7 @@ def test_prompts_of_a_dataset_are_those_of_the_evaluation(tmp_path):
     assert made.code == 0, made.err[-2000:]
     said = json.loads((tmp_path / "run/evaluation.json").read_text())["protocol"]
     assert said["prompts_fingerprint"] == hashlib.sha256(b"a cat\na dog").hexdigest()
-    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert shown_prompts(saved["data"]) == ["a cat", "a dog"]
+    assert choose_prompts(MeasuredRun.read(tmp_path / "run").data) == ["a cat", "a dog"]
     assert (tmp_path / "run/grid.png").is_file()
 
 

@@ -14,7 +14,7 @@ from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 from stepdistill.conditions import label_ranges
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.draws import select_conditions
-from stepdistill.eval.run_evaluation import run_targets
+from stepdistill.eval.run_evaluation import MeasuredRun
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
 from stepdistill.pipelines import export_student
@@ -130,7 +130,9 @@ def test_the_config_states_a_null_label_that_the_folder_does_not(tmp_path):
     assert trainer.conditions.items == [0, 1, 2]
     assert trainer.family.null_condition(2)["label"].tolist() == [3, 3]
     trainer.iteration()
-    target, *_ = run_targets(tmp_path / "run", make_job(raw).config.model_dump(mode="json"))
+    job = make_job(raw)
+    measured = MeasuredRun.from_config(job.config, job.method.make_record(job.config))
+    target, *_ = measured.list_targets(tmp_path / "run")
     assert StockPipeline.load(target.path, null_label=target.null_label).labels == [0, 1, 2]
     *_, folder = student_of(teacher, tmp_path / "student", null_label=3)
     assert DiffusionPipeline.from_pretrained(folder).unet.config.num_class_embeds == 3

@@ -14,7 +14,7 @@ from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 
 from stepdistill.errors import UserError
 from stepdistill.eval.measure.targets import Target
-from stepdistill.eval.run_evaluation import run_targets
+from stepdistill.eval.run_evaluation import MeasuredRun
 from stepdistill.eval.show.grid import draw_grid
 from stepdistill.eval.speed import inference
 from stepdistill.eval.stock_pipeline import StockPipeline
@@ -160,16 +160,18 @@ def test_a_hub_id_in_the_cache_names_its_variants_too(folders, tmp_path, monkeyp
 
 
 def test_evaluation_takes_the_variant(folders, tmp_path):
-    config = make_job(raw_config(folders["both"], tmp_path / "run", evaluation={"teacher_steps": [1]})).config
-    targets = run_targets(tmp_path / "run", config.model_dump(mode="json"))
+    def targets_of(**changes):
+        job = make_job(raw_config(folders["both"], tmp_path / "run", **changes))
+        return MeasuredRun.from_config(job.config, job.method.make_record(job.config)).list_targets(tmp_path / "run")
+
+    targets = targets_of(evaluation={"teacher_steps": [1]})
     assert [(t.name, t.steps, t.variant) for t in targets] == [
         ("teacher", 2, "ema"),
         ("teacher", 1, "ema"),
         ("student", None, None),
     ]
-    tuned = make_job(raw_config(folders["both"], tmp_path / "run", **PSO)).config
     untuned = Target("untuned", str(folders["both"]), 4, variant="ema")
-    assert run_targets(tmp_path, tuned.model_dump(mode="json"))[0] == untuned
+    assert targets_of(**PSO)[0] == untuned
     assert torch.equal(weight_of(StockPipeline.load(folders["both"], variant="ema").denoiser), EMA)
     assert torch.equal(weight_of(StockPipeline.load(folders["both"]).denoiser), PLAIN)
     assert torch.equal(weight_of(StockPipeline.load(folders["alone"]).denoiser), EMA)  # the only weights there are

@@ -44,6 +44,7 @@ from stepdistill.noise import Noise
 from stepdistill.roles.ema import EMA
 from stepdistill.roles.roles import Roles
 from stepdistill.run import RunFolder
+from stepdistill.run_record import RunRecord
 from stepdistill.sampler import Draw, FewStepSampler, few_step_times
 from stepdistill.settings import OptimizerSettings, RunSettings
 
@@ -329,6 +330,12 @@ class Trainer(abc.ABC):
     def settings_of(cls, config: RunSettings) -> Section:
         """The section that :attr:`settings` is."""
         return getattr(config, cls.name)
+
+    @classmethod
+    def make_record(cls, config: RunSettings) -> RunRecord:
+        """What the run's evaluation has to know of the method."""
+        scale = getattr(cls.settings_of(config), "guidance_scale", None)
+        return RunRecord(guidance_scale=scale or 1.0)
 
     @classmethod  # noqa: B027
     def check(cls, config: RunSettings, settings: Section) -> None:

@@ -57,6 +57,7 @@ from stepdistill.objectives.preference import (
 )
 from stepdistill.roles.role import Role
 from stepdistill.run import CACHE
+from stepdistill.run_record import RunRecord
 from stepdistill.sampler import Draw, FewStepSampler, Transition, few_step_times
 from stepdistill.settings import RunSettings
 from stepdistill.trainers.loop.causes import REAL, REWARD
@@ -138,6 +139,11 @@ class PSO(DirectTrainer):
     @classmethod
     def wants_images(cls, settings: PSOSettings) -> bool:
         return settings.mode == "targets"
+
+    @classmethod
+    def make_record(cls, config: RunSettings) -> RunRecord:
+        """The model that is tuned has few steps itself, and is judged by the same rewards."""
+        return RunRecord(baseline="untuned", rewards=cls.settings_of(config).rewards)
 
     @classmethod
     def check(cls, config: RunSettings, settings: PSOSettings) -> None:

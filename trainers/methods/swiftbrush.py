@@ -42,6 +42,7 @@ from stepdistill.judges.load import load_clip
 from stepdistill.objectives.alignment import clamped_cosine_loss
 from stepdistill.objectives.surrogate import surrogate_loss
 from stepdistill.objectives.variational import variational_score_gradient
+from stepdistill.run_record import RunRecord
 from stepdistill.settings import RunSettings
 from stepdistill.trainers.loop.causes import REWARD
 from stepdistill.trainers.loop.trainer import Batch, ConditionSource, Losses
@@ -164,6 +165,14 @@ class SwiftBrush(ScoreTrainer):
             scale = low + (high - low) * self.noise.uniform(len(batch))
             batch.steering = self.family.steering(batch.negative, scale)
         return batch
+
+    @classmethod
+    def make_record(cls, config: RunSettings) -> RunRecord:
+        """As of any method; where teacher and fake score share a scale, the student's fixed point is the unguided
+        teacher, whatever the scale."""
+        if cls.settings_of(config).fake_score_guidance == "shared":
+            return RunRecord(guidance_scale=1.0)
+        return super().make_record(config)
 
     def teacher_scale(self, count: int) -> Scale:
         if self.settings.guidance_range is None:

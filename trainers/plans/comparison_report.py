@@ -7,16 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stepdistill import assets, files
+from stepdistill import files
 from stepdistill.eval.measure.evaluate import evaluate
 from stepdistill.eval.measure.targets import Target
-from stepdistill.eval.run_evaluation import label_names, protocol, shown_prompts, teacher_scale
+from stepdistill.eval.run_evaluation import MeasuredRun, choose_prompts, read_label_names
 from stepdistill.eval.show.comparison_page import Together, write_comparison
 from stepdistill.eval.show.curves import CURVE, Curve, curves_table, draw_curves, read_curve
 from stepdistill.eval.show.grid import draw_grid
 from stepdistill.eval.show.tables import markdown_table, results_table, text_table
 from stepdistill.settings import RunSettings
-from stepdistill.stock.folders import hub_folder
 
 from .compared import ComparedRun, read_cost
 from .comparison_settings import ComparisonSettings
@@ -53,26 +52,21 @@ def measure(settings: ComparisonSettings, runs: dict[str, ComparedRun], device: 
         UserError: the protocol does not fit the teacher or its pictures.
     """
     file = Path(settings.output) / "evaluation.json"
-    config = next(run for run in runs.values() if run.tuned is None).job.config
+    first = next(run for run in runs.values() if run.tuned is None)
+    config = first.job.config
+    measured = MeasuredRun.from_config(config, first.job.method.make_record(config))
     students = [(run, steps) for run in runs.values() if run.finished for steps in run.settings.steps or [None]]
-    raw = config.model_dump(mode="json")
-    teacher = _teacher_target(config, raw)
+    teacher = measured.teacher_target()
     targets = [teacher, *(Target(run.name, run.folder.student, steps) for run, steps in students)]
     more = {key: getattr(settings, key) for key in ("precision_recall", "diversity", "clip")}
-    final = protocol(raw, settings.final_samples).model_copy(update=more)
+    final = measured.make_protocol(settings.final_samples).model_copy(update=more)
     rows = evaluate(targets, final, file, device)
     level = rows[0]
     if settings.samples != settings.final_samples:
         file = file.with_name("teacher.json")
-        (level,) = evaluate([teacher], protocol(raw, settings.samples), file, device)
+        (level,) = evaluate([teacher], measured.make_protocol(settings.samples), file, device)
     written = json.loads(file.read_text(encoding="utf-8"))["protocol"]
     return Measured(config, students, targets, rows, level, written)
-
-
-def _teacher_target(config: RunSettings, raw: dict[str, Any]) -> Target:
-    teacher = config.teacher
-    path = hub_folder(assets.resolve(teacher.path), teacher.revision)
-    return Target("teacher", path, teacher.steps, teacher_scale(raw), teacher.null_label, teacher.variant)
 
 
 def write_report(settings: ComparisonSettings, runs: dict[str, ComparedRun], device: str) -> str:
@@ -139,6 +133,6 @@ def _grid(measured: Measured, path: Path, device: str) -> Path:
     first: dict[tuple[str, int | None], Target] = {}
     for (run, steps), target in zip(measured.students, targets, strict=True):
         first.setdefault((run.title, steps), replace(target, name=run.title))
-    prompts, seed = shown_prompts(measured.config.data.model_dump()), measured.config.evaluation.seed
-    names = label_names(Path(teacher.path))
+    prompts, seed = choose_prompts(measured.config.data), measured.config.evaluation.seed
+    names = read_label_names(Path(teacher.path))
     return draw_grid([teacher, *first.values()], path, 2, seed=seed, device=device, label_names=names, prompts=prompts)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from stepdistill.data.router import Router
 from stepdistill.errors import UserError
 from stepdistill.run import RunFolder
+from stepdistill.run_record import PartRecord, RunRecord
 from stepdistill.stock.folders import is_whole
 
 from .finish import evaluate_and_report
@@ -43,6 +44,24 @@ class Plan(ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """What ``config.yaml`` in its folder says."""
+
+    def list_parts(self) -> list[PartRecord]:
+        """The runs that it is made of, for its record; [] for one run."""
+        return []
+
+    def make_record(self) -> RunRecord:
+        """What an evaluation and a report need to know of it."""
+        record = self.job.method.make_record(self.job.config)
+        return record.model_copy(update={"parts": self.list_parts()})
+
+    def write_config(self) -> None:
+        """Write ``config.yaml`` and ``record.json`` of its folder.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        self.folder.write_config(self.config)
+        self.make_record().save(self.output)
 
     @property
     def undivided_jobs(self) -> list[Job]:

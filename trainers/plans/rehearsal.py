@@ -23,7 +23,7 @@ import torch
 from stepdistill import checkpoint
 from stepdistill.data.router import Router
 from stepdistill.errors import UserError
-from stepdistill.eval.run_evaluation import run_targets
+from stepdistill.eval.run_evaluation import MeasuredRun
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families.base import Family
 from stepdistill.pipelines import export_student
@@ -258,13 +258,13 @@ def try_teacher(job: Job, family: Family) -> None:
     Raises:
         UserError: stock diffusers cannot load or call it so.
     """
-    config = job.config.model_dump(mode="json")
-    if not config["evaluation"]["enabled"]:
+    if not job.config.evaluation.enabled:
         return
-    target = run_targets(Path(job.config.output), config)[0]
+    measured = MeasuredRun.from_config(job.config, job.method.make_record(job.config))
+    target = measured.list_targets(Path(job.config.output))[0]
     if (kind := str((target.path, target.steps, target.guidance_scale, target.null_label, target.variant))) in _TRIED:
         return
-    stock = StockPipeline.load(target.path, family.device, null_label=target.null_label, variant=target.variant)
+    stock = target.load(family.device)
     labels, noise = stock.labels[:1], torch.zeros(1, *stock.noise_shape)
     items = {"none": None, "label": labels, "prompt": [""]}[stock.condition_kind]
     generator = torch.Generator().manual_seed(0)

@@ -133,6 +133,7 @@ training  {train.updates} student updates of {train.batch_size * train.gradient_
                 on_begin()
             if not exists:
                 run.create(config, config.seed, trainer.teacher_digests)
+                self.make_record().save(run.path)
 
         on_main(accelerator, begin)
         if accelerator.is_main_process:
@@ -159,7 +160,7 @@ training  {train.updates} student updates of {train.batch_size * train.gradient_
     def _resume(self, trainer: Trainer) -> None:
         run, config, accelerator = self.folder, self.job.config, trainer.accelerator
         resumed = resume_trainer(trainer, run)
-        on_main(accelerator, lambda: run.write_config(config))  # what may change (train.updates) counts from now on
+        on_main(accelerator, self.write_config)  # what may change (train.updates) counts from now on
         on_main(accelerator, lambda: run.write_environment(config.seed, trainer.teacher_digests))
         if resumed and accelerator.is_main_process:
             print(f"resumed at student update {trainer.counters['student']}")

@@ -28,6 +28,7 @@ from stepdistill.config import Section, check, dump_yaml, merge, section_of
 from stepdistill.data.router import Router
 from stepdistill.errors import UserError
 from stepdistill.run import CACHE, check_run_folder, fixed_part
+from stepdistill.run_record import PartRecord
 from stepdistill.stock.folders import check_replaceable
 from stepdistill.trainers import METHODS
 from stepdistill.trainers.loop.ranks import locked, on_main
@@ -126,6 +127,11 @@ class Stages(Plan):
     def unfinished(self) -> list[Stage]:
         return [stage for stage in self.stages if not stage.finished]
 
+    def list_parts(self) -> list[PartRecord]:
+        return [
+            PartRecord(name=stage.name, folder=stage.output.name, method=stage.job.method.name) for stage in self.stages
+        ]
+
     def check_folder(self, resume: bool) -> bool:
         started = [stage for stage in self.stages if (stage.output / "config.yaml").exists()]
         early = set()
@@ -171,7 +177,7 @@ class Stages(Plan):
             return
         if accelerator.is_main_process:
             print(f"{title}: {stage.job.method.title}")
-        on_begin = None if exists else lambda: self.folder.write_config(self.config)
+        on_begin = None if exists else self.write_config
         stage.train(True, [*self.jobs, *siblings], on_begin)
 
     def _take_student(self) -> None:
@@ -180,7 +186,7 @@ class Stages(Plan):
         Raises:
             UserError: it cannot be written.
         """
-        self.folder.write_config(self.config)
+        self.write_config()
         check_replaceable(self.folder.student)
         with files.replacing_folder(self.folder.student) as temporary:
             shutil.copytree(self.last.folder.student, temporary, dirs_exist_ok=True)

@@ -33,6 +33,7 @@ from stepdistill.families.base import Family
 from stepdistill.locks import Lock
 from stepdistill.pipelines import export_students
 from stepdistill.run import CACHE, PAIRS, check_run_folder
+from stepdistill.run_record import PartRecord
 from stepdistill.seeds import LARGEST
 from stepdistill.stock.folders import check_replaceable
 from stepdistill.trainers.loop.ranks import locked, on_main
@@ -110,6 +111,20 @@ class Students(Plan):
             config[STAGES] = self.raw[STAGES]
         return config
 
+    def list_parts(self) -> list[PartRecord]:
+        """Every stage and student under its names in this folder; none draws every condition but what is shared."""
+        plans = {} if self.shared is None else {"shared": self.shared}
+        plans |= {f"student {number}": student for number, student in enumerate(self.students)}
+        parts = []
+        for name, plan in plans.items():
+            folder = plan.output.relative_to(self.output)
+            inner = plan.list_parts() or [PartRecord(name="", folder=".", method=plan.job.method.name)]
+            for part in inner:
+                title = f"{name}, {part.name}" if part.name else name
+                inside = (folder / part.folder).as_posix()
+                parts.append(PartRecord(name=title, folder=inside, method=part.method, undivided=False))
+        return parts
+
     @property
     def router_file(self) -> Path:
         return self.output / FILE
@@ -182,7 +197,7 @@ class Students(Plan):
 
                 def write() -> None:
                     router.save(self.router_file)
-                    self.folder.write_config(self.config)
+                    self.write_config()
 
                 on_main(accelerator, write)
         return router
@@ -204,7 +219,7 @@ class Students(Plan):
         """Copy the finished students to the folder of the whole."""
         with self.lock():
             self.folder.tidy()
-            self.folder.write_config(self.config)
+            self.write_config()
             export_students([student.folder.student for student in self.students], router, self.folder.student)
 
     # -- the dry run ---------------------------------------------------------------------------------------

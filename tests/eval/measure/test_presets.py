@@ -15,7 +15,7 @@ from stepdistill.eval.extractors import inception
 from stepdistill.eval.extractors.small import FeatureNetwork
 from stepdistill.eval.measure.presets import PRESETS, make_protocol
 from stepdistill.eval.measure.settings import Protocol
-from stepdistill.eval.run_evaluation import protocol
+from stepdistill.eval.run_evaluation import MeasuredRun
 from stepdistill.judges.clip import ClipScorer
 from stepdistill.trainers.plans.resolve import read_job
 
@@ -51,8 +51,9 @@ def test_edms_are_fifty_thousand_with_labels_in_turn(files, name, side):
 
 
 def test_fashion_mnist_is_what_the_quickstart_does():
-    config = read_job("configs/quickstart.yaml").config.model_dump(mode="json")
-    own = protocol(config, config["evaluation"]["samples"])
+    job = read_job("configs/quickstart.yaml")
+    run = MeasuredRun.from_config(job.config, job.method.make_record(job.config))
+    own = run.make_protocol(job.config.evaluation.samples)
     preset = make_protocol("fashion_mnist", {}, [])
     differing = {key for key in Protocol.model_fields if getattr(own, key) != getattr(preset, key)}
     assert differing == {"preset", "extractor", "reference"}  # the same files by other names

@@ -9,6 +9,7 @@ from PIL import Image
 from stepdistill.errors import UserError
 from stepdistill.eval.show.run_files import read_metrics
 from stepdistill.eval.show.run_page import MOST_SAMPLES, write_report
+from stepdistill.run_record import FILE, PartRecord, RunRecord
 
 CONFIG = """
 method: dmd2
@@ -153,14 +154,23 @@ def test_what_a_tuning_run_watched_has_a_section_of_its_own(run):
     assert re.findall(r'aria-label="([^"]*)"', others[: others.index("<h2>Samples")]) == ["loss/student"]
 
 
+@pytest.mark.parametrize("folder", ["../other", "/etc", "a/../../b"])
+def test_parts_outside_of_the_run_are_not_read(run, folder):
+    (run / FILE).write_text(json.dumps({"parts": [{"name": "x", "folder": folder, "method": "dmd2"}]}))
+    assert "Curves: x" not in write_report(run).read_text()
+
+
 @pytest.mark.parametrize("stages", [False, True])
 def test_several_students_are_listed_with_what_each_cost(run, stages):
-    listed = "stages: [{name: tsm, method: tsm, shared: true}, {name: dm}]\n" if stages else ""
-    (run / "config.yaml").write_text(f"method: dmd2\nmsd: {{students: 2, partition: order}}\n{listed}")
     folders = {"student 0": "student-0", "student 1": "student-1"}
     if stages:
         folders = {f"{name}, dm": f"{folder}/01-dm" for name, folder in folders.items()}
         folders = {"shared, tsm": "shared/01-tsm", **folders}
+    parts = [
+        PartRecord(name=name, folder=folder, method="tsm" if "tsm" in name else "dmd2", undivided=False)
+        for name, folder in folders.items()
+    ]
+    RunRecord(parts=parts).save(run)
     for number, folder in enumerate(folders.values()):
         (run / folder).mkdir(parents=True)
         row = {"iteration": 1, "seconds": 60, "passes": 1000 + number, "updates/student": 7, "loss/student": 1.0}
