@@ -22,7 +22,7 @@ from stepdistill.errors import UserError
 from .images import ImageSet, Label
 from .listing import METADATA, Listing, list_pictures
 from .pictures import Shape, UnreadablePicture, check_kind, fit, open_header, open_picture, size_upright
-from .rows import choose_column, read_rows, read_text, text_columns
+from .rows import choose_column, find_text_columns, read_rows, read_text
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 FILE_NAME = "file_name"
@@ -55,9 +55,9 @@ def read_folder(
     files, notes, names = listing.files, listing.notes, None
     labels: Sequence[Label] | None = None
     if conditions.kind == "prompt":
-        labels = _captions(listing, column, key, notes)
+        labels = _read_captions(listing, column, key, notes)
     elif conditions.kind == "label":
-        labels, names = _labels(listing, column, key)
+        labels, names = _read_labels(listing, column, key)
 
     def read(index: int) -> np.ndarray:
         image = open_picture(files[index], str(files[index]))
@@ -94,12 +94,12 @@ def _check_headers(files: list[Path], shape: Shape, resize: bool, as_they_are: b
 # -- class labels ------------------------------------------------------------------------------------------
 
 
-def _labels(listing: Listing, column: str | None, key: str) -> tuple[Sequence[Label], dict[str, int] | None]:
-    """The class label, or name, of each picture, and the labels of the names."""
+def _read_labels(listing: Listing, column: str | None, key: str) -> tuple[Sequence[Label], dict[str, int] | None]:
+    """The class label or name of each picture, and the label of each name."""
     if listing.metadata or column is not None:
         rows = _read_metadata(listing, column or "label", f"{key}.label_column", column is not None)
         if rows is not None:
-            return [_one_label(values, file) for values, file in zip(rows, listing.files, strict=True)], None
+            return [_require_label(values, file) for values, file in zip(rows, listing.files, strict=True)], None
     source = str(listing.root)
     inside = [file.relative_to(listing.root).parts for file in listing.files]
     loose = [parts[0] for parts in inside if len(parts) == 1]
@@ -121,7 +121,7 @@ def _labels(listing: Listing, column: str | None, key: str) -> tuple[Sequence[La
     return [parts[0] for parts in inside], number_classes(listing.folders, f"{key}: {source}")
 
 
-def _one_label(values: list, file: Path) -> int | str:
+def _require_label(values: list, file: Path) -> int | str:
     """A picture's label by its metadata."""
     stated = {value for value in values if value is not None}
     if len(stated) != 1 or not isinstance(label := stated.pop(), int | str):
@@ -134,8 +134,8 @@ def _one_label(values: list, file: Path) -> int | str:
 # -- captions ----------------------------------------------------------------------------------------------
 
 
-def _captions(listing: Listing, column: str | None, key: str, notes: list[str]) -> list[str]:
-    """The caption of each picture: of the metadata, where there is such a column, or of the text files next to it."""
+def _read_captions(listing: Listing, column: str | None, key: str, notes: list[str]) -> list[str]:
+    """The caption of each picture: from a column of the metadata, else from the text files next to the pictures."""
     caption_key = f"{key}.caption_column"
     if listing.metadata or column is not None:
         rows = _read_metadata(listing, column, caption_key, column is not None, notes)
@@ -194,7 +194,7 @@ def _read_metadata(
         if FILE_NAME not in rows.columns:
             raise UserError(f"{file}: no column {FILE_NAME!r}; it has {list_first(rows.columns, 8) or 'none'}")
         columns = [name for name in rows.columns if name != FILE_NAME]
-        if not required and not (text_columns(columns) if column is None else column in columns):
+        if not required and not (find_text_columns(columns) if column is None else column in columns):
             continue
         name, note = choose_column(columns, column, str(file), key)
         if note is not None and notes is not None:

@@ -27,7 +27,7 @@ Posterior = Literal["mean", "sample"]
 
 
 def check_posterior(posterior: Posterior, key: str, family: Family) -> None:
-    """Refuse samples of a posterior that is not there.
+    """Refuse samples of the posterior of a teacher without one.
 
     Raises:
         UserError: the teacher has no VAE.
@@ -39,13 +39,13 @@ def check_posterior(posterior: Posterior, key: str, family: Family) -> None:
 def load_latents(
     family: Family, images: ImageSet, folder: Path, posterior: Posterior
 ) -> tuple[Tensor | None, Tensor | None]:
-    """:func:`cached_latents`, and the standard deviations that samples are drawn by: None with ``mean``."""
+    """:func:`encode_latents_cached`, and the standard deviations that samples are drawn by: None with ``mean``."""
     if posterior == "mean":
-        return cached_latents(family, images, folder), None
-    return cached_posterior(family, images, folder)
+        return encode_latents_cached(family, images, folder), None
+    return encode_posterior_cached(family, images, folder)
 
 
-def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
+def encode_latents_cached(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> Tensor | None:
     """All images as latents (N, C, H, W), from ``folder`` if they are stored there; None for a family without a VAE.
 
     The file is keyed by a fingerprint of the images, the VAE's weights and the size, so that a stale one is
@@ -56,18 +56,20 @@ def cached_latents(family: Family, images: ImageSet, folder: Path, batch: int = 
     """
     if family.vae is None:
         return None
-    (latents,) = _cached(family, images, folder, batch, ("latents",), lambda pixels: (family.encode_images(pixels),))
+    (latents,) = _load_or_encode(
+        family, images, folder, batch, ("latents",), lambda pixels: (family.encode_images(pixels),)
+    )
     return latents
 
 
-def cached_posterior(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of all images' latents, (N, C, H, W) each, as :func:`cached_latents` but in another
+def encode_posterior_cached(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of all images' latents, (N, C, H, W) each, as :func:`encode_latents_cached` but in another
     file."""
-    mean, std = _cached(family, images, folder, batch, ("latents", "std"), family.encode_posterior)
+    mean, std = _load_or_encode(family, images, folder, batch, ("latents", "std"), family.encode_posterior)
     return mean, std
 
 
-def _cached(
+def _load_or_encode(
     family: Family,
     images: ImageSet,
     folder: Path,
@@ -75,7 +77,7 @@ def _cached(
     names: tuple[str, ...],
     encode: Callable[[Tensor], tuple[Tensor, ...]],
 ) -> list[Tensor]:
-    """What ``encode`` makes of all pixels, one tensor (N, ...) for each of ``names``."""
+    """The results of ``encode`` for all pixels, one tensor (N, ...) for each of ``names``."""
     parts = (images.fingerprint, len(images), family.image_shape, *names[1:])
     digest = hashlib.sha256(repr(parts).encode())
     vae: Any = getattr(family, "vae", None)

@@ -63,14 +63,14 @@ def read_rows(path: Path) -> Rows:
             return _rows_of_objects(_json_lines(path, read_text(path)), path)
 
 
-def text_columns(columns: Iterable[str]) -> list[str]:
-    """Those of the columns that are called as columns of texts are, in the order of :data:`TEXT_COLUMNS`."""
+def find_text_columns(columns: Iterable[str]) -> list[str]:
+    """The columns with a usual name of columns of texts, in the order of :data:`TEXT_COLUMNS`."""
     columns = list(columns)
     return [column for name in TEXT_COLUMNS for column in columns if column.lower() == name]
 
 
 def choose_column(columns: Iterable[str], column: str | None, where: str, key: str) -> tuple[str, str | None]:
-    """The column of texts, and a note where it was one of several that could have been.
+    """The column of texts, and a note where several columns could be meant.
 
     Args:
         column: as the config says; None: the first of :data:`TEXT_COLUMNS` that is there, in any case.
@@ -84,7 +84,7 @@ def choose_column(columns: Iterable[str], column: str | None, where: str, key: s
         if column not in columns:
             raise UserError(f"{where}: no column {column!r}; it has {', '.join(columns) or 'none'}")
         return column, None
-    usual = text_columns(columns)
+    usual = find_text_columns(columns)
     if not usual:
         raise UserError(
             f"{where}: no column is called {', '.join(TEXT_COLUMNS[:3])}; it has {list_first(columns, 8) or 'none'}: "

@@ -46,16 +46,16 @@ class Roles:
         base.requires_grad_(False).eval()
         switch = AdapterSwitch(base)
         self.switch = None if weights == "full" else switch
-        self.student = self._lora_student(switch) if weights == "shared" else self._full_student()
+        self.student = self._make_lora_student(switch) if weights == "shared" else self._make_full_student()
         self.fake_score: Role | None = None
         if fake_score and weights == "full":
-            self.fake_score = self._full("fake_score")
+            self.fake_score = self._make_full("fake_score")
         elif fake_score:
-            self.fake_score = self._adapted("fake_score", base, switch, settings.lora)
+            self.fake_score = self._make_adapted("fake_score", base, switch, settings.lora)
         if self.fake_score is not None and settings.fake_score_from is not None:
             load_fake_score(self.fake_score, settings.fake_score_from)
         closed_form = family.teacher_denoiser()
-        teacher = self._role("teacher", base, self.switch, None, False)
+        teacher = self._make_role("teacher", base, self.switch, None, False)
         self.teacher: Denoiser = teacher if closed_form is None else closed_form
         if gradient_checkpointing:
             for role in {id(role.network): role for role in self.trained()}.values():
@@ -63,47 +63,49 @@ class Roles:
             if weights == "full":
                 enable_checkpointing(base, None)  # SIM differentiates through the teacher
 
-    def _full(self, name: str, network: nn.Module | None = None) -> Role:
+    def _make_full(self, name: str, network: nn.Module | None = None) -> Role:
         network = copy.deepcopy(self.family.network) if network is None else network
-        return self._role(name, network.float().requires_grad_(True), None, None, True)
+        return self._make_role(name, network.float().requires_grad_(True), None, None, True)
 
-    def _full_student(self) -> Role:
+    def _make_full_student(self) -> Role:
         start, changes = self.settings.student_from, self.settings.network
-        student = self._full("student", None if changes is None else self.family.altered_network(changes).eval())
+        student = self._make_full("student", None if changes is None else self.family.altered_network(changes).eval())
         if start is not None:
             student.network.load_state_dict(self.family.read_weights(start, student.network))
         return student
 
-    def _lora_student(self, switch: AdapterSwitch) -> Role:
+    def _make_lora_student(self, switch: AdapterSwitch) -> Role:
         settings, base = self.settings, self.family.network
         if settings.student_from is not None:
             base = copy.deepcopy(base).float()  # rounded to the teacher's dtype, part of what it was trained to is lost
             base.load_state_dict(self.family.read_weights(settings.student_from))
             switch = AdapterSwitch(base)
         if settings.lora_under is not None:
-            self._loaded("under", base, switch, settings.lora_under, "roles.lora_under", False)
+            self._load_adapted("under", base, switch, settings.lora_under, "roles.lora_under", False)
         if settings.lora_from is not None:
-            student = self._loaded("student", base, switch, settings.lora_from, "roles.lora_from", True)
+            student = self._load_adapted("student", base, switch, settings.lora_from, "roles.lora_from", True)
         else:
-            student = self._adapted("student", base, switch, settings.student_lora or settings.lora)
+            student = self._make_adapted("student", base, switch, settings.student_lora or settings.lora)
         if settings.lora_under is not None:
             switch.stacks["student"] = ("under", "student")
         return student
 
-    def _adapted(
+    def _make_adapted(
         self, name: str, network: nn.Module, switch: AdapterSwitch, lora: LoRASettings, trains: bool = True
     ) -> Role:
         switch.add(name, lora, self.family.lora_targets)
         for parameter in switch.parameters(name).values():
             parameter.requires_grad_(trains)
-        return self._role(name, network, switch, name, trains, lora)
+        return self._make_role(name, network, switch, name, trains, lora)
 
-    def _loaded(self, name: str, network: nn.Module, switch: AdapterSwitch, path: str, key: str, trains: bool) -> Role:
+    def _load_adapted(
+        self, name: str, network: nn.Module, switch: AdapterSwitch, path: str, key: str, trains: bool
+    ) -> Role:
         """A role whose adapter is read from a file, with that file's rank, alpha and modules."""
         lora = read_lora(path, key)
         try:
             settings = LoRASettings(rank=lora.rank, alpha=lora.alpha, targets=sorted(lora.factors))
-            role = self._adapted(name, network, switch, settings, trains)
+            role = self._make_adapted(name, network, switch, settings, trains)
             role.load_portable_state_dict(lora.portable_state_dict())
         except UserError as error:
             raise UserError(f"{key} = {path}: it is not a LoRA for this teacher ({error})") from None
@@ -116,7 +118,7 @@ class Roles:
         self.family.to(device)
         return self
 
-    def _role(
+    def _make_role(
         self,
         name: str,
         network: nn.Module,
@@ -133,8 +135,8 @@ class Roles:
         """One more role, frozen, with the weights that ``role`` has now: a copy of its network, or of its adapter on
         the same base."""
         if role.adapter is None or role.switch is None or role.lora is None:
-            return self._role(name, copy.deepcopy(role.network).requires_grad_(False), None, None, False)
-        frozen = self._adapted(name, role.network, role.switch, role.lora, False)
+            return self._make_role(name, copy.deepcopy(role.network).requires_grad_(False), None, None, False)
+        frozen = self._make_adapted(name, role.network, role.switch, role.lora, False)
         if role.adapter in role.switch.stacks:
             role.switch.stacks[name] = (*role.switch.stack(role.adapter)[:-1], name)
         frozen.load_portable_state_dict(role.portable_state_dict())

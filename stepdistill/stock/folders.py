@@ -55,7 +55,7 @@ def is_whole(folder: str | Path) -> bool:
 
 
 def find_missing(folder: Path) -> str | None:
-    """The first file that a pipeline's folder, or that of several students, should have and has not; None: whole.
+    """The first file that a pipeline's folder, or that of several students, lacks; None where it is whole.
 
     A weight file that is cut short counts as missing.
     """

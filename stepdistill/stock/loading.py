@@ -58,7 +58,7 @@ def read_index(folder: Path, what: str) -> dict[str, Any]:
 
 
 def check_index(index: Any, what: str) -> None:
-    """Refuse a model index that is none, or that names other code than diffusers' and transformers'.
+    """Refuse what is no model index, or names other code than diffusers' and transformers'.
 
     Raises:
         UserError: the entry that is wrong.
@@ -165,7 +165,7 @@ def check_config(folder: Path, what: str) -> None:
 
 
 def oversized(config: Any, key: str = "") -> str | None:
-    """The first entry that is too large, None without one; what starts with ``_`` is not used to build anything."""
+    """The first entry that is too large, None without one; keys that begin with ``_`` are left out, since they build nothing."""
     if isinstance(config, dict):
         entries = [(k, v) for k, v in config.items() if not k.startswith("_")]
     elif isinstance(config, list):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stepdistill.data.images import ImageSet
-from stepdistill.data.latents import cached_latents
+from stepdistill.data.latents import encode_latents_cached
 from stepdistill.data.pictures import UnreadablePicture
 from stepdistill.errors import UserError
 
@@ -42,15 +42,15 @@ def pictures(count=7, fingerprint="one", broken=(), **more):
 @pytest.mark.parametrize("batch", [1, 3, 7, 16])
 def test_every_image_has_its_latent_in_its_place_whatever_the_batch(batch, tmp_path):
     family, images = Encoder(), pictures()
-    latents = cached_latents(family, images, tmp_path, batch)
+    latents = encode_latents_cached(family, images, tmp_path, batch)
     torch.testing.assert_close(latents, nn.functional.avg_pool2d(3 * images.batch(list(range(7))), 2))
     assert family.encoded == 7
 
 
 def test_they_are_encoded_once(tmp_path):
-    first = cached_latents(Encoder(), pictures(), tmp_path)
+    first = encode_latents_cached(Encoder(), pictures(), tmp_path)
     again = Encoder()
-    assert torch.equal(cached_latents(again, pictures(), tmp_path), first)
+    assert torch.equal(encode_latents_cached(again, pictures(), tmp_path), first)
     assert again.encoded == 0
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -66,35 +66,35 @@ def test_they_are_encoded_once(tmp_path):
     ids=["another VAE", "another size", "other images", "more images"],
 )
 def test_anything_else_has_a_file_of_its_own(family, images, tmp_path):
-    cached_latents(Encoder(), pictures(), tmp_path)
-    latents = cached_latents(family, images, tmp_path)
+    encode_latents_cached(Encoder(), pictures(), tmp_path)
+    latents = encode_latents_cached(family, images, tmp_path)
     assert family.encoded == len(images) == len(latents)
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_file_that_is_cut_short_is_made_again(tmp_path):
-    whole = cached_latents(Encoder(), pictures(), tmp_path)
+    whole = encode_latents_cached(Encoder(), pictures(), tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-4])
     family = Encoder()
-    assert torch.equal(cached_latents(family, pictures(), tmp_path), whole)
+    assert torch.equal(encode_latents_cached(family, pictures(), tmp_path), whole)
     assert family.encoded == 7
 
 
 def test_a_teacher_of_pixels_has_none(tmp_path):
-    assert cached_latents(SimpleNamespace(vae=None), pictures(), tmp_path / "cache") is None
-    assert cached_latents(SimpleNamespace(vae=None), pictures(), tmp_path / "cache") is None
+    assert encode_latents_cached(SimpleNamespace(vae=None), pictures(), tmp_path / "cache") is None
+    assert encode_latents_cached(SimpleNamespace(vae=None), pictures(), tmp_path / "cache") is None
     assert not (tmp_path / "cache").exists()
 
 
 def test_pictures_that_cannot_be_read_have_no_latent_and_are_remembered(tmp_path):
     images = pictures(broken=(0, 5), max_unreadable=0.3)  # two of seven
-    latents = cached_latents(Encoder(), images, tmp_path, 2)
+    latents = encode_latents_cached(Encoder(), images, tmp_path, 2)
     good = [1, 2, 3, 4, 6]
     torch.testing.assert_close(latents[good], nn.functional.avg_pool2d(3 * images.batch(good), 2))
     assert not latents[[0, 5]].any()
     again, family = pictures(broken=(0, 5), max_unreadable=0.3), Encoder()
-    assert torch.equal(cached_latents(family, again, tmp_path), latents)
+    assert torch.equal(encode_latents_cached(family, again, tmp_path), latents)
     assert family.encoded == 0
     assert again.unreadable == images.unreadable
     assert set(again.unreadable) == {0, 5}
@@ -103,8 +103,8 @@ def test_pictures_that_cannot_be_read_have_no_latent_and_are_remembered(tmp_path
 @pytest.mark.parametrize("kept", [False, True])
 def test_more_than_tolerated_end_it_with_nothing_written(tmp_path, kept):
     if kept:
-        cached_latents(Encoder(), pictures(broken=(0, 5), max_unreadable=0.3), tmp_path)
+        encode_latents_cached(Encoder(), pictures(broken=(0, 5), max_unreadable=0.3), tmp_path)
     before = list(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"2 of 7 pictures cannot be used: 0\.png, 5\.png; the first: 0\.png: not a"):
-        cached_latents(Encoder(), pictures(broken=(0, 5), max_unreadable=0.2), tmp_path)
+        encode_latents_cached(Encoder(), pictures(broken=(0, 5), max_unreadable=0.2), tmp_path)
     assert list(tmp_path.iterdir()) == before

@@ -158,7 +158,7 @@ def _fit(network: FeatureNetwork, pixels: Tensor, labels: Tensor, config: Featur
 
 
 def balanced_subset(labels: list[int], count: int, seed: int) -> list[int]:
-    """``count`` indices, sorted, with as equal numbers of each label as they go; seeded.
+    """``count`` indices, sorted, with as equal numbers of each label as possible; seeded.
 
     Raises:
         UserError: a label with too few pictures.
