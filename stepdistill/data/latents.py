@@ -63,8 +63,8 @@ def encode_latents_cached(family: Family, images: ImageSet, folder: Path, batch:
 
 
 def encode_posterior_cached(family: Family, images: ImageSet, folder: Path, batch: int = 16) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of all images' latents, (N, C, H, W) each, as :func:`encode_latents_cached` but in another
-    file."""
+    """Mean and standard deviation of all images' latents, (N, C, H, W) each, as :func:`encode_latents_cached` but in
+    another file."""
     mean, std = _load_or_encode(family, images, folder, batch, ("latents", "std"), family.encode_posterior)
     return mean, std
 

@@ -165,7 +165,7 @@ def check_config(folder: Path, what: str) -> None:
 
 
 def oversized(config: Any, key: str = "") -> str | None:
-    """The first entry that is too large, None without one; keys that begin with ``_`` are left out, since they build nothing."""
+    """The first entry that is too large, None without one; keys that begin with ``_`` are passed over."""
     if isinstance(config, dict):
         entries = [(k, v) for k, v in config.items() if not k.startswith("_")]
     elif isinstance(config, list):
