@@ -23,14 +23,15 @@ FILE = HERE / "golden.json"
 ROOT = HERE.parents[1]
 
 import conftest  # noqa: E402, F401
-from methods import METHODS, TEACHERS, weights_of  # noqa: E402
+from methods import METHODS, weights_of  # noqa: E402
+from teacher_table import GOLDEN, make_teachers  # noqa: E402
 
 NOT_COMPARED = {"seconds"}
 
 
 def cases() -> list[str]:
     """The names of all cases: ROW/WEIGHTS/TEACHER, and the first runs' configs."""
-    rows = [f"{row}/{weights}/{teacher}" for row in METHODS for weights in weights_of(row) for teacher in TEACHERS]
+    rows = [f"{row}/{weights}/{teacher}" for row in METHODS for weights in weights_of(row) for teacher in GOLDEN]
     return [*rows, "configs/quickstart.yaml", "configs/emoji.yaml"]
 
 
@@ -70,8 +71,6 @@ def summary(tensors) -> dict[str, Any]:
 
 
 def measure(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    from test_methods import make_teachers
-
     with tempfile.TemporaryDirectory() as folder:
         teachers = make_teachers(Path(folder) / "teachers")
         started = time.monotonic()

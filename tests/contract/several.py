@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import tiny
 import torch
+from teacher_table import FAMILIES
 
 from stepdistill.data.partition import PartitionSettings, make_router
 from stepdistill.data.router import Router
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
+from stepdistill.families.calls import CONDITION_ARGUMENTS
 from stepdistill.pipelines import export_student, export_students
 from stepdistill.roles.roles import Roles
 from stepdistill.roles.settings import RolesSettings
@@ -51,12 +52,17 @@ class Several:
 
 def gathered(root: Path, name: str, kind: str, steps: int, count: int, transition: str = "renoise") -> Several:
     """``count`` students of a tiny teacher with the scheduler ``kind``: of labels, or of prompts where it is SD's."""
-    teacher = root / f"{name}-teacher"
     if kind.startswith("sd_"):
-        family, settings = load_family(str(tiny.save_stable_diffusion(teacher, kind))), {"partition": "medians"}
-    else:
-        family, settings = load_family(str(tiny.save_pixels(teacher, kind, labels=LABELS, null=True, size=16))), {}
-    items = PROMPTS if family.condition_kind == "prompt" else list(range(LABELS))
+        return gathered_of(root, name, ("stable_diffusion", kind, "prompt", steps, None, transition, "full"), count)
+    return gathered_of(root, name, ("unet2d", kind, LABELS, steps, None, transition, "full"), count, size=16)
+
+
+def gathered_of(root: Path, name: str, case: tuple, count: int, **network) -> Several:
+    """``count`` students of the teacher of one of test_export's cases; ``network``: arguments of a pixel network."""
+    family_name, kind, conditions, steps, _, transition, _ = case
+    family = load_family(str(FAMILIES[family_name](root / f"{name}-teacher", kind, conditions, **network)))
+    settings = {"partition": "medians"} if family.condition_kind == "prompt" else {}
+    items = PROMPTS if family.condition_kind == "prompt" else list(family.labels)
     encoder = family.prompt_encoder if family.condition_kind == "prompt" else None
     router = make_router(PartitionSettings(students=count, **settings), items, family.condition_kind, encoder)
     sampler = FewStepSampler(family.schedule, few_step_times(family.schedule, steps), transition)
@@ -71,3 +77,8 @@ def gathered(root: Path, name: str, kind: str, steps: int, count: int, transitio
         folders.append(export_student(family, student, sampler, root / f"{name}-alone" / str(k), facts))
         students.append(student)
     return Several(export_students(folders, router, root / name), family, students, sampler, router)
+
+
+def conditioned(made: Several, items: list) -> dict:
+    """The arguments of the gathered pipeline's call that say what is drawn."""
+    return {CONDITION_ARGUMENTS[made.family.condition_kind]: items}

@@ -8,17 +8,16 @@ import tiny
 import torch
 from console import stepdistill
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline
+from teacher_table import TEACHERS
 from test_export import build
 
 from stepdistill.errors import UserError
+from stepdistill.families import calls_of
 from stepdistill.pipelines import export_student, merge_students
 from stepdistill.pipelines.merge import interpolate
 
-CASES = {
-    "unet2d": ("unet2d", "v", 3, 1, None, "renoise", "full"),
-    "stable_diffusion": ("stable_diffusion", "sd_ddim_eps", "prompt", 1, None, "renoise", "full"),
-    "lora": ("stable_diffusion", "sd_ddim_eps", "prompt", 1, None, "renoise", "shared"),
-}
+CASES = {name: row.export_case(1) for name, row in TEACHERS.items()}
+CASES["lora"] = TEACHERS["stable_diffusion"].export_case(1, "shared")
 
 
 def test_interpolation_is_exact_at_the_ends_and_independent_of_order():
@@ -45,19 +44,20 @@ def two(tmp_path, first="unet2d", second="unet2d"):
     return [str(path) for path in paths]
 
 
-@pytest.mark.parametrize(("first", "second"), [("unet2d", "unet2d"), ("stable_diffusion", "lora")])
+@pytest.mark.parametrize(("first", "second"), [*((name, name) for name in TEACHERS), ("stable_diffusion", "lora")])
 def test_the_merged_folder_is_a_stock_student(tmp_path, first, second):
     """A full student with one trained as LoRA too: its export has the adapter merged."""
     a, b = two(tmp_path, first, second)
     done = stepdistill("merge", a, b, "--weight", "0.25", "--output", tmp_path / "merged")
     assert done.code == 0, done.err
     merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
-    networks = [DiffusionPipeline.from_pretrained(path).unet.state_dict() for path in (a, b)]
-    for key, value in merged.unet.state_dict().items():
+    networks = [calls_of(DiffusionPipeline.from_pretrained(path)).network.state_dict() for path in (a, b)]
+    network = calls_of(merged).network
+    for key, value in network.state_dict().items():
         torch.testing.assert_close(value, 0.25 * networks[0][key] + 0.75 * networks[1][key])
-    assert merged.unet.config["_stepdistill"]["weight"] == 0.25
+    assert network.config["_stepdistill"]["weight"] == 0.25
     assert merged.scheduler.config["_stepdistill"]["steps"] == 1
-    assert [part["path"] for part in merged.unet.config["_stepdistill"]["of"]] == [Path(a).name, Path(b).name]
+    assert [part["path"] for part in network.config["_stepdistill"]["of"]] == [Path(a).name, Path(b).name]
     assert json.loads((tmp_path / "merged/model_index.json").read_text())["_class_name"] == type(merged).__name__
     assert "interpolation" in (tmp_path / "merged/README.md").read_text()
 

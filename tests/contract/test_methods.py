@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 
-import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import DiffusionPipeline
-from methods import CASES, DIRECT_ROWS, METHODS, SCORE_ROWS, weights_of
-from PIL import Image
+from methods import CASES, DIRECT_ROWS, METHODS, SCORE_ROWS, settings_on, weights_of
+from teacher_table import TEACHERS, make_teachers
 
 from stepdistill import checkpoint
 from stepdistill.config import merge
+from stepdistill.errors import UserError
 from stepdistill.eval.run_evaluation import choose_prompts
+from stepdistill.families import calls_of
 from stepdistill.pipelines import export_student
 from stepdistill.run import RunFolder
 from stepdistill.trainers.plans.build import build_trainer, provenance, resume
@@ -27,42 +26,8 @@ def teachers(tmp_path_factory):
     return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
-def make_teachers(root):
-    """A folder and data for each family."""
-    root.mkdir(exist_ok=True)
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 255, (12, 8, 8), dtype=np.uint8)
-    np.savez(root / "images.npz", images=pixels, labels=np.arange(12) % 3)
-    (root / "prompts.txt").write_text("a cat\na dog\na red bus\n")
-    for index in range(6):
-        Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(root / f"{index}.png")
-        (root / f"{index}.txt").write_text("a cat" if index % 2 else "a dog")
-    folders = root / "pictures"
-    folders.mkdir()
-    for file in [*root.glob("*.png"), *(root / f"{i}.txt" for i in range(6))]:
-        file.rename(folders / file.name)
-    for part in ("winner", "loser"):
-        for index in range(6):
-            place = root / "unet2d-pairs" / part / str(index % 3)
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(0, 255, (8, 8), dtype=np.uint8)).save(place / f"{index}.png")
-        (root / "stable_diffusion-pairs").mkdir(exist_ok=True)
-        shutil.copytree(folders, root / "stable_diffusion-pairs" / part)
-    for file in (root / "stable_diffusion-pairs" / "loser").glob("*.png"):
-        Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(file)
-    return {
-        "unet2d": {
-            "teacher": {"path": str(tiny.save_pixels(root / "unet2d", "v", labels=3, null=True))},
-            "data": {"images": {"npz": str(root / "images.npz")}},
-        },
-        "stable_diffusion": {
-            "teacher": {"path": str(tiny.save_stable_diffusion(root / "stable_diffusion"))},
-            "data": {"prompts": str(root / "prompts.txt"), "images": {"folder": str(folders)}},
-        },
-    }
-
-
-def job_for(row: str, teacher: dict, weights: str, output, **train):
+def job_for(row: str, teacher: dict, weights: str, output, on: str = "unet2d", **train):
+    """The job of a row of methods; ``teacher``: its config sections; ``on``: the row of teachers that it is like."""
     raw = {
         "method": row.split("_")[0],
         "output": str(output),
@@ -76,8 +41,8 @@ def job_for(row: str, teacher: dict, weights: str, output, **train):
         "train": {"updates": 4, "batch_size": 2, "log_every": 1, "sample_count": 4, "ema_decay": 0.9, "trackers": []},
         "evaluation": {"enabled": False},
     }
-    own = json.loads(json.dumps(METHODS[row]).replace("{teacher}", teacher["teacher"]["path"]))
-    raw = merge(merge(raw, own), {"train": train})
+    settings = json.loads(json.dumps(settings_on(row, on)).replace("{teacher}", teacher["teacher"]["path"]))
+    raw = merge(merge(raw, settings), {"train": train})
     return make_job(merge(raw, teacher))
 
 
@@ -100,14 +65,15 @@ def started(job, output):
 
 @pytest.mark.parametrize(("row", "weights", "teacher"), CASES)
 def test_two_and_two_updates_are_four_bit_for_bit_and_the_student_exports(row, teacher, weights, teachers, tmp_path):
-    whole, _ = started(job_for(row, teachers[teacher], weights, tmp_path / "whole"), tmp_path / "whole")
+    whole, _ = started(job_for(row, teachers[teacher], weights, tmp_path / "whole", teacher), tmp_path / "whole")
     frozen = {k: v.clone() for k, v in whole.family.network.state_dict().items() if "lora_" not in k}
     start = tensors_of(whole)
     whole.fit()
 
-    first, _ = started(job_for(row, teachers[teacher], weights, tmp_path / "halves", updates=2), tmp_path / "halves")
+    half = job_for(row, teachers[teacher], weights, tmp_path / "halves", teacher, updates=2)
+    first, _ = started(half, tmp_path / "halves")
     first.fit()
-    job = job_for(row, teachers[teacher], weights, tmp_path / "halves")
+    job = job_for(row, teachers[teacher], weights, tmp_path / "halves", teacher)
     run = RunFolder(tmp_path / "halves")
     assert run.check(job.config, resume=True)
     second = build_trainer(job, run)
@@ -128,7 +94,7 @@ def test_two_and_two_updates_are_four_bit_for_bit_and_the_student_exports(row, t
     folder = export_student(
         whole.family, whole.roles.student, whole.sampler, tmp_path / "student", provenance(job, whole)
     )
-    exported = DiffusionPipeline.from_pretrained(folder).unet.state_dict()
+    exported = calls_of(DiffusionPipeline.from_pretrained(folder)).network.state_dict()
     for key, value in whole.roles.student.plain_state_dict().items():
         assert torch.equal(exported[key], value[: len(exported[key])]), key  # the null label's row may be left out
     assert (folder / "lora").exists() == (weights == "shared")
@@ -136,12 +102,26 @@ def test_two_and_two_updates_are_four_bit_for_bit_and_the_student_exports(row, t
     assert len(rows) == 4 + whole.counters.get("recorded", 0)
 
 
+REFUSED = [(row, teacher) for teacher, table in TEACHERS.items() for row in table.refused]
+
+
+@pytest.mark.parametrize(("row", "teacher"), REFUSED)
+def test_what_a_teacher_is_not_for_is_refused_before_training(row, teacher, teachers, tmp_path):
+    def prepare() -> None:
+        trainer = build_trainer(job_for(row, teachers[teacher], "full", tmp_path, teacher), None)
+        trainer.family.check_expressible(trainer.sampler)
+
+    with pytest.raises(UserError) as error:
+        prepare()
+    assert TEACHERS[teacher].refused[row] in str(error.value)
+
+
 @pytest.mark.parametrize(("row", "weights", "teacher"), CASES)
 def test_gradient_checkpointing_changes_no_gradient(row, teacher, weights, teachers, tmp_path):
     """Values, not running: recomputation under the wrong adapter would give other gradients and no error."""
     gradients = []
     for checkpointing in (False, True):
-        job = job_for(row, teachers[teacher], weights, tmp_path, gradient_checkpointing=checkpointing)
+        job = job_for(row, teachers[teacher], weights, tmp_path, teacher, gradient_checkpointing=checkpointing)
         trainer = build_trainer(job, None)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():  # LoRA's B starts at zero: adapters would not differ from the base
@@ -305,8 +285,6 @@ def test_bf16_trains_close_to_float32(row, teachers, tmp_path):
 
 
 def test_checkpoint_of_another_method_or_teacher_is_refused(teachers, tmp_path):
-    from stepdistill.errors import UserError
-
     job = job_for("dmd2", teachers["unet2d"], "full", tmp_path / "a", updates=1)
     trainer, run = started(job, tmp_path / "a")
     trainer.fit()
