@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 BUFFERS = ("_fused_weight", "_fused_bias")
+AttentionModule = Any
+"""diffusers' attention: nn.Module does not declare its attributes."""
 
 
-def _parts(attn: nn.Module) -> list[nn.Module]:
+def _parts(attn: AttentionModule) -> list[nn.Module]:
     return [attn.to_k, attn.to_v] if attn.is_cross_attention else [attn.to_q, attn.to_k, attn.to_v]
 
 
@@ -40,10 +44,11 @@ def separate_projections(attn: nn.Module) -> None:
 
 def _join(parts: list[nn.Parameter | None]) -> Tensor | None:
     """One tensor of which the parameters are views from now on."""
-    if parts[0] is None:
+    present = [part for part in parts if part is not None]
+    if not present:
         return None
-    whole = torch.cat([part.detach() for part in parts])
-    for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+    whole = torch.cat([part.detach() for part in present])
+    for part, view in zip(present, whole.split([len(part) for part in present]), strict=True):
         part.data = view
     return whole
 
@@ -60,7 +65,7 @@ def _are_views(parts: list[nn.Parameter | None], whole: Tensor | None) -> bool:
     return True
 
 
-def fused_projection(attn: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def fused_projection(attn: AttentionModule) -> tuple[Tensor, Tensor | None] | None:
     """The fused weight and bias; None where the module has none, where the separate weights are no longer views of
     them, or where those train."""
     if not is_fused(attn):

@@ -51,7 +51,7 @@ def try_backend(
     mask = None if mask is None else mask.to(device, dtype)
     try:
         with attention_backend(backend):  # checks what it needs, and puts the process-wide default back
-            output = attend(*inputs, mask, backend)
+            output = attend(inputs[0], inputs[1], inputs[2], mask, backend)
         if gradients:
             torch.autograd.grad(output.float().sum(), inputs)
     except Exception as error:  # of kernels and packages, many kinds

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
@@ -14,14 +16,14 @@ from .kernels import NATIVE
 from .processor import AttentionProcessor
 
 
-def find_attention(network: nn.Module) -> Iterator[nn.Module]:
-    """The attention modules of a diffusers network."""
+def find_attention(network: nn.Module) -> Iterator[Any]:
+    """The attention modules of a diffusers network; nn.Module does not declare their attributes."""
     return (module for module in network.modules() if hasattr(module, "processor") and hasattr(module, "to_q"))
 
 
-def head_width(attn: nn.Module) -> int:
-    """Channels of one head."""
-    return attn.to_q.weight.shape[0] // attn.heads
+def head_width(attn: Any) -> int:
+    """Channels of one head of an attention module."""
+    return int(attn.to_q.weight.shape[0] // attn.heads)
 
 
 def install(network: nn.Module, user: str) -> dict[str, str]:
@@ -62,7 +64,7 @@ def set_backend(network: nn.Module, backend: str) -> dict[str, str]:
         The modules that are left as they are, with the reason.
     """
     skipped = {} if backend == NATIVE else install(network, "backend")
-    masked: dict[tuple, str] = {}
+    masked: dict[tuple[torch.device, torch.dtype, int], str] = {}
     for module in find_attention(network):
         processor = module.processor
         if isinstance(processor, AttentionProcessor):

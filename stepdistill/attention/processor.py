@@ -89,7 +89,8 @@ class AttentionProcessor:
         backend = self._attention_backend if mask is None else self.masked_backend
         output = attend(query, key, value, mask, None if backend is None else str(AttentionBackendName(backend).value))
         if negative is not None:
-            output = subtract_negative(*output.chunk(2), negative_scale)
+            plain, negated = output.chunk(2)
+            output = subtract_negative(plain, negated, negative_scale)
         output = output.transpose(1, 2).reshape(count, -1, attn.heads * output.shape[-1]).to(query.dtype)
         output = attn.to_out[1](attn.to_out[0](output))
         if len(shape) == 4:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -48,11 +49,12 @@ def main() -> None:
     except MemoryError as error:
         _fail(f"not enough memory ({first_line(error)}); use smaller files or sizes, or a larger machine")
     except Exception as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # no command given: typer has no public name for it
-            print(error.format_message(), file=sys.stderr)
-            sys.exit(error.exit_code)
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
-            _fail(error.format_message(), error.exit_code)
+        usage: Any = error  # click's usage errors, which typer does not name
+        if type(error).__name__ == "NoArgsIsHelpError":  # without a command
+            print(usage.format_message(), file=sys.stderr)
+            sys.exit(usage.exit_code)
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            _fail(usage.format_message(), usage.exit_code)
         raise
     if isinstance(code, int):  # what a command gave typer.Exit comes back as a value
         sys.exit(code)

@@ -79,7 +79,7 @@ class ClipScorer:
     """
 
     model: TextImageModel
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Image.Image], Tensor] | None
     tokenizer: Callable[[list[str]], Tensor]
     tag: str
     prefix: str = ""
@@ -92,9 +92,16 @@ class ClipScorer:
         return self.tokenizer([self.prefix + prompt for prompt in prompts]).to(self.device)
 
     def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """Scores (B,) of pictures (B, 1 or 3, H, W) uint8 against their prompts."""
+        """Scores (B,) of pictures (B, 1 or 3, H, W) uint8 against their prompts.
+
+        Raises:
+            ValueError: the scorer has no transform of single pictures.
+        """
+        transform = self.transform
+        if transform is None:
+            raise ValueError(f"{self.tag}: no transform of single pictures")
         arrays = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-        images = torch.stack([self.transform(Image.fromarray(array)) for array in arrays]).to(self.device)
+        images = torch.stack([transform(Image.fromarray(array)) for array in arrays]).to(self.device)
         return cosine_scores(self.model, images, self._tokens(prompts))
 
     def embed(self, pixels: Tensor) -> Tensor:

@@ -37,8 +37,14 @@ def is_matching(path: str | Path) -> bool:
 
 
 class CalibratedFeatures(nn.Module):
-    """A network whose ``raw_feature`` (B, F) is centred and scaled by one number, ``center`` (F,)
-    and ``scale``."""
+    """A network whose raw feature (B, F) is centred, ``center`` (F,), and scaled by one number, ``scale``."""
+
+    center: Tensor
+    scale: Tensor
+
+    def raw_feature(self, images: Tensor) -> Tensor:
+        """The feature (B, F) before it is centred and scaled."""
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, F), float32, of uint8 0..255 or float [0, 1] pictures (B, C, H, W).

@@ -51,7 +51,7 @@ def _is_user_module(settings: ClipSettings) -> bool:
     return ":" in settings.model and not settings.model.startswith(("local-dir:", "hf-hub:"))
 
 
-def _freeze(model):
+def _freeze(model: Any) -> Any:
     return model.eval().requires_grad_(False) if isinstance(model, nn.Module) else model
 
 
@@ -103,14 +103,14 @@ def _check_weights(settings: ClipSettings) -> None:
     if folder != settings.model:
         if not Path(folder).is_dir():
             raise UserError(f"clip: folder {folder} is missing; put open_clip's config and weights of a model there")
-    elif not settings.hub and not Path(settings.pretrained).is_file():  # hf-hub: has hub, by the settings' check
+    elif not settings.hub and not Path(str(settings.pretrained)).is_file():  # hf-hub: has hub, by the settings' check
         raise UserError(
             f"clip: weight file {settings.pretrained} of {settings.model} is missing; download it from the model's "
             "page on the Hugging Face hub to that path, or set hub=true and a tag of open_clip's"
         )
 
 
-def _import_open_clip():
+def _import_open_clip() -> Any:
     try:
         import open_clip
     except ImportError as error:

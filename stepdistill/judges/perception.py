@@ -42,7 +42,9 @@ def load_perceptual(spec: str, device: str | torch.device = "cpu") -> Perceptual
         model = call_factory(model, spec, "perceptual model")
     if not callable(getattr(model, "loss", None)):
         raise UserError(f"perceptual model {spec!r}: has no method loss(pixels, real, indices)")
-    return model.eval().requires_grad_(False).to(device) if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        model.eval().requires_grad_(False).to(device)
+    return model
 
 
 def perceptual_loss(model: PerceptualModel, spec: str, pixels: Tensor, real: Tensor, indices: list[int]) -> Tensor:

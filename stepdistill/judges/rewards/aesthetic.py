@@ -50,7 +50,7 @@ def load_aesthetic(settings: RewardSettings, device: str | torch.device) -> Call
     Raises:
         UserError: a file is missing or is not what the predictor needs.
     """
-    state = read_state(settings.weights, "aesthetic")
+    state = read_state(str(settings.weights), "aesthetic")
     first = state.get("layers.0.weight")
     head = AestheticHead(first.shape[1] if first is not None and first.ndim == 2 else 768)
     try:
@@ -60,13 +60,13 @@ def load_aesthetic(settings: RewardSettings, device: str | torch.device) -> Call
             f"reward aesthetic: {settings.weights} is not {NEEDS['aesthetic']['weights']}, nor of its layout "
             "(layers.0, 2, 4, 6 and 7 of widths E, 1024, 128, 64, 16, 1)"
         ) from None
-    scorer, head = load_clip(settings.clip, device), freeze(head, device)
+    scorer, head = load_clip(settings.require_clip(), device), freeze(head, device)
     _check_width(scorer, head, settings, device)
     return lambda pixels, items: head(scorer.embed(pixels))
 
 
 @torch.no_grad()
-def _check_width(scorer: ClipScorer, head: AestheticHead, settings: RewardSettings, device) -> None:
+def _check_width(scorer: ClipScorer, head: AestheticHead, settings: RewardSettings, device: str | torch.device) -> None:
     width = head.layers[0].in_features
     clip_width = scorer.embed(torch.zeros(1, 3, *scorer.size, device=device)).shape[-1]
     if width != clip_width:

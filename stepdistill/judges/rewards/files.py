@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +12,10 @@ from stepdistill.readers import read_weights
 
 from .settings import NEEDS
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def freeze(model: nn.Module, device: str | torch.device) -> nn.Module:
+
+def freeze(model: Network, device: str | torch.device) -> Network:
     """The model on ``device``, in eval mode, without gradients to its parameters."""
     return model.eval().requires_grad_(False).to(device)
 

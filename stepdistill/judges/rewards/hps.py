@@ -30,7 +30,7 @@ def load_hps(settings: RewardSettings, device: str | torch.device) -> Callable[[
     Raises:
         UserError: the file is missing or is not HPS's.
     """
-    read_state(settings.weights, "hps")
+    read_state(str(settings.weights), "hps")
     try:
         scorer = load_clip(
             settings.clip or ClipSettings(model=HPS_MODEL, pretrained=settings.weights, prefix=""), device

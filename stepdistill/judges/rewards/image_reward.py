@@ -29,10 +29,10 @@ def load_image_reward(settings: RewardSettings, device: str | torch.device) -> C
     Raises:
         UserError: the library or a file is missing, or the file is not ImageReward's.
     """
-    state = read_state(settings.weights, "image_reward")
+    state = read_state(str(settings.weights), "image_reward")
     library = _import_library()
     try:
-        model = library.load(settings.weights, device=device, med_config=settings.config)
+        model: Any = library.load(settings.weights, device=device, med_config=settings.config)
     except Exception as error:  # the library raises many kinds; the user needs the file and the reason
         raise UserError(
             f"reward image_reward: ImageReward cannot load {settings.weights} with {settings.config} "

@@ -28,7 +28,7 @@ from .user import import_reward
 
 def load_clip_cosine(settings: RewardSettings, device: str | torch.device) -> Callable[[Tensor, list], Tensor]:
     """The cosine of picture and prompt by any CLIP, as a function of pixels and items."""
-    scorer = load_clip(settings.clip, device)
+    scorer = load_clip(settings.require_clip(), device)
     return lambda pixels, items: scorer.cosine(pixels, require_prompts(items, pixels, "clip"))
 
 

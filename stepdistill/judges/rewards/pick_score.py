@@ -28,6 +28,8 @@ from .settings import NEEDS, RewardSettings
 class _TransformersClip(nn.Module):
     """A transformers CLIPModel with the two methods that a ClipScorer calls; tokens are a tokenizer's output."""
 
+    model: Any
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
@@ -45,15 +47,15 @@ def load_pick_score(settings: RewardSettings, device: str | torch.device) -> Cal
     Raises:
         UserError: the model or its tokenizer is missing, or they do not fit each other.
     """
-    model = _load_model(settings.weights)
+    model = _load_model(str(settings.weights))
     tokenizer = _load_tokenizer(settings, model.config.text_config)
     size, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
 
-    def tokens(prompts: list[str]):
+    def tokenize(prompts: list[str]) -> Any:
         return tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
 
     towers = freeze(_TransformersClip(model), device)
-    scorer = ClipScorer(towers, None, tokens, f"PickScore {settings.weights}", device=device, size=(size, size))
+    scorer = ClipScorer(towers, None, tokenize, f"PickScore {settings.weights}", device=device, size=(size, size))
     return lambda pixels, items: scorer.cosine(crop_square(pixels, size), require_prompts(items, pixels, "pick_score"))
 
 
@@ -76,7 +78,7 @@ def _load_tokenizer(settings: RewardSettings, text: Any) -> Any:
     """The tokenizer in ``config``, else in ``weights``; transformers makes an empty one of a folder without files."""
     from transformers import CLIPTokenizer
 
-    folder = Path(settings.config or settings.weights)
+    folder = Path(str(settings.config or settings.weights))
     remedy = "name the folder of laion/CLIP-ViT-H-14-laion2B-s32B-b79K's tokenizer as config"
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"reward pick_score: {folder} has no tokenizer (tokenizer.json, or vocab.json); {remedy}")

@@ -86,3 +86,13 @@ class RewardSettings(Section):
             if self.clip.pretrained != self.weights:
                 raise ValueError("clip.pretrained has no use with reward = hps, whose file is weights; remove it")
         return self
+
+    def require_clip(self) -> ClipSettings:
+        """The CLIP model's settings.
+
+        Raises:
+            ValueError: this reward has none.
+        """
+        if self.clip is None:
+            raise ValueError(f"reward = {self.reward} has no clip model")
+        return self.clip
