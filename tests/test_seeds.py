@@ -26,7 +26,7 @@ from stepdistill.trainers.methods.regression import RegressionSettings
 from stepdistill.trainers.plans.comparison_settings import ComparisonSettings
 from stepdistill.trainers.plans.job import make_job
 from stepdistill.trainers.plans.resolve import resolve
-from stepdistill.trainers.plans.students import SEED_STEP
+from stepdistill.trainers.plans.student_configs import SEED_STEP
 from stepdistill.trainers.teachers.class_conditional import TeacherConfig
 from stepdistill.trainers.teachers.judge_captions import MatchingConfig
 from stepdistill.trainers.teachers.judge_labels import FeatureConfig

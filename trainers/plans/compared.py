@@ -68,6 +68,11 @@ class ComparedRun:
         return self.plan.folder
 
     @property
+    def steps(self) -> list[int | None]:
+        """The numbers of steps that its student is measured at; None: that of its folder."""
+        return [*self.settings.steps] or [None]
+
+    @property
     def finished(self) -> bool:
         return self.plan.finished
 

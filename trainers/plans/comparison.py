@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from stepdistill.data.router import Router
@@ -45,14 +44,6 @@ class Comparison(Plan):
     runs: dict[str, ComparedRun]
     command: tuple[str, ...] = ()
     only: str | None = None
-
-    @property
-    def output(self) -> Path:
-        return Path(self.settings.output)
-
-    @property
-    def job(self) -> Job:
-        return next(run for run in self.runs.values() if run.tuned is None).job
 
     @property
     def jobs(self) -> list[Job]:
@@ -144,10 +135,10 @@ class Comparison(Plan):
                 write_cost(run.plan, None)
             return
         resume = run.folder.path.exists()
+        plan = run.plan
         if run.measurable:
-            run.plan.train(resume, watch=lambda trainer: self._measured(run, trainer))
-        else:
-            run.plan.train(resume)
+            plan = plan.watched_by(lambda trainer: self._measured(run, trainer))
+        plan.train(resume)
         write_cost(run.plan, peak_memory())
 
     @contextlib.contextmanager

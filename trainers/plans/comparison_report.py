@@ -55,7 +55,7 @@ def measure(settings: ComparisonSettings, runs: dict[str, ComparedRun], device: 
     first = next(run for run in runs.values() if run.tuned is None)
     config = first.job.config
     measured = MeasuredRun.from_config(config, first.job.method.make_record(config))
-    students = [(run, steps) for run in runs.values() if run.finished for steps in run.settings.steps or [None]]
+    students = [(run, steps) for run in runs.values() if run.finished for steps in run.steps]
     teacher = measured.teacher_target()
     targets = [teacher, *(Target(run.name, run.folder.student, steps) for run, steps in students)]
     more = {key: getattr(settings, key) for key in ("precision_recall", "diversity", "clip")}

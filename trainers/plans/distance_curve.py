@@ -42,6 +42,8 @@ class DistanceCurve:
         self.every, self.samples, self.file = every, samples, run.path / CURVE
         evaluation = trainer.config.evaluation
         self.batch, self.seed = evaluation.batch_size, evaluation.seed
+        if evaluation.extractor is None or evaluation.reference is None:
+            raise UserError("set evaluation.extractor and evaluation.reference; the distance needs them")
         self.extractor = load_extractor(evaluation.extractor, trainer.family.device)
         self.reference = ReferenceStatistics.load(assets.resolve(evaluation.reference))
         self.reference.check(self.extractor, trainer.family.image_shape)

@@ -51,11 +51,8 @@ def make_job(raw: dict[str, Any], where: str = "config") -> Job:
     unused = tuple(other for other in METHODS if other not in sections and other in raw)
     for other in unused:
         check(METHODS[other].Settings, raw[other] or {}, f"{where}: {other}")
-    model = create_model(
-        f"{method.__name__}Config",
-        __base__=RunSettings,
-        **{section: (settings, settings()) for section, settings in sections.items()},
-    )
+    fields: dict[str, Any] = {section: (settings, settings()) for section, settings in sections.items()}
+    model = create_model(f"{method.__name__}Config", __base__=RunSettings, **fields)
     used = {key: value for key, value in raw.items() if key not in unused}
     config = check(model, merge(method.defaults, used), where)
     job = Job(config, method, unused)

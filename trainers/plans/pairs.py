@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from stepdistill.data.teacher_pairs import make_pairs
 from stepdistill.errors import UserError
 from stepdistill.files import LOCK
 from stepdistill.locks import Lock
 from stepdistill.trainers.loop.ranks import locked
-from stepdistill.trainers.methods.regression import Regression
+from stepdistill.trainers.methods.regression import Regression, RegressionSettings
 
 from .build import check_fit, load_teacher, make_accelerator
 from .plan import Plan
@@ -28,13 +30,13 @@ def make_pairs_of(plan: Plan, share: tuple[int, int], where: str) -> None:
         raise UserError(f"{where}: no stage with method = regression; nothing needs pairs")
     accelerator = make_accelerator()
     for job in jobs:
-        config = job.config
+        config, settings = job.config, cast(RegressionSettings, job.settings)
         family = load_teacher(config).to(accelerator.device)
         items = check_fit(job, family).all_items
         folder, recipe = Regression.folder(config), Regression.recipe(config)
         lock = Lock(folder, file=folder / f"{LOCK}-{share[0]}-of-{share[1]}")
         with locked(accelerator, lock):
-            make_pairs(family, items, recipe, folder, config.regression.pair_batch, share, config.train.autocast_dtype)
+            make_pairs(family, items, recipe, folder, settings.pair_batch, share, config.train.autocast_dtype)
         print(f"pairs {folder}")
 
 

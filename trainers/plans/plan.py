@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +17,17 @@ from stepdistill.errors import UserError
 from stepdistill.run import RunFolder
 from stepdistill.run_record import PartRecord, RunRecord
 from stepdistill.stock.folders import is_whole
+from stepdistill.trainers.loop.trainer import Trainer
 
 from .finish import evaluate_and_report
 from .job import Job
 from .processes import end_processes
 
+Watch = Callable[[Trainer], contextlib.AbstractContextManager]
+"""Entered with a trainer that is ready, left when it has trained."""
 
+
+@dataclass(frozen=True)
 class Plan(ABC):
     """Something to train, whole or in parts.  Nothing has been loaded or written to make one.
 
@@ -32,6 +38,7 @@ class Plan(ABC):
 
     output: Path
     job: Job
+
     measurable: ClassVar[bool] = False
     """Whether one trainer trains its student from beginning to end, so that the student can be measured on the way."""
 
@@ -139,6 +146,10 @@ class Plan(ABC):
     def finish(self) -> None:
         """What the main process does after training."""
         evaluate_and_report(self.job.config, self.folder)
+
+    def watched_by(self, watch: Watch) -> Plan:
+        """The same plan with its trainer watched; itself where it is not :attr:`measurable`."""
+        return self
 
     def part(self, name: str) -> Plan:
         """The plan of one of several students.

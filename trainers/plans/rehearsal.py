@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -214,7 +215,8 @@ def check_student(job: Job, trainer: Trainer) -> None:
 
 def _kind_of(trainer: Trainer) -> str:
     family, role = trainer.family, trainer.roles.student
-    configs = [dict(part.config) for part in (role.network, family.scheduler)]
+    parts: list[Any] = [role.network, family.scheduler]
+    configs = [dict(part.config) for part in parts]
     return json.dumps([*configs, family.name, repr(trainer.sampler), role.adapter, str(role.lora)], default=str)
 
 
@@ -268,7 +270,7 @@ def try_teacher(job: Job, family: Family) -> None:
     labels, noise = stock.labels[:1], torch.zeros(1, *stock.noise_shape)
     items = {"none": None, "label": labels, "prompt": [""]}[stock.condition_kind]
     generator = torch.Generator().manual_seed(0)
-    stock.generate(items, noise, target.steps, generator, target.guidance_scale)
+    stock.generate(items, noise, job.config.teacher.steps, generator, target.guidance_scale)
     _TRIED.add(kind)
 
 

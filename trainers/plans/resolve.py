@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from .comparison_settings import ComparisonSettings
 from .job import Job, make_job
 from .plan import Plan
 from .single import Run
-from .stages import STAGES, Stage, Stages, read_stages
-from .students import MSD, SHARED, Students, raw_student, seed_of, split_shared
+from .stage_configs import read_stages
+from .stages import STAGES, Stage, Stages
+from .student_configs import raw_student, seed_of, split_shared
+from .students import MSD, SHARED, Students
 
 RUNS = "runs"
 SLACK = 0.03
@@ -93,13 +96,18 @@ def resolve(raw: dict[str, Any], where: str = "config", command: tuple[str, ...]
     return _resolve_student(raw, where)
 
 
-def _resolve_student(raw: dict[str, Any], where: str, before: list[Stage] | None = None) -> Run | Stages:
+def _resolve_student(raw: dict[str, Any], where: str, before: Sequence[Stage] = ()) -> Plan:
     """One run or stages; ``before``: stages of another plan that these take from."""
-    if STAGES not in raw:
-        return Run(make_job(raw, where))
+    if STAGES in raw:
+        return _resolve_stages(raw, where, before)
+    return Run.of(make_job(raw, where))
+
+
+def _resolve_stages(raw: dict[str, Any], where: str, before: Sequence[Stage] = ()) -> Stages:
     output = output_folder(raw, where, "the recipe")
     common = {key: value for key, value in raw.items() if key != STAGES}
-    return Stages(raw, output, read_stages(raw[STAGES], common, output, where, before or []))
+    stages = read_stages(raw[STAGES], common, output, where, before)
+    return Stages(output, stages[-1].job, raw, stages)
 
 
 # -- several students ----------------------------------------------------------------------------------------
@@ -120,7 +128,7 @@ def _resolve_students(raw: dict[str, Any], where: str, command: tuple[str, ...])
     shared = None
     if shared_stages:
         changes = {STAGES: shared_stages, "output": str(output / SHARED), "evaluation": {"enabled": False}}
-        shared = _resolve_student(merge(common, changes), where)
+        shared = _resolve_stages(merge(common, changes), where)
     students = []
     for number in range(settings.students):
         student = raw_student(common, number, output)
@@ -128,8 +136,8 @@ def _resolve_students(raw: dict[str, Any], where: str, command: tuple[str, ...])
             student[STAGES] = [
                 {**stage, "seed": seed_of(stage, number)} if "seed" in stage else stage for stage in student_stages
             ]
-        students.append(_resolve_student(student, where, shared.stages if shared else None))
-    return Students(raw, settings, output, undivided, shared, students, command)
+        students.append(_resolve_student(student, where, shared.stages if shared else ()))
+    return Students(output, undivided.job, raw, settings, undivided, shared, students, command)
 
 
 # -- comparisons ---------------------------------------------------------------------------------------------
@@ -147,7 +155,8 @@ def resolve_comparison(raw: dict[str, Any], where: str = "config", command: tupl
         title: ComparedRunSettings(config=run) if isinstance(run, str) else run for title, run in settings.runs.items()
     }
     for title, section in sorted(sections.items(), key=lambda item: item[1].tunes is not None):
-        for seed in settings.seeds or [None]:
+        seeds: list[int | None] = [*settings.seeds] or [None]
+        for seed in seeds:
             tuned = None
             if section.tunes is not None:
                 tuned = runs.get(_name(section.tunes, seed, settings))
@@ -157,7 +166,8 @@ def resolve_comparison(raw: dict[str, Any], where: str = "config", command: tupl
             plan = _resolve_compared(name, title, seed, section, settings, Path(where).parent, tuned)
             runs[name] = ComparedRun(name, title, seed, section, plan, tuned)
     check_common(runs)
-    return Comparison(settings, runs, command)
+    first = next(run for run in runs.values() if run.tuned is None)
+    return Comparison(Path(settings.output), first.job, settings, runs, command)
 
 
 def _name(title: str, seed: int | None, settings: ComparisonSettings) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -28,24 +28,26 @@ from .build import resume as resume_trainer
 from .describe import data_lines, method_lines, notes, student_line
 from .finish import export
 from .job import Job
-from .plan import Plan
+from .plan import Plan, Watch
 from .prepare import Prepared, prepare
 from .processes import end_processes
 from .rehearsal import check_student, parameters_of, rehearse
-
-Watch = Callable[[Trainer], contextlib.AbstractContextManager]
 
 
 @dataclass(frozen=True)
 class Run(Plan):
     """One job in its run folder."""
 
-    job: Job
     measurable = True
+    watch: Watch = contextlib.nullcontext
 
-    @property
-    def output(self) -> Path:
-        return Path(self.job.config.output)
+    @classmethod
+    def of(cls, job: Job, **fields: Any) -> Self:
+        """The run of a job; ``fields``: those of a subclass."""
+        return cls(Path(job.config.output), job, **fields)
+
+    def watched_by(self, watch: Watch) -> Run:
+        return replace(self, watch=watch)
 
     @property
     def jobs(self) -> list[Job]:
@@ -88,13 +90,11 @@ training  {train.updates} student updates of {train.batch_size * train.gradient_
         resume: bool,
         siblings: Sequence[Job] = (),
         on_begin: Callable[[], None] | None = None,
-        watch: Watch = contextlib.nullcontext,
     ) -> bool:
         """As :meth:`Plan.train`.
 
         Args:
             on_begin: called by the main process before the run's first file is written.
-            watch: entered with the trainer when it is ready, left when it has trained.
         """
         run, config = self.folder, self.job.config
         accelerator = make_accelerator(log_with=list(config.train.trackers) or None, project_dir=str(run.path / "logs"))
@@ -110,7 +110,7 @@ training  {train.updates} student updates of {train.batch_size * train.gradient_
             self._begin(prepared, trainer, exists, on_begin)
             if exists:
                 self._resume(trainer)
-            self._fit(trainer, watch)
+            self._fit(trainer)
         return accelerator.is_main_process
 
     def _make_trainer(
@@ -165,11 +165,11 @@ training  {train.updates} student updates of {train.batch_size * train.gradient_
         if resumed and accelerator.is_main_process:
             print(f"resumed at student update {trainer.counters['student']}")
 
-    def _fit(self, trainer: Trainer, watch: Watch) -> None:
+    def _fit(self, trainer: Trainer) -> None:
         """Train to the end and export."""
         accelerator = trainer.accelerator
         try:
-            with watch(trainer):
+            with self.watch(trainer):
                 trainer.fit()
         except Interrupted as stop:
             if accelerator.is_main_process:

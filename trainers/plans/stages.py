@@ -16,35 +16,29 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from accelerate import Accelerator
 from pydantic import Field
 
 from stepdistill import files
-from stepdistill.config import Section, check, dump_yaml, merge, section_of
+from stepdistill.config import Section, dump_yaml
 from stepdistill.data.router import Router
-from stepdistill.errors import UserError
 from stepdistill.run import CACHE, check_run_folder, fixed_part
 from stepdistill.run_record import PartRecord
 from stepdistill.stock.folders import check_replaceable
-from stepdistill.trainers import METHODS
 from stepdistill.trainers.loop.ranks import locked, on_main
-from stepdistill.trainers.loop.trainer import Trainer
 
 from .build import make_accelerator
 from .describe import data_lines, method_lines, notes, student_line
-from .job import Job, make_job
+from .job import Job
 from .plan import Plan
 from .prepare import prepare
 from .rehearsal import rehearse
 from .single import Run
 
 STAGES = "stages"
-STAGE_KEYS = ("name", "take", "of", "shared")
-TAKEN_ROLES = ("student_from", "lora_from", "lora_under", "fake_score_from")
 
 
 class StageSettings(Section):
@@ -60,8 +54,8 @@ class StageSettings(Section):
 class Stage(Run):
     """A run that takes from an earlier stage, ``source``; None: from the teacher."""
 
-    settings: StageSettings
-    source: Stage | None
+    settings: StageSettings = field(kw_only=True)
+    source: Stage | None = field(kw_only=True)
 
     @property
     def name(self) -> str:
@@ -100,19 +94,14 @@ class Stage(Run):
 
 @dataclass(frozen=True)
 class Stages(Plan):
-    """Checked stages in turn; ``raw`` is their file, overrides included."""
+    """Checked stages in turn; ``raw`` is their config, overrides included.  The last one's job is that of the whole."""
 
     raw: dict[str, Any]
-    output: Path
     stages: list[Stage]
 
     @property
     def last(self) -> Stage:
         return self.stages[-1]
-
-    @property
-    def job(self) -> Job:
-        return self.last.job
 
     @property
     def jobs(self) -> list[Job]:
@@ -195,83 +184,3 @@ class Stages(Plan):
 def fixed_part_with_stages(config: dict[str, Any]) -> dict[str, Any]:
     """A config with or without stages, without the keys that may change when it is resumed."""
     return {**fixed_part(config), STAGES: [fixed_part(stage) for stage in config.get(STAGES) or []]}
-
-
-# -- reading -------------------------------------------------------------------------------------------------
-
-
-def read_stages(
-    listed: Any, common: dict[str, Any], output: Path, where: str, before: Sequence[Stage] = ()
-) -> list[Stage]:
-    """The checked stages of a list of raw ones.
-
-    Args:
-        common: the rest of the config, which all stages share.
-        before: stages of another list that may be taken from.
-
-    Raises:
-        UserError: one line that names the stage and the key.
-    """
-    if not isinstance(listed, list) or not listed or not all(isinstance(raw, dict) for raw in listed):
-        raise UserError(f"{where}: stages must be a list of stages, each a mapping with a name and a method")
-    stages: list[Stage] = []
-    for number, raw in enumerate(listed, 1):
-        label = f"{where}: stages[{number}]"
-        settings = check(StageSettings, {key: raw[key] for key in STAGE_KEYS if key in raw}, label)
-        earlier = [*before, *stages]
-        if any(stage.name == settings.name for stage in earlier):
-            raise UserError(f"{label}: a second stage named {settings.name}; give it another name")
-        source = _source(settings, earlier, label)
-        config = merge(common, {key: value for key, value in raw.items() if key not in STAGE_KEYS})
-        config["output"] = str(output / f"{number:02d}-{settings.name}")
-        config["evaluation"] = section_of(common, "evaluation", where) | section_of(raw, "evaluation", label)
-        if source is not None:
-            roles = section_of(config, "roles", label)
-            config["roles"] = _roles_from(source, settings, roles, config.get("method"), label)
-        job = replace(make_job(config, f"{label} ({settings.name})"), cache=output / CACHE, unused=())
-        stages.append(Stage(job, settings, source))
-    return stages
-
-
-def _source(settings: StageSettings, earlier: list[Stage], label: str) -> Stage | None:
-    """The earlier stage that a stage takes from."""
-    if settings.take == "nothing":
-        if settings.of is not None:
-            raise UserError(f"{label}: take = nothing with of = {settings.of}; remove one")
-        return None
-    if settings.of is not None:
-        for stage in earlier:
-            if stage.name == settings.of:
-                return stage
-        raise UserError(f"{label}: of = {settings.of}: no earlier stage has that name")
-    if not earlier and "take" in settings.model_fields_set:
-        raise UserError(f"{label}: take = {settings.take}: there is no stage before the first; remove it")
-    return earlier[-1] if earlier else None
-
-
-def _roles_from(source: Stage, settings: StageSettings, roles: dict, method: Any, label: str) -> dict[str, Any]:
-    """The raw ``roles`` of a stage that starts from the student of ``source``."""
-    student = str(source.folder.student)
-    weights = roles.get("weights") or _default_weights(method)
-    for key in TAKEN_ROLES:
-        if key in roles:
-            raise UserError(f"{label}: roles.{key} is what take = {settings.take} sets; remove one of them")
-    if settings.take == "both":
-        for name, stage_method in (("this stage", _method(method)), (source.name, source.job.method)):
-            if stage_method is not None and not stage_method.has_fake_score:
-                raise UserError(f"{label}: take = both: {name}'s method has no fake score; use take = student")
-        roles = {**roles, "fake_score_from": str(source.output)}
-    if settings.take == "under" and weights != "shared":
-        raise UserError(f"{label}: take = under needs a LoRA on top; set roles.weights=shared")
-    if source.job.config.roles.weights == "shared" and weights == "shared":
-        return {**roles, "lora_under" if settings.take == "under" else "lora_from": student}
-    return {**roles, "student_from": student}
-
-
-def _method(name: Any) -> type[Trainer] | None:
-    return METHODS.get(name) if isinstance(name, str) else None
-
-
-def _default_weights(name: Any) -> str:
-    method = _method(name)
-    return "full" if method is None else method.defaults.get("roles", {}).get("weights", "full")

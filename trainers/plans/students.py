@@ -25,7 +25,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from stepdistill.config import dump_yaml, merge
+from stepdistill.config import dump_yaml
 from stepdistill.data.partition import PartitionSettings, make_router
 from stepdistill.data.router import FILE, Router
 from stepdistill.errors import UserError
@@ -34,7 +34,6 @@ from stepdistill.locks import Lock
 from stepdistill.pipelines import export_students
 from stepdistill.run import CACHE, PAIRS, check_run_folder
 from stepdistill.run_record import PartRecord
-from stepdistill.seeds import LARGEST
 from stepdistill.stock.folders import check_replaceable
 from stepdistill.trainers.loop.ranks import locked, on_main
 from stepdistill.trainers.methods.regression import Regression
@@ -50,8 +49,6 @@ MSD = "msd"
 SHARED = "shared"
 PATIENCE = 600.0
 """Seconds that a student's start waits for another's, which makes the router for all."""
-SEED_STEP = 100
-"""Between students' seeds: more than the offsets within a run."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +65,10 @@ class Students(Plan):
 
     raw: dict[str, Any]
     settings: PartitionSettings
-    output: Path
     undivided: Plan
     shared: Stages | None
     students: list[Plan]
     command: tuple[str, ...] = ()
-
-    @property
-    def job(self) -> Job:
-        return self.undivided.job
 
     @property
     def jobs(self) -> list[Job]:
@@ -154,10 +146,11 @@ class Students(Plan):
         if name == SHARED:
             if self.shared is None:
                 raise UserError(f"--student {SHARED}: no stage has shared = true")
-            return OneStudent(self, name, self.shared)
+            return OneStudent(self.shared.output, self.shared.job, self, name, self.shared)
         if not name.isdigit() or int(name) >= self.num_students:
             raise UserError(f"--student {name}: students are 0..{self.num_students - 1}, or {SHARED}")
-        return OneStudent(self, name, self.students[int(name)])
+        student = self.students[int(name)]
+        return OneStudent(student.output, student.job, self, name, student)
 
     def rehearse(self, router: Router | None = None) -> None:
         family = prepare(self.job).family
@@ -274,14 +267,6 @@ class OneStudent(Plan):
     plan: Plan
 
     @property
-    def output(self) -> Path:
-        return self.plan.output
-
-    @property
-    def job(self) -> Job:
-        return self.plan.job
-
-    @property
     def jobs(self) -> list[Job]:
         return self.plan.jobs
 
@@ -316,46 +301,3 @@ class OneStudent(Plan):
         done, count = sum(student.finished for student in self.whole.students), self.whole.num_students
         remedy = "; gather them without --student, with --resume" if done == count else ""
         print(f"{done} of {count} students are finished{remedy}")
-
-
-# -- raw configs ---------------------------------------------------------------------------------------------
-
-
-def split_shared(stages: list[dict[str, Any]], where: str) -> tuple[list, list]:
-    """The raw stages that all students share, and those of each student.
-
-    Raises:
-        UserError: shared stages do not come first, or are all.
-    """
-    shared = [stage for stage in stages if stage.get("shared")]
-    if stages[: len(shared)] != shared:
-        raise UserError(f"{where}: stages: those with shared = true come before the students' own")
-    if stages and len(shared) == len(stages):
-        raise UserError(f"{where}: stages: all are shared; at least the last one must be each student's own")
-    return shared, stages[len(shared) :]
-
-
-def seed_of(raw: dict[str, Any], student: int) -> Any:
-    """A student's seed in a raw config or stage; what is no integer stays, and is refused with its key later.
-
-    Raises:
-        UserError: it is above the largest seed.
-    """
-    seed = raw.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed > LARGEST:
-        return seed
-    moved = seed + SEED_STEP * student
-    if moved > LARGEST:
-        raise UserError(f"seed = {seed}: student {student}'s would be {moved:,}, above {LARGEST:,}; take a lower seed")
-    return moved
-
-
-def raw_student(common: dict[str, Any], student: int, output: Path) -> dict[str, Any]:
-    """The raw config of one student's run or stages; ``output`` is the folder of the whole."""
-    changes = {
-        "output": str(output / f"student-{student}"),
-        "seed": seed_of(common, student),
-        "data": {"part": {"router": str(output / FILE), "student": student}},
-        "evaluation": {"enabled": False},
-    }
-    return merge(common, changes)

@@ -459,7 +459,7 @@ def test_a_named_kernel_trains_as_native_does(negatives, root, monkeypatch):
 def test_the_kernel_is_written_down_and_may_change_on_the_way(root, tmp_path, capsys):
     def run(go_on: bool, **train):
         job = make_job(raw(root, tmp_path / "a", negatives=False, train=train))
-        Run(job).train(go_on)
+        Run.of(job).train(go_on)
         return job, DiffusionPipeline.from_pretrained(tmp_path / "a" / "student")
 
     job, pipe = run(False, updates=1, attention="_native_math")

@@ -34,7 +34,7 @@ from stepdistill.trainers.plans import finish
 from stepdistill.trainers.plans.build import build_trainer, check_fit, load_teacher, resume
 from stepdistill.trainers.plans.job import make_job
 from stepdistill.trainers.plans.resolve import resolve
-from stepdistill.trainers.plans.students import SEED_STEP
+from stepdistill.trainers.plans.student_configs import SEED_STEP
 
 LABELS = 4
 GAN = {"fake_score_updates": 2, "gan": {"student_weight": 0.01}}
