@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from pydantic import Field, field_validator, model_validator
 
 from stepdistill.config import Section, UserPath
@@ -37,7 +39,9 @@ class ComparisonSettings(Section):
 
     @field_validator("runs")
     @classmethod
-    def _names_are_folders(cls, runs):
+    def _names_are_folders(
+        cls, runs: dict[str, UserPath | ComparedRunSettings]
+    ) -> dict[str, UserPath | ComparedRunSettings]:
         for name in runs:
             if not name.isprintable() or set(name) & set("/\\") or name != name.strip(" .") or not 0 < len(name) <= 100:
                 raise ValueError(
@@ -49,7 +53,7 @@ class ComparisonSettings(Section):
         return runs
 
     @model_validator(mode="after")
-    def _seeds_differ(self):
+    def _seeds_differ(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: one is named twice")
         return self

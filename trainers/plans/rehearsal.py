@@ -30,6 +30,7 @@ from stepdistill.families.base import Family
 from stepdistill.pipelines import export_student
 from stepdistill.pipelines.export import model_card
 from stepdistill.roles.lora import read_lora
+from stepdistill.roles.role import Role
 from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler
 from stepdistill.trainers.loop.trainer import Trainer
@@ -170,7 +171,7 @@ def _names_lora_targets(job: Job, family: Family) -> bool:
     )
 
 
-def check_timesteps(scheduler, sampler: FewStepSampler) -> None:
+def check_timesteps(scheduler: Any, sampler: FewStepSampler) -> None:
     """Refuse a scheduler whose timesteps are not those that the student is trained at.
 
     Raises:
@@ -275,7 +276,7 @@ def try_teacher(job: Job, family: Family) -> None:
 
 
 @torch.no_grad()
-def _sampled(family: Family, role, sampler: FewStepSampler, items: list, noise: torch.Tensor) -> torch.Tensor:
+def _sampled(family: Family, role: Role, sampler: FewStepSampler, items: list, noise: torch.Tensor) -> torch.Tensor:
     """The sampler's pictures (B, C, H, W) in [0, 1], the noise between steps drawn as the stock pipelines do."""
     generator = torch.Generator().manual_seed(1)
     condition = family.encode_conditions(items) if items else {}

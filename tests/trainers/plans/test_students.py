@@ -484,7 +484,7 @@ def test_take_both_goes_on_with_student_and_fake_score(root, recipe_run):
         saved = {k: v[: len(cut[k])] for k, v in tensors[role.name].items()}
         assert digest_tensors(cut) == digest_tensors(saved)
     assert digest_tensors(trainer.roles.fake_score.state_dict()) != digest_tensors(trainer.family.network.state_dict())
-    assert stage.job.config.roles.fake_score_from == str(before.folder.path)
+    assert stage.job.config.roles.fake_score_from == str(before.output)
     assert resume(trainer, stage.folder)  # a stopped stage's own checkpoint comes after
     assert digest_tensors(trainer.roles.fake_score.state_dict()) != digest_tensors(tensors["fake_score"])
 
