@@ -85,7 +85,7 @@ def evaluate_runs(runs: list[Path], samples: int | None) -> None:
 def evaluate_pipelines(
     targets: list[str],
     preset: str | None,
-    given: dict[str, Any],
+    settings: dict[str, Any],
     overrides: list[str],
     output: Path,
     picture: Path | None = None,
@@ -97,20 +97,20 @@ def evaluate_pipelines(
         UserError: a target or setting that is wrong, files that are missing, another protocol's output.
     """
     check_picture(picture)
-    settings = make_protocol(preset, given, overrides)
+    protocol = make_protocol(preset, settings, overrides)
     parsed = [Target.parse(target) for target in targets]
     processes = Processes.launched()
-    rows = evaluate(parsed, settings, output, processes.device, processes, keep_samples, same_protocol=True)
+    rows = evaluate(parsed, protocol, output, processes.device, processes, keep_samples, same_protocol=True)
     if processes.main:
         print(describe_results(output_file(output), rows))
         if picture is not None:
-            texts = read_prompts(settings)
+            texts = read_prompts(protocol)
             names = read_label_names(Path(parsed[0].path))
             path = draw_grid(
                 parsed,
                 picture,
                 2,
-                seed=settings.seed,
+                seed=protocol.seed,
                 device=processes.device,
                 label_names=names,
                 prompts=texts and texts[:10],

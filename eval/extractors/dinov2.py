@@ -60,26 +60,26 @@ def load_dinov2(path: str | Path) -> Extractor:
         UserError: no such file or folder, or not DINOv2.
     """
     path = Path(path)
-    config = path / "config.json"
+    file = path / "config.json"
     if not path.exists():
         raise UserError(f"extractor dinov2: {path} is missing; {REMEDY}")
     with reading("extractor dinov2", REMEDY, f"{path} is no DINOv2"):
-        kind = read_json(config).get("model_type") if config.is_file() else None
-        network = _of_timm_or_hub(path) if kind is None else _of_transformers(path, kind)
-    own = network.config
-    name = f"dinov2_{SIZES.get(own.hidden_size, f'width{own.hidden_size}')}"
-    known = (own.hidden_size, own.num_hidden_layers, own.patch_size) == (1024, 24, 14)
+        kind = read_json(file).get("model_type") if file.is_file() else None
+        network = _build_from_weights(path) if kind is None else _load_transformers(path, kind)
+    config = network.config
+    name = f"dinov2_{SIZES.get(config.hidden_size, f'width{config.hidden_size}')}"
+    is_large = (config.hidden_size, config.num_hidden_layers, config.patch_size) == (1024, 24, 14)
     module = DinoFeatures(network.eval().requires_grad_(False))
     return Extractor(
         module,
         name=name,
         fingerprint=module_fingerprint(module, "dgm-eval"),
         resize=f"dgm-eval: PIL bicubic to {SIDE}x{SIDE}",
-        titles=("FD-DINOv2", "KD-DINOv2") if known else None,
+        titles=("FD-DINOv2", "KD-DINOv2") if is_large else None,
     )
 
 
-def _of_transformers(folder: Path, kind: Any) -> nn.Module:
+def _load_transformers(folder: Path, kind: Any) -> nn.Module:
     from transformers import Dinov2Model
 
     if kind != "dinov2":
@@ -88,15 +88,15 @@ def _of_transformers(folder: Path, kind: Any) -> nn.Module:
     return load_network(Dinov2Model, folder, f"extractor dinov2: {folder}", with_others=True)
 
 
-def _of_timm_or_hub(path: Path) -> nn.Module:
+def _build_from_weights(path: Path) -> nn.Module:
     from transformers import Dinov2Config, Dinov2Model
 
-    state = _read(path)
+    state = _read_state(path)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.ls1.gamma", "norm.weight"} <= set(state):
         raise UserError(f"extractor dinov2: {path} is not torch.hub's or timm's DINOv2; {REMEDY}")
     if any("register" in key or "reg_token" in key for key in state) or "blocks.0.mlp.fc1.weight" not in state:
         raise UserError(
-            f"extractor dinov2: {path} has registers or a gated MLP (ViT-g), which only transformers' own folder of it "
+            f"extractor dinov2: {path} has registers or a gated MLP (ViT-g), which only the folder of transformers "
             f"gives; {REMEDY}"
         )
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
@@ -111,11 +111,11 @@ def _of_timm_or_hub(path: Path) -> nn.Module:
         use_mask_token="mask_token" in state,
     )
     network = Dinov2Model(config)
-    network.load_state_dict(renamed(state))
+    network.load_state_dict(rename_weights(state))
     return network
 
 
-def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """torch.hub's and timm's names to ``Dinov2Model``'s; the joint projection of q, k and v in three."""
     names = [
         (r"^(cls_token|mask_token)$", r"embeddings.\1"),
@@ -126,19 +126,19 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
         (r"\.attn\.proj\.", ".attention.o_proj."),
         (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
     ]
-    found = {}
+    renamed = {}
     for key, value in state.items():
         for old, new in names:
             key = re.sub(old, new, key)
         if ".attn.qkv." in key:
-            for part, own in zip("qkv", value.chunk(3), strict=True):
-                found[key.replace(".attn.qkv.", f".attention.{part}_proj.")] = own
+            for part, weight in zip("qkv", value.chunk(3), strict=True):
+                renamed[key.replace(".attn.qkv.", f".attention.{part}_proj.")] = weight
         elif not key.startswith("head."):
-            found[key] = value
-    return found
+            renamed[key] = value
+    return renamed
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Any]:
     files = (
         [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".pth", ".bin", ".safetensors"))
     )

@@ -31,7 +31,7 @@ class CleanInception(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        self._resize = _clean_resizer()
+        self._resize = _make_clean_resizer()
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, 2048) of uint8 pictures (B, 1 or 3, H, W)."""
@@ -44,7 +44,7 @@ class CleanInception(nn.Module):
 
 
 class TensorFlowInception(nn.Module):
-    """The same network with its own resize to 299x299 inside, TensorFlow's bilinear one: EDM's FID, and clean-fid's
+    """The same network with a resize to 299x299 inside, TensorFlow's bilinear one: EDM's FID, and clean-fid's
     "legacy_tensorflow" mode.  Takes uint8 (B, 1 or 3, H, W)."""
 
     num_features = 2048
@@ -58,7 +58,7 @@ class TensorFlowInception(nn.Module):
         return self.network(images.expand(-1, 3, -1, -1).float(), return_features=True).reshape(len(images), -1)
 
 
-def _clean_resizer():
+def _make_clean_resizer():
     try:
         from cleanfid.resize import build_resizer
     except ImportError as error:
@@ -74,13 +74,13 @@ def default_location() -> Path:
 
 
 def weights_file(path: str | Path | None = None) -> Path:
-    """The file that ``path`` means: itself, in a folder of that name, or in clean-fid's own place."""
+    """The file that ``path`` means: itself, in a folder of that name, or where clean-fid looks for it."""
     file = default_location() if path is None else Path(path)
     return file / FILE_NAME if file.is_dir() else file
 
 
 def load_inception(path: str | Path | None = None, resize_inside: bool = False) -> Extractor:
-    """Inception from ``path`` (the file, or a folder that holds it), by default from clean-fid's own place.
+    """Inception from ``path`` (the file, or a folder that holds it), by default from where clean-fid looks for it.
 
     ``resize_inside``: :class:`TensorFlowInception` in place of :class:`CleanInception`.
 

@@ -97,7 +97,7 @@ class FeatureNetwork(CalibratedFeatures):
         return module_fingerprint(self, json.dumps(self.architecture, sort_keys=True))
 
     def save(self, path: str | Path) -> Path:
-        """One safetensors file; architecture, name and notes in its metadata.  Written beside and renamed in."""
+        """One safetensors file, written whole; architecture, name and notes in its metadata."""
         metadata = {
             "kind": "stepdistill.FeatureNetwork",
             "name": self.name,
@@ -111,7 +111,7 @@ class FeatureNetwork(CalibratedFeatures):
         """From a file that :meth:`save` wrote, frozen and in eval mode.
 
         Raises:
-            UserError: no such file, not safetensors, or not one of ours.
+            UserError: no such file, not safetensors, or of something else.
         """
         remedy = "make one with a config like configs/train_teachers/fashion_mnist_features.yaml"
         tensors, metadata = read_tensors(path, "stepdistill.FeatureNetwork", "feature network", remedy)

@@ -1,8 +1,8 @@
 """Fréchet distance and kernel distance between features.
 
-The arithmetic is torchmetrics' own, fed with features (float64 for the Fréchet distance) instead of pictures,
-so that the reference is passed through the extractor once and kept.  It is of the process that calls it alone
-(``sync_on_compute=False``): of several, one measures what all have drawn.
+The arithmetic is torchmetrics', fed with features (float64 for the Fréchet distance) instead of pictures, so that the
+reference passes through the extractor once.  It stays in the process that calls it (``sync_on_compute=False``): of
+several, one measures what all have drawn.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .tools import Tools
 
 
 def compute_metrics(batch: BatchFeatures, seed: int, tools: Tools) -> dict[str, Any]:
-    """Every metric of one seed's pictures; None where it is not asked for."""
+    """Every metric of one seed's pictures; None where the protocol leaves it out."""
     protocol, reference = tools.protocol, tools.reference
     kid_mean = kid_std = precision = recall = None
     if protocol.kid and len(reference.features):
@@ -68,7 +68,7 @@ def check_diversity(name: str, conditions: list | None, protocol: Protocol) -> N
 
 
 def compute_diversity(batches: list[BatchFeatures], conditions: list | None, tools: Tools) -> float | None:
-    """The diversity of the pictures of all seeds together; None where it is not asked for.
+    """The diversity of the pictures of all seeds together; None where the protocol leaves it out.
 
     ``conditions``: of one seed's pictures, the same for every seed; None for an unconditional pipeline.
     """

@@ -25,19 +25,19 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def squared_radii(features: Tensor, k: int, block: int = BLOCK) -> Tensor:
     """The squared distance of each row (N, F), float64, to its k-th nearest other row, (N,)."""
-    found = []
+    radii = []
     for start in range(0, len(features), block):
         distances = squared_distances(features[start : start + block], features)
-        own = torch.arange(len(distances), device=features.device)
-        distances[own, own + start] = torch.inf
-        found.append(distances.kthvalue(k, dim=1).values)
-    return torch.cat(found)
+        rows = torch.arange(len(distances), device=features.device)
+        distances[rows, rows + start] = torch.inf  # of a row to itself
+        radii.append(distances.kthvalue(k, dim=1).values)
+    return torch.cat(radii)
 
 
 def share_inside(points: Tensor, manifold: Tensor, radii: Tensor, block: int = BLOCK) -> float:
     """The share of ``points`` (N, F) in at least one of the balls around ``manifold`` (M, F), squared radii (M,)."""
     blocks = points.split(block)
-    return sum(int((squared_distances(own, manifold) <= radii).any(1).sum()) for own in blocks) / len(points)
+    return sum(int((squared_distances(rows, manifold) <= radii).any(1).sum()) for rows in blocks) / len(points)
 
 
 def precision_recall(
@@ -77,9 +77,9 @@ def diversity(features: Tensor, conditions: Sequence[Hashable], device: str | to
     for row, condition in enumerate(conditions):
         rows.setdefault(condition, []).append(row)
     means = []
-    for own in rows.values():
-        if len(own) > 1:
-            of_condition = features[own[:MOST_OF_A_CONDITION]].to(device, torch.float64)
+    for indices in rows.values():
+        if len(indices) > 1:
+            of_condition = features[indices[:MOST_OF_A_CONDITION]].to(device, torch.float64)
             of_condition = of_condition - of_condition.mean(0)
             above = torch.triu_indices(len(of_condition), len(of_condition), 1, device=of_condition.device)
             means.append(squared_distances(of_condition, of_condition)[above[0], above[1]].sqrt().mean())

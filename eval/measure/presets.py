@@ -1,6 +1,6 @@
 """Protocols of papers by name.  A preset is data: settings, and what must be on this machine for it.
 
-What differs from a preset's own settings is said in the protocol's line; nothing is downloaded.
+The protocol's line says what differs from the preset's settings; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .settings import Protocol
 
 
 class Preset(Section):
-    """A protocol: its settings, and in words what the user's own files are."""
+    """A protocol: its settings, and in words which files the user has to bring."""
 
     title: str
     settings: dict[str, Any]
@@ -44,7 +44,7 @@ COCO = {
 """What DMD2's two protocols share (2405.14867, its main/coco_eval): pixels cut to bytes, centre crop to the shorter
 side, PIL's Lanczos filter, clean-fid's "clean" Inception; CLIP scores by ViT-g-14 of 256x256 pictures, mean cosine."""
 EDM = {"samples": 50000, "extractor": "inception_tensorflow", "labels": "uniform", "kid": False}
-"""EDM's FID (2206.00364): 50,000 pictures as drawn, labels in turn, Inception's own resize inside."""
+"""EDM's FID (2206.00364): 50,000 pictures as drawn, labels in turn, the resize inside of Inception."""
 
 PRESETS = {
     "coco30k": Preset(

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from stepdistill.errors import UserError
 from stepdistill.locks import Lock
@@ -34,8 +36,6 @@ class Processes:
         """As the environment has it; joins the group where there are several."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        from accelerate import PartialState
-
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         return cls(state.process_index, state.num_processes, state.device)
 
@@ -49,21 +49,16 @@ class Processes:
         Raises:
             UserError: the first process's that has one.
         """
-        messages: list[str | None] = [None if error is None else str(error)]
+        messages = [None if error is None else str(error)]
         if self.world > 1:
-            messages = [None] * self.world
-            dist.all_gather_object(messages, None if error is None else str(error))
+            messages = gather_object(messages)
         first = next((message for message in messages if message is not None), None)
         if first is not None:
             raise UserError(first)
 
     def broadcast(self, value: Any) -> Any:
         """The first process's value, in all."""
-        if self.world == 1:
-            return value
-        shared = [value]
-        dist.broadcast_object_list(shared, src=0)
-        return shared[0]
+        return value if self.world == 1 else broadcast_object_list([value])[0]
 
     @contextlib.contextmanager
     def locked(self, lock: Lock) -> Iterator[None]:

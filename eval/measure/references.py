@@ -81,7 +81,7 @@ def _measure_folder(
                 resize=preprocessing.description,
                 device=processes.device,
             ).save(file)
-            print(f"reference {pictures}: statistics kept in {file}")
+            print(f"reference {pictures}: statistics are in {file}")
         except UserError as user_error:
             error = user_error
     processes.agree(error)

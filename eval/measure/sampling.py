@@ -186,7 +186,7 @@ def _is_drawn(tools: Tools, target: Target, seed: int, batch: int, indices: rang
 
 
 def has_pictures(tools: Tools, target: Target) -> bool:
-    """Whether no pictures are to be kept, or all of a target are in their folder."""
+    """Whether all pictures of a target are in their folder, or the user wants none."""
     if tools.keep_samples is None:
         return True
     folders = [_picture_folder(tools, target, seed) for seed in tools.protocol.list_seeds()]

@@ -35,7 +35,7 @@ class Tools:
     preprocessing, clip_preprocessing: of pictures before the extractor, and before the CLIP model.
     prompts: in turn, None for pipelines that take none.
     work: the folder for batches that were drawn; that of one target while it is measured.
-    keep_samples: a folder for the pictures themselves; None: they are not kept.
+    keep_samples: a folder for the pictures themselves; None: they are deleted.
     versions: of the packages that take part, for the record.
     """
 
@@ -64,7 +64,7 @@ def load_tools(
 ) -> Tools:
     """
     Args:
-        folder: where statistics of a reference folder are kept.
+        folder: where statistics of a reference folder are saved.
 
     Raises:
         UserError: something that the protocol names is missing, or does not fit the rest.

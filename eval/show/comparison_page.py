@@ -66,7 +66,7 @@ def write_comparison(runs: list[Path] | dict[str, Path], page: Path, together: T
         Section("Distance over training", build_or_note(CURVE, lambda: _draw_distances(named, titles, together))),
         Section("Losses over training", build_or_note("metrics.jsonl", lambda: _draw_losses(named, titles))),
         Section(
-            f"Pictures, {'on the same noise' if shared_noise else 'each on its own noise'}",
+            f"Pictures, {'on the same noise' if shared_noise else 'each on another noise'}",
             _show_pictures(named, together),
         ),
         Section(
@@ -122,7 +122,7 @@ def _show_runs_numbers(named: dict[str, Path]) -> list[Block]:
         protocol, run_rows = results
         if first is None:
             first = (name, protocol)
-        require_same(first[1], protocol, f"{name}, beside {first[0]}", REMEDY)
+        require_same(first[1], protocol, f"{name}, next to {first[0]}", REMEDY)
         shown = {row.get("fingerprint") for row in rows} - {None}
         rows += [{**row, "name": f"{name}: {row['name']}"} for row in run_rows if row.get("fingerprint") not in shown]
     blocks: list[Block] = [] if first is None else show_results(first[1], rows)

@@ -1,6 +1,6 @@
 """A self-contained HTML page of sections and blocks: it holds everything that it shows and fetches nothing.
 
-The templates beside this file write the HTML; everything else only says what a page shows.
+The templates in the folder next to this file write the HTML; everything else only says what a page shows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEMPLATES = Environment(
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, the first a header unless said otherwise; ``style`` is ``wide`` or ``facts``."""
+    """Rows of cells, the first one is the header where ``header`` is true; ``style`` is ``wide`` or ``facts``."""
 
     rows: list[list[Any]]
     header: bool = True

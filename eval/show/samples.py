@@ -17,7 +17,7 @@ from stepdistill.pipelines import NegativePrompts
 from stepdistill.seeds import generator as seeded
 
 STEPS = 25
-"""Of a pipeline that does not say its own number."""
+"""Of a pipeline that does not say its number."""
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,30 @@
 """What a call costs, part by part: ``stepdistill benchmark inference``.
 
-A student's call should cost its network passes.  Text encoder and decoder run once whoever draws, so the speed-up over
-the teacher is compared with two things: the ratio of network passes, and what the parts allow, the same ratio with the
-student's own time a pass and each pipeline's own text encoder and decoder.
+Which calls of which pipelines are timed; :mod:`.speed_up` says what the times mean.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill import assets, files
 from stepdistill.attention.choice import try_on_heads
-from stepdistill.attention.kernels import AUTO, BACKENDS, attend
-from stepdistill.attention.modules import find_attention
-from stepdistill.attention.processor import AttentionProcessor, subtract_negative
+from stepdistill.attention.kernels import AUTO, BACKENDS
 from stepdistill.errors import UserError, reading
 from stepdistill.eval.show.run_files import read_config
-from stepdistill.eval.show.tables import Cells, text_table
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families.random_sizes import PIPELINE_SIZES, random_pipeline
 from stepdistill.pipelines import accelerate
 from stepdistill.stock.folders import hub_folder
 
-from .latency import PARTS, Clock, Latency, device_name, measure_latency
+from .latency import Latency, measure_latency
 
 ALL = "all"
 
@@ -115,134 +108,6 @@ class Inference:
             latency = measure_latency(stock, steps, self.batch_size, guidance, self.repeats, warmup)
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         return Row(name, steps, setup, latency, peak)
-
-
-def speed_up(teacher: Row, student: Row) -> dict[str, float]:
-    """The whole call's speed-up, the ratio of network passes, and what the parts allow.
-
-    ``allowed`` is ``(text + decoder + passes pass)_teacher / (text + decoder + passes pass)_student`` with the
-    student's own time a pass for both: what would be reached if nothing but the parts took time.
-    """
-    one_pass = student.milliseconds("denoiser") / student.latency.passes
-
-    def parts(row: Row) -> float:
-        return row.milliseconds("text_encoder") + row.milliseconds("decoder") + row.latency.passes * one_pass
-
-    return {
-        "speed_up": teacher.latency.seconds / student.latency.seconds,
-        "passes": teacher.latency.passes / student.latency.passes,
-        "denoiser": teacher.milliseconds("denoiser") / student.milliseconds("denoiser"),
-        "allowed": parts(teacher) / parts(student),
-    }
-
-
-def describe(case: Inference, rows: list[Row]) -> str:
-    """The rows in milliseconds, and the speed-up in words."""
-    network = case.student.denoiser
-    parameters = sum(p.numel() for p in network.parameters()) / 1e6
-    head = (
-        f"{type(network).__name__} of {parameters:.2f}M, {str(network.dtype).removeprefix('torch.')}, batch "
-        f"{case.batch_size}, {device_name(case.student.device)}, {torch.get_num_threads()} threads; ms a call"
-    )
-    teacher, *students = rows
-    lines = [head, text_table(_list_cells(rows)), *(_describe_speed_up(teacher, row) for row in students[:2])]
-    cost = negative_cost(case)
-    if cost is not None:
-        lines.append(
-            f"a negative prompt: the pass's cross-attentions take {cost['plain']:.2f} ms without, {cost['fused']:.2f} "
-            f"with both branches in one call, {cost['two']:.2f} in two ({cost['fused'] / cost['two']:.2f} of it)"
-        )
-    return "\n".join(lines)
-
-
-def _list_cells(rows: list[Row]) -> Cells:
-    """A header, and the parts of each row's call."""
-    names = [name.replace("_", " ") for name in PARTS]
-    cells = [["", "steps", "passes", *names, "call", "rest %", "images/s", "peak GiB"]]
-    for row in rows:
-        milliseconds = [f"{row.milliseconds(part):.2f}" for part in PARTS]
-        latency = row.latency
-        cells.append(
-            [
-                f"{row.name}, {row.setup}",
-                str(row.steps),
-                f"{latency.passes:g}",
-                *milliseconds,
-                f"{1000 * latency.seconds:.2f}",
-                f"{latency.shares['rest']:.1%}",
-                f"{latency.images_per_second:.2f}",
-                "-" if row.peak is None else f"{row.peak:.2f}",
-            ]
-        )
-    if all(row.peak is None for row in rows):
-        return [row[:-1] for row in cells]
-    return cells
-
-
-def _describe_speed_up(teacher: Row, student: Row) -> str:
-    ratios = speed_up(teacher, student)
-    return (
-        f"{student.setup}: {ratios['speed_up']:.1f} x the teacher's speed; {ratios['passes']:g} x fewer passes "
-        f"({ratios['speed_up'] / ratios['passes']:.2f} of it; the denoiser alone "
-        f"{ratios['denoiser'] / ratios['passes']:.2f}); the parts allow {ratios['allowed']:.1f} "
-        f"({ratios['speed_up'] / ratios['allowed']:.2f} of it)"
-    )
-
-
-def negative_cost(case: Inference) -> dict[str, float] | None:
-    """Milliseconds of one pass's cross-attentions: plain, and with a negative prompt in one call of both branches and
-    in two; None for a pipeline without cross-attention.  Medians of interleaved runs on the tensors of a pass."""
-    stock = case.student
-    if stock.condition_kind != "prompt" or not _find_cross_attention(stock):
-        return None
-    calls = _record_cross_attention(case)
-    processor, clock = AttentionProcessor(), Clock(stock.device)
-
-    def attend_twice(attn: nn.Module, hidden: Tensor, text: Tensor) -> Tensor:
-        query, *rows = (
-            projection(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projection, x in [(attn.to_q, hidden), *[(p, text) for p in (attn.to_k, attn.to_v) * 2]]
-        )
-        branches = (attend(query, *rows[i : i + 2], None, None) for i in (0, 2))
-        return attn.to_out[0](subtract_negative(*branches, 0.5).transpose(1, 2).flatten(2))
-
-    ways = {
-        "plain": lambda attn, hidden, text: processor(attn, hidden, text),
-        "fused": lambda attn, hidden, text: processor(
-            attn, hidden, text, negative_hidden_states=text, negative_scale=0.5
-        ),
-        "two": attend_twice,
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    with torch.no_grad():
-        for _ in range(4 * case.repeats + 1):
-            for name, way in ways.items():
-                start = clock.now()
-                for call in calls:
-                    way(*call)
-                times[name].append(clock.now() - start)
-    return {name: 1000 * statistics.median(seconds[1:]) for name, seconds in times.items()}
-
-
-def _record_cross_attention(case: Inference) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """Module, hidden states and text of every cross-attention in one step of the student."""
-    stock, calls = case.student, []
-
-    def record(module: nn.Module, arguments: tuple, options: dict) -> None:
-        calls.append((module, arguments[0], options["encoder_hidden_states"]))
-
-    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in _find_cross_attention(stock)]
-    noise = torch.randn(case.batch_size, *stock.noise_shape, generator=torch.Generator().manual_seed(0))
-    try:
-        stock.generate(["a picture"] * case.batch_size, noise, 1, None, case.student_guidance)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _find_cross_attention(stock: StockPipeline) -> list[nn.Module]:
-    return [m for m in find_attention(stock.denoiser) if getattr(m, "is_cross_attention", False)]
 
 
 def choose_inference(

@@ -41,7 +41,7 @@ def install(network: nn.Module, user: str) -> dict[str, str]:
         if isinstance(module.processor, AttentionProcessor):
             module.processor.users.add(user)
         elif not hasattr(module.processor, "_attention_backend"):
-            skipped[name] = f"has a {type(module.processor).__name__} of its own"
+            skipped[name] = f"has a {type(module.processor).__name__} already"
     return skipped
 
 
@@ -86,7 +86,7 @@ def fuse(network: nn.Module) -> dict[str, str]:
 
     The separate weights become views of the fused ones, so whatever changes the former in place (an optimizer, a LoRA
     merged into them) changes the latter, and no memory is spent.  The fused ones are outside of the state dict, so that
-    saving writes what it always wrote (diffusers' own ``fuse_qkv_projections`` writes them besides the others).  Where
+    saving writes what it always wrote (diffusers' ``fuse_qkv_projections`` writes both).  Where
     a LoRA is injected later, or weights are replaced or moved, the module goes back to its separate projections by
     itself; compiled code notices the LoRA alone.
 

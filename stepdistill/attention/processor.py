@@ -1,4 +1,4 @@
-"""One attention module: a kernel of its own choice, fused projections, and a negative branch (NASA)."""
+"""One attention module: a kernel of one's choice, fused projections, and a negative branch (NASA)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .kernels import NATIVE, attend
 
 
 class AttentionProcessor:
-    """diffusers' ``AttnProcessor2_0``, with a kernel of its own choice, fused projections and a negative branch.
+    """diffusers' ``AttnProcessor2_0``, with a kernel for one network alone, fused projections and a negative branch.
 
     Without any of them its arithmetic is the stock one's, bit for bit.
 

@@ -48,6 +48,7 @@ def inference(
     """What a call costs: text encoder, denoiser, decoder and the rest, and the speed-up over the teacher."""
     from stepdistill.devices import best_device, dtype_named
     from stepdistill.eval.speed import inference
+    from stepdistill.eval.speed.speed_up import describe
 
     from .quiet import quiet_libraries
 
@@ -69,6 +70,6 @@ def inference(
         repeats=repeats,
     )
     rows = case.run()
-    print(inference.describe(case, rows))
+    print(describe(case, rows))
     if output is not None:
         inference.write_rows(output, rows)

@@ -64,7 +64,7 @@ def cosine_scores(model: TextImageModel, images: Tensor, tokens: Tensor) -> Tens
     """Cosine of each picture's embedding with its text's, (B,), float32 on the CPU.
 
     Args:
-        images: (B, ...) as the model wants them; tokens: (B, ...) likewise, aligned.
+        images: (B, ...) as the model takes them; tokens: (B, ...) likewise, aligned.
     """
     pictures, texts = model.encode_image(images).float(), model.encode_text(tokens).float()
     return torch.nn.functional.cosine_similarity(pictures, texts, dim=-1).cpu()

@@ -143,8 +143,8 @@ class MatchingNetwork(CalibratedFeatures):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Embeddings (B, E) of hashed words (B, ``max_words``), 0 for none."""
-        own = self.words(tokens)
-        return own + self.caption(own)
+        mean = self.words(tokens)
+        return mean + self.caption(mean)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Words to buckets 1.., (B, ``max_words``); the order of words does not count."""
@@ -183,7 +183,7 @@ class MatchingNetwork(CalibratedFeatures):
         with reading(path, remedy, "not a readable safetensors file"):
             tensors, metadata = read_tensors(path)
         if metadata.get("kind") != KIND:
-            raise UserError(f"{path}: no matching network of ours; {remedy}")
+            raise UserError(f"{path}: no matching network of stepdistill's; {remedy}")
         with reading(path, remedy, "not a whole matching network"):
             return cls.rebuilt(tensors, metadata)
 

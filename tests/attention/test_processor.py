@@ -362,7 +362,7 @@ def test_foreign_processors_are_left_alone_and_named():
     unet = tiny.condition_unet()
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
     kept = install(unet, "test")
-    assert kept == {"mid_block.attentions.0.transformer_blocks.0.attn2": "has a AttnProcessor of its own"}
+    assert kept == {"mid_block.attentions.0.transformer_blocks.0.attn2": "has a AttnProcessor already"}
     assert type(unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor) is AttnProcessor
     release(unet, "test")
     assert {type(own.processor) for own in find_attention(unet)} == {AttnProcessor, AttnProcessor2_0}

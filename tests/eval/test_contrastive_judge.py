@@ -118,7 +118,7 @@ def test_what_is_no_such_file(tmp_path, network_file):
     for path, says in (
         (tmp_path / "none.safetensors", "no such file"),
         (tmp_path / "odd.safetensors", "not a readable safetensors file"),
-        (network_file, "no matching network of ours"),
+        (network_file, "no matching network of stepdistill's"),
     ):
         with pytest.raises(UserError, match=says):
             load_clip(ClipSettings(model=str(path)))

@@ -623,7 +623,7 @@ def test_a_pipeline_without_a_text_is_refused_in_one_line(tmp_path):
 def test_foreign_processors_are_refused_and_the_advice_works(pipe):
     pipe.unet.set_attn_processor(AttnProcessor())
     before = pipe.unet.attn_processors
-    with pytest.raises(UserError, match=r"unet\.down_blocks.* has a AttnProcessor of its own") as caught:
+    with pytest.raises(UserError, match=r"unet\.down_blocks.* has a AttnProcessor already") as caught:
         NegativePrompts(pipe)
     assert "\n" not in str(caught.value)
     assert all(pipe.unet.attn_processors[name] is own for name, own in before.items())

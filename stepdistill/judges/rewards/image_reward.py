@@ -1,4 +1,4 @@
-"""ImageReward (2304.05977) through its own library.
+"""ImageReward (2304.05977) through its library.
 
 Its library's preprocessing (shorter side to 224 by bicubic, centre crop, CLIP's mean and standard deviation) is done on
 tensors instead of PIL images.  image-reward 1.5 itself was compared, with transformers 4.55.4 and random weights of its
@@ -36,7 +36,7 @@ def load_image_reward(settings: RewardSettings, device: str | torch.device) -> C
     except Exception as error:  # the library raises many kinds; the user needs the file and the reason
         raise UserError(
             f"reward image_reward: ImageReward cannot load {settings.weights} with {settings.config} "
-            f"({first_line(error)}); it also wants the tokenizer bert-base-uncased in the Hugging Face cache"
+            f"({first_line(error)}); it also needs the tokenizer bert-base-uncased in the Hugging Face cache"
         ) from None
     used = ("mlp.", "blip.visual_encoder.", "blip.text_encoder.")  # the library loads any file, with no complaint
     missing = [name for name, _ in model.named_parameters() if name.startswith(used) and name not in state]
@@ -73,7 +73,7 @@ def _import_library() -> Any:
     except ImportError as error:
         raise UserError(
             f"reward image_reward: needs the package image-reward ({first_line(error)}); pip install image-reward "
-            "clip-anytorch.  Version 1.5 does not import with transformers 4.56 or later: patch it, or name your own "
+            "clip-anytorch.  Version 1.5 does not import with transformers 4.56 or later: patch it, or name another "
             "reward as module:attribute"
         ) from None
     return ImageReward

@@ -16,7 +16,7 @@ NEEDS = {
     },
     "image_reward": {
         "weights": "the file ImageReward.pt",
-        "config": "the file med_config.json from beside the weights",
+        "config": "the file med_config.json from the same place as the weights",
     },
     "pick_score": {"weights": "the folder of PickScore_v1, with config.json and model.safetensors"},
     "hps": {"weights": "the file HPS_v2.1_compressed.pt, or HPS_v2_compressed.pt"},

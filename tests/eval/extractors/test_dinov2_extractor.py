@@ -64,7 +64,7 @@ def test_features_are_the_class_token_of_the_picture_as_dgm_eval_prepares_it(net
 def test_only_dgm_evals_architecture_is_called_fd_dinov2(tmp_path, monkeypatch, layers, metric):
     small = Dinov2Model(Dinov2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
     small.config.hidden_size, small.config.num_hidden_layers = 1024, layers  # what it says of itself
-    monkeypatch.setattr(dinov2, "_of_transformers", lambda _folder, _kind: small)
+    monkeypatch.setattr(dinov2, "_load_transformers", lambda _folder, _kind: small)
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     extractor = load_dinov2(tmp_path)
     assert extractor.metric == metric

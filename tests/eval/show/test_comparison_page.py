@@ -137,7 +137,7 @@ def test_numbers_of_different_protocols_are_refused(tmp_path, runs):
     other = make_run(tmp_path / "c", "boot", 0.3, protocol={**PROTOCOL, "settings": {"samples": 50}})
     result = stepdistill("report", *runs, other, "--output", tmp_path / "all.html")
     assert result.code == 2
-    assert re.search(r"beside .*: measured under another protocol: samples \(20 there, 50 now\)", result.error)
+    assert re.search(r"next to .*: measured under another protocol: samples \(20 there, 50 now\)", result.error)
     assert not (tmp_path / "all.html").exists()
     assert stepdistill("report", *runs, "--output", tmp_path / "all.html").code == 0
     assert (tmp_path / "all.html").is_file()
@@ -217,7 +217,7 @@ def test_the_curves_of_one_student_share_its_colour(tmp_path, monkeypatch):
 
 def test_grids_of_different_seeds_are_said_to_be(tmp_path):
     runs = [make_run(tmp_path / name, "dmd2", 0.5, evaluation={"seed": seed}) for name, seed in (("a", 1), ("b", 2))]
-    assert "Pictures, each on its own noise" in write_comparison(runs, tmp_path / "report.html").read_text()
+    assert "Pictures, each on another noise" in write_comparison(runs, tmp_path / "report.html").read_text()
 
 
 def test_configs_that_agree_do_not_differ():

@@ -13,12 +13,11 @@ from stepdistill.eval.speed.inference import (
     ALL,
     Inference,
     Row,
-    describe,
     load_inference,
     make_random_inference,
-    speed_up,
 )
 from stepdistill.eval.speed.latency import Latency, measure_latency
+from stepdistill.eval.speed.speed_up import describe, speed_up
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import random_sizes
 

@@ -424,7 +424,7 @@ def test_a_teacher_with_processors_of_its_own_is_refused(root):
     job = make_job(raw(root, "unused"))
     family = load_teacher(job.config)
     family.network.set_attn_processor(AttnProcessor())
-    with pytest.raises(UserError, match=r"swiftbrush\.negatives: the teacher's .* has a AttnProcessor of its own"):
+    with pytest.raises(UserError, match=r"swiftbrush\.negatives: the teacher's .* has a AttnProcessor already"):
         build_trainer(job, None, family=family)
 
 
