@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from torch import nn
 
 from stepdistill.attention import kernels
@@ -54,7 +54,7 @@ class Acceleration:
     def __enter__(self) -> Acceleration:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Acceleration:
 
 
 def accelerate(
-    pipe,
+    pipe: DiffusionPipeline,
     attention: str = "auto",
     fuse_qkv: bool = True,
     channels_last: Choice = "auto",
@@ -88,7 +88,7 @@ def accelerate(
         UserError: a backend that does not run here, a tiny VAE that does not load or fit.
     """
     calls = calls_of(pipe)
-    main = calls.network
+    main: Any = calls.network
     networks = {calls.component: main} | ({} if calls.vae is None else {"vae": calls.vae})
     acceleration = Acceleration()
     device, dtype = next(main.parameters()).device, main.dtype
@@ -104,14 +104,18 @@ def accelerate(
     return acceleration
 
 
-def _set_attention(acceleration: Acceleration, name: str, network: nn.Module, main: nn.Module, choice: str) -> None:
-    chosen = choice
+def _runs_on(backend: str, network: Any) -> bool:
+    return kernels.try_backend(backend, network.device, network.dtype, _widest(network)) is None
+
+
+def _set_attention(acceleration: Acceleration, name: str, network: nn.Module, main: Any, choice: str) -> None:
+    chosen, dtype = choice, main.dtype
     if network is main and choice == kernels.AUTO:
-        chosen, reasons = choose_fastest(main, next(main.parameters()).device, main.dtype)
+        chosen, reasons = choose_fastest(network, next(network.parameters()).device, dtype)
         acceleration.skipped |= {f"attention: {other}": reason for other, reason in reasons.items()}
     elif choice == kernels.AUTO:
         return  # a VAE's one attention is no matter
-    if network is not main and kernels.try_backend(chosen, network.device, network.dtype, _widest(network)) is not None:
+    if network is not main and not _runs_on(chosen, network):
         acceleration.skipped[f"{name} attention"] = f"{chosen} does not run on its heads of {_widest(network)}"
         return
     before = {
@@ -193,8 +197,12 @@ def _compile(
 
 
 def _replace_vae(
-    acceleration: Acceleration, pipe, tiny_vae: str | AutoencoderTiny, device: torch.device, dtype: torch.dtype
-):
+    acceleration: Acceleration,
+    pipe: DiffusionPipeline,
+    tiny_vae: str | AutoencoderTiny,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> AutoencoderTiny:
     old = getattr(pipe, "vae", None)
     if old is None:
         raise UserError(f"tiny_vae: {type(pipe).__name__} has no VAE; leave it out")

@@ -106,6 +106,8 @@ def _attention_line(facts: dict[str, Any]) -> str:
 
 def students_card(name: str, manifest: dict[str, Any], router: Router) -> str:
     """The same of a folder of several students (``msd.json``)."""
+    several: dict[str, Any]
+    one: dict[str, Any]
     if router.kind == "labels":
         labels = router.parameters["labels"]
         several, one = {LABELS: router.labels[:2]}, {LABELS: labels[0][:1]}

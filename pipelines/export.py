@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from stepdistill import __version__, files
 from stepdistill.digests import write_record
@@ -60,7 +61,7 @@ def export_student(
     return write_pipeline(pipeline, path, facts, lora, dtype, in_float32, inputs)
 
 
-def stamped(part, facts: dict[str, Any]):
+def stamped(part: Any, facts: dict[str, Any]) -> Any:
     """A network or scheduler with ``facts`` under ``_stepdistill`` in its config; a network keeps its labels' names."""
     before = part.config.get("_stepdistill") or {}
     about_labels = {key: before[key] for key in ("null_label", "label_names") if key in before}
@@ -69,7 +70,7 @@ def stamped(part, facts: dict[str, Any]):
 
 
 def write_pipeline(
-    pipeline,
+    pipeline: DiffusionPipeline,
     path: str | Path,
     facts: dict[str, Any],
     lora: Callable[[Path], object] | None = None,
@@ -104,6 +105,8 @@ def save_lora(role: Role, family: Family, folder: Path) -> None:
     """Write the student's adapter, and what is below it, in diffusers' keys, and in kohya's where the family's pipeline
     loads those.  A network whose pipeline loads no LoRA (UNet2DModel) gets the first file alone, for peft's own loader.
     """
+    if role.switch is None or role.adapter is None:
+        raise ValueError(f"{role.name} is no LoRA")
     lora = role.switch.lora(role.adapter)
     lora.save(folder, family.component)
     if family.kohya_prefix is not None:

@@ -7,11 +7,12 @@ the factors is not the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill import __version__
 from stepdistill.errors import UserError
@@ -43,14 +44,14 @@ def interpolate(a: dict[str, Tensor], b: dict[str, Tensor], weight: float) -> di
     return mixed
 
 
-def _load(path: str) -> tuple[Any, nn.Module]:
+def _load(path: str) -> tuple[Any, Any]:
     if not Path(path).is_dir():
         raise UserError(f"{path}: no such folder; name an exported student")
     pipeline = load_pipeline(path, path, "export the student again")
     return pipeline, calls_of(pipeline).network
 
 
-def _plain(config) -> dict[str, Any]:
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in dict(config).items() if not k.startswith("_")}
 
 

@@ -10,6 +10,7 @@ is dropped, the longest unused first.  What all have in common (text encoder, to
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections import OrderedDict
@@ -144,7 +145,7 @@ class MSDPipeline:
         calls = self.family.calls
         if self.router.kind != "labels" and not self._common:
             path = self.folder / "student-0"
-            without = {self.family.component: None}
+            without: dict[str, Any] = {self.family.component: None}
             first = load_pipeline(path, f"student {path}", "export it again", **without)
             self._common = {name: first.components[name] for name in calls.shared_parts}
             for name, network in self._common_networks().items():
@@ -166,14 +167,14 @@ class MSDPipeline:
         return {name: None if name in encoders else part for name, part in self.common.items()}
 
     @property
-    def encoder(self) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
+    def encoder(self) -> Any:
         """The text encoder that routes.
 
         Raises:
             UserError: it is not the one that the router was made with.
         """
         if self._encoder is None:
-            encoder = self.family.calls.prompt_encoder(self.common)
+            encoder: Any = self.family.calls.prompt_encoder(self.common)
             if encoder.fingerprint != self.router.encoder:
                 raise UserError(
                     f"{self.folder}: its text encoder or tokenizer is not the one that the router was made with, so "
@@ -257,7 +258,7 @@ class MSDPipeline:
         drawn = _together(images)
         return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
 
-    def _items(self, prompt, class_labels, repeats: int) -> list:
+    def _items(self, prompt: Any, class_labels: Any, repeats: int) -> list[Any]:
         labels = self.router.kind == "labels"
         items, other = (class_labels, prompt) if labels else (prompt, class_labels)
         if items is None or other is not None:
@@ -270,7 +271,7 @@ class MSDPipeline:
             raise UserError(f"{self.folder}: nothing to draw; name at least one of {'labels' if labels else 'prompts'}")
         return [item for item in items for _ in range(repeats)]
 
-    def _noise(self, latents: Tensor | None, generator, count: int) -> Tensor:
+    def _noise(self, latents: Tensor | None, generator: Any, count: int) -> Tensor:
         shape = (count, *self.manifest["noise_shape"])
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
@@ -279,7 +280,7 @@ class MSDPipeline:
         return latents.to(self.device, self.dtype)
 
     @staticmethod
-    def _generators(generator, count: int) -> list[torch.Generator]:
+    def _generators(generator: Any, count: int) -> list[torch.Generator]:
         """One generator a sample, no two alike, seeded by the one that was given."""
         if isinstance(generator, list):
             return generator
@@ -299,10 +300,10 @@ def _bytes(memory: int | str | None) -> int | None:
     if memory is None or isinstance(memory, int):
         return memory
     size = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B?\s*", memory, re.I)
-    try:
-        return int(float(size[1]) * 1024 ** " KMGT".index(size[2].upper() or " "))
-    except (TypeError, ValueError):
-        raise UserError(f"memory = {memory!r}: write bytes, or such as 500MB or 2GB") from None
+    with contextlib.suppress(ValueError):
+        if size is not None:
+            return int(float(size[1]) * 1024 ** " KMGT".index(size[2].upper() or " "))
+    raise UserError(f"memory = {memory!r}: write bytes, or such as 500MB or 2GB")
 
 
 def _from_hub(path: str, revision: str | None) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from stepdistill.attention import modules as attention
 from stepdistill.errors import UserError
@@ -29,7 +30,7 @@ class NegativePrompts:
         UserError: a pipeline without text, without such a network, or with attention processors of its own.
     """
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: DiffusionPipeline):
         calls = calls_of(pipe)
         if "cross_attention_kwargs" not in calls.arguments_known or not hasattr(pipe, "encode_prompt"):
             raise UserError(f"{type(pipe).__name__}: negative prompts need a UNet with cross-attention to a text")
@@ -72,5 +73,5 @@ class NegativePrompts:
     def __enter__(self) -> NegativePrompts:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
