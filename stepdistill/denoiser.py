@@ -29,15 +29,27 @@ def take(condition: Condition, index: Tensor | slice) -> Condition:
     return {key: value[index] for key, value in condition.items()}
 
 
+Combine = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+"""Outputs under the null condition and under the condition, (B, ...) each, and the guidance scale, a number or
+(B, 1, ..., 1), to the guided output."""
+
+
+def combine_linearly(output_null: Tensor, output_cond: Tensor, guidance_scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance (2207.12598): ``null + w (cond - null)``."""
+    return output_null + guidance_scale * (output_cond - output_null)
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser predicts at ``x_t`` (B, ...), ``t`` (B,): ``output`` is of type ``kind``, at least float32."""
+    """What a denoiser predicts at ``x_t`` (B, ...), ``t`` (B,): ``output`` is of type ``kind``, at least float32;
+    ``combine`` is how outputs of its network are guided."""
 
     schedule: Schedule
     x_t: Tensor
     t: Tensor
     output: Tensor
     kind: PredictionType
+    combine: Combine = combine_linearly
 
     @property
     def x0(self) -> Tensor:
@@ -78,18 +90,22 @@ class NetworkDenoiser:
     """A network as a denoiser.
 
     ``forward(network_input, network_time, condition) -> output`` calls the network as it was trained;
-    ``kind`` is what the output means.
+    ``kind`` is what the output means, ``combine`` how it is guided.
     """
 
     def __init__(
-        self, forward: Callable[[Tensor, Tensor, Condition], Tensor], schedule: Schedule, kind: PredictionType
+        self,
+        forward: Callable[[Tensor, Tensor, Condition], Tensor],
+        schedule: Schedule,
+        kind: PredictionType,
+        combine: Combine = combine_linearly,
     ):
-        self.forward, self.schedule, self.kind = forward, schedule, kind
+        self.forward, self.schedule, self.kind, self.combine = forward, schedule, kind, combine
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         output = self.forward(self.schedule.network_input(x_t, t), self.schedule.network_time(t), condition)
         output = output.to(torch.promote_types(output.dtype, x_t.dtype))
-        return Prediction(self.schedule, x_t, t, output, self.kind)
+        return Prediction(self.schedule, x_t, t, output, self.kind, self.combine)
 
 
 def guided(
@@ -102,8 +118,9 @@ def guided(
 ) -> Prediction:
     """Classifier-free guidance (2207.12598): ``x0_null + w (x0_cond - x0_null)``; w = 1 is no guidance.
 
-    Applied to the network's output, which is affine in x0 at fixed (x_t, t), so the result is the same.
-    Both branches run as one batch of 2B.  ``guidance_scale``: a number, or one a sample, shape (B,).  At exactly
+    Applied to the network's output, which is affine in x0 at fixed (x_t, t), so the result is the same; a family whose
+    pipeline combines the outputs in another way says so by ``Prediction.combine``.  Both branches run as one batch of
+    2B.  ``guidance_scale``: a number, or one a sample, shape (B,).  At exactly
     1 the null branch is not run.
     """
     if not isinstance(guidance_scale, Tensor) and guidance_scale == 1:
@@ -114,5 +131,5 @@ def guided(
     output_null, output_cond = both.output.chunk(2)
     if isinstance(guidance_scale, Tensor):
         guidance_scale = expand(guidance_scale, output_cond)
-    output = output_null + guidance_scale * (output_cond - output_null)
-    return Prediction(denoiser.schedule, x_t, t, output, both.kind)
+    output = both.combine(output_null, output_cond, guidance_scale)
+    return Prediction(denoiser.schedule, x_t, t, output, both.kind, both.combine)

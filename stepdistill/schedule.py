@@ -314,9 +314,9 @@ class VPSchedule(Schedule):
     def at_noise_ratio(self, ratio: Tensor) -> Tensor:
         """Nearest in ln(sigma/alpha); an alpha of 0 is infinitely far from any other."""
         logs = (self._sigma / self._alpha).log().to(ratio.device)
-        wanted = ratio.double().log()
-        above = torch.searchsorted(logs, wanted).clamp(1, self.num_levels - 1)
-        return torch.where(wanted - logs[above - 1] < logs[above] - wanted, above - 1, above)
+        log_ratio = ratio.double().log()
+        above = torch.searchsorted(logs, log_ratio).clamp(1, self.num_levels - 1)
+        return torch.where(log_ratio - logs[above - 1] < logs[above] - log_ratio, above - 1, above)
 
 
 class FlowSchedule(Schedule):
@@ -472,6 +472,12 @@ def from_scheduler(scheduler: Any) -> tuple[Schedule, PredictionType]:
     config, name = scheduler.config, type(scheduler).__name__
     stated = config.get("prediction_type", "epsilon")
     if name.startswith("FlowM") or config.get("use_flow_sigmas"):
+        if config.get("use_dynamic_shifting"):
+            raise UserError(
+                f"scheduler {name}: use_dynamic_shifting makes its times depend on the size of the picture, which is "
+                "not supported; set it to false and shift to the value for the teacher's size in "
+                "scheduler_config.json"
+            )
         shift = config.get("shift", config.get("flow_shift", 1.0)) or 1.0
         return FlowSchedule(shift, config.get("num_train_timesteps", 1000)), "flow"
     if config.get("sigma_data") is not None:

@@ -113,3 +113,24 @@ def test_conditions_are_joined_in_their_order_and_taken_by_rows():
     assert both["b"].tolist() == [[1.0], [2.0], [1.0]]
     assert take(both, torch.tensor([2, 0]))["a"].tolist() == [3, 1]
     assert take(both, slice(1, None))["b"].tolist() == [[2.0], [1.0]]
+
+
+def test_guidance_combines_outputs_as_the_network_says():
+    """A pipeline that rescales the guided output to the norm of the conditional one, as some of transformers do."""
+
+    def rescaled(null, cond, scale):
+        output = null + scale * (cond - null)
+        norms = [x.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1) for x in (cond, output)]
+        return output * norms[0] / norms[1]
+
+    def forward(x, time, condition):
+        return x * condition["label"].reshape(-1, 1, 1, 1)
+
+    x_t, t = samples(), torch.tensor([10, 500, 900])
+    null, condition = {"label": torch.tensor([1.0, 1.0, 1.0])}, {"label": torch.tensor([2.0, 3.0, -1.0])}
+    results = [
+        guided(NetworkDenoiser(forward, linear_betas(), "eps", *combine), x_t, t, condition, null, 4.0)
+        for combine in ((), (rescaled,))
+    ]
+    torch.testing.assert_close(results[0].output, x_t * torch.tensor([5.0, 9.0, -7.0]).reshape(-1, 1, 1, 1))
+    torch.testing.assert_close(results[1].output, x_t * torch.tensor([2.0, 3.0, -1.0]).reshape(-1, 1, 1, 1))

@@ -15,7 +15,16 @@ from diffusers import (
 from toys import linear_betas, zero_snr
 
 from stepdistill.errors import UserError
-from stepdistill.schedule import ALPHA_MIN, EDMSchedule, FlowSchedule, VPSchedule, from_scheduler, noise_up
+from stepdistill.schedule import (
+    ALPHA_MIN,
+    EDMSchedule,
+    FlowSchedule,
+    VPSchedule,
+    from_scheduler,
+    noise_up,
+    per_channel_shape,
+    per_sample,
+)
 
 SCHEDULES = {
     "vp": linear_betas(),
@@ -295,3 +304,29 @@ def test_unknown_prediction_type_is_the_users_error():
     scheduler.register_to_config(prediction_type="wavelet")
     with pytest.raises(UserError, match="prediction_type 'wavelet'"):
         from_scheduler(scheduler)
+
+
+def test_a_shift_that_depends_on_the_pictures_size_is_refused():
+    """The scheduler ignores its ``shift`` then, so its times are not those that it says."""
+    with pytest.raises(UserError, match="use_dynamic_shifting makes its times depend on the size"):
+        from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 4), (2, 3, 5, 4, 4), (4, 4, 4, 4, 4)])
+def test_one_value_a_sample_is_of_the_samples_rank(shape):
+    like, first = torch.zeros(shape), torch.arange(shape[0]) == 0
+    chosen = torch.where(per_sample(first, like), 1.0, like)
+    assert per_sample(first, like).dtype == torch.bool
+    assert chosen[0].min() == 1
+    assert chosen[1:].abs().max() == 0
+    assert per_channel_shape(like) == (*shape[:2], *[1] * (len(shape) - 2))
+
+
+def test_a_schedule_says_what_its_students_can_do():
+    vp, flow, edm = linear_betas(), FlowSchedule(), EDMSchedule()
+    assert (vp.time_dtype, flow.time_dtype, edm.time_dtype) == (torch.long, torch.float64, torch.float64)
+    assert set(flow.stock_transitions) < set(flow.transitions) < set(vp.transitions)
+    assert (vp.lowest_student_level, flow.lowest_student_level, edm.lowest_student_level) == (1, 0, 0)
+    assert vp.student_times(4, None, "steps") == (999, 749, 499, 249)
+    assert edm.student_times(2, 16.0, "steps") == (16.0, 1.0)
+    assert flow.student_times(2, None, "steps") == (0.999, 0.4995)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -80,8 +80,8 @@ def _load_or_encode(
     """The results of ``encode`` for all pixels, one tensor (N, ...) for each of ``names``."""
     parts = (images.fingerprint, len(images), family.image_shape, *names[1:])
     digest = hashlib.sha256(repr(parts).encode())
-    vae: Any = getattr(family, "vae", None)
-    for value in vae.state_dict().values():
+    assert family.vae is not None, "only latents are cached"
+    for value in family.vae.state_dict().values():
         digest.update(value.detach().float().cpu().numpy().tobytes())
     key = digest.hexdigest()
     file = folder / f"latents-{key[:16]}.safetensors"

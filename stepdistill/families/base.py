@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stepdistill import assets, precision
 from stepdistill.conditions import ConditionKind, Conditions
-from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser
+from stepdistill.denoiser import Condition, Denoiser, NetworkDenoiser, combine_linearly
 from stepdistill.digests import check_folder
 from stepdistill.errors import UserError, reading
 from stepdistill.sampler import FewStepSampler
@@ -186,6 +186,11 @@ class Family(abc.ABC):
         call: others use a role or :meth:`denoiser`, which see to the precision that it computes in.
         """
 
+    def combine(self, output_null: Tensor, output_cond: Tensor, guidance_scale: float | Tensor) -> Tensor:
+        """The guided output, as the teacher's own pipeline makes it of the network's outputs (B, ...) under the null
+        condition and under the condition; ``guidance_scale``: a number, or (B, 1, ..., 1)."""
+        return combine_linearly(output_null, output_cond, guidance_scale)
+
     def feature_blocks(self, network: nn.Module) -> list[nn.Module]:
         """The modules whose outputs (B, F, h, w) are the features that a discriminator can read, in the order in which
         they run."""
@@ -212,7 +217,7 @@ class Family(abc.ABC):
             with precision.computing(x.device, dtype):
                 return self.forward(target, x, time, condition)
 
-        return NetworkDenoiser(forward, self.schedule, self.kind)
+        return NetworkDenoiser(forward, self.schedule, self.kind, self.combine)
 
     def teacher_denoiser(self) -> Denoiser | None:
         """A teacher that is not ``network``: only for families whose teacher is a function."""

@@ -198,15 +198,15 @@ def betas_of(alphas_cumprod: Tensor) -> list[float]:
     """Betas whose products, as stock schedulers take them, are ``alphas_cumprod`` (T,): each corrects for how far the
     rounding of those before it to float32 has led the product away."""
     product, betas = 1.0, []
-    for wanted in alphas_cumprod.tolist():
-        beta = torch.tensor(1 - wanted / product if product else 1.0, dtype=torch.float32)
+    for target in alphas_cumprod.tolist():
+        beta = torch.tensor(1 - target / product if product else 1.0, dtype=torch.float32)
         product *= float(1 - beta)
         betas.append(float(beta))
     return betas
 
 
 def _common(kind: PredictionType) -> dict:
-    names = {ours: theirs for theirs, ours in DIFFUSERS_PREDICTION_TYPES.items()}
+    names = {kind: name for name, kind in DIFFUSERS_PREDICTION_TYPES.items()}
     return {
         "steps_offset": 1,  # Stable Diffusion's pipelines rewrite any other value; none of ours uses it
         "clip_sample": False,
@@ -222,18 +222,18 @@ def _signal_lcm(kind: PredictionType, sampler: SignalSampler) -> LCMScheduler:
     return LCMScheduler(num_train_timesteps=len(betas), trained_betas=betas, **settings, **_common(kind))
 
 
-def betas_with_product(wanted: float, count: int) -> list[float]:
-    """``count`` betas with ``prod(1 - beta) = wanted``, spread evenly so that float32 keeps the product.
+def betas_with_product(product: float, count: int) -> list[float]:
+    """``count`` betas with ``prod(1 - beta) = product``, spread evenly so that float32 holds it.
 
-    Where ``wanted`` is tiny even that is too coarse (a float32 beta near 1 leaves 1 - beta in steps of 6e-8), so of
+    Where ``product`` is tiny even that is too coarse (a float32 beta near 1 leaves 1 - beta in steps of 6e-8), so of
     pairs of the last two the best is taken.
     """
-    if wanted == 0 or count == 1:
-        return [0.0] * (count - 1) + [1 - wanted]
-    even = torch.tensor(1 - wanted ** (1 / count), dtype=torch.float32)
+    if product == 0 or count == 1:
+        return [0.0] * (count - 1) + [1 - product]
+    even = torch.tensor(1 - product ** (1 / count), dtype=torch.float32)
     before = float(1 - even) ** (count - 2)
     first = (even.double() + torch.arange(-2000, 2001) * 2.0**-24).clamp(0, 1 - 2.0**-24).float()
-    last = (1 - wanted / before / (1 - first).double()).clamp(0, 1).float()
-    error = (before * (1 - first).double() * (1 - last).double() - wanted).abs()
+    last = (1 - product / before / (1 - first).double()).clamp(0, 1).float()
+    error = (before * (1 - first).double() * (1 - last).double() - product).abs()
     best = int(error.argmin())
     return [float(even)] * (count - 2) + [float(first[best]), float(last[best])]

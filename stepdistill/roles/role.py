@@ -78,7 +78,7 @@ class Role:
         self.switch, self.adapter, self.trains, self.meter = switch, adapter, trains, meter
         self.autocast_dtype = precision.autocast_dtype(network, autocast_dtype)
         self.schedule, self.kind = family.schedule, family.kind
-        self._denoiser = NetworkDenoiser(self._forward, self.schedule, self.kind)
+        self._denoiser = NetworkDenoiser(self._forward, self.schedule, self.kind, family.combine)
 
     def active(self) -> contextlib.AbstractContextManager:
         """The role's adapter on within the block."""

@@ -222,8 +222,8 @@ def is_exported(folder: Path) -> bool:
 
 def is_trained_teacher(folder: Path) -> bool:
     """Whether ``stepdistill teacher train`` made this folder."""
-    stamp = (_mapping(folder / "unet" / "config.json") or {}).get(STAMP)
-    return isinstance(stamp, dict) and "trained_by" in stamp
+    stamps = [(_mapping(config) or {}).get(STAMP) for config in folder.glob("*/config.json")]
+    return any(isinstance(stamp, dict) and "trained_by" in stamp for stamp in stamps)
 
 
 def is_free(folder: Path, names: Collection[str] = ()) -> bool:
