@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -63,7 +64,7 @@ class MeasuredRun:
         )
 
     @property
-    def labels(self):
+    def labels(self) -> Literal["uniform"] | list[int]:
         """The labels that are drawn, as a protocol says them."""
         return "uniform" if self.data.labels == "all" else self.data.labels
 

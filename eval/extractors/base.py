@@ -51,7 +51,7 @@ class Extractor:
 
     @property
     def num_features(self) -> int:
-        return int(self.module.num_features)
+        return int(getattr(self.module, "num_features"))  # noqa: B009 (a module's attributes have no types)
 
     @property
     def metric(self) -> str:

@@ -34,9 +34,12 @@ SIZES = {384: "vits14", 768: "vitb14", 1024: "vitl14", 1536: "vitg14"}
 class DinoFeatures(nn.Module):
     """The class token after the last norm of uint8 pictures (B, 1 or 3, H, W): PIL's bicubic filter to 224x224."""
 
-    def __init__(self, network: nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Any):
         super().__init__()
-        self.network = network
+        self.network: Any = network
         self.num_features = network.config.hidden_size
         for name, value in (("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.tensor(value).reshape(1, 3, 1, 1), persistent=False)
@@ -65,7 +68,7 @@ def load_dinov2(path: str | Path) -> Extractor:
         raise UserError(f"extractor dinov2: {path} is missing; {REMEDY}")
     with reading("extractor dinov2", REMEDY, f"{path} is no DINOv2"):
         kind = read_json(file).get("model_type") if file.is_file() else None
-        network = _build_from_weights(path) if kind is None else _load_transformers(path, kind)
+        network: Any = _build_from_weights(path) if kind is None else _load_transformers(path, kind)
     config = network.config
     name = f"dinov2_{SIZES.get(config.hidden_size, f'width{config.hidden_size}')}"
     is_large = (config.hidden_size, config.num_hidden_layers, config.patch_size) == (1024, 24, 14)

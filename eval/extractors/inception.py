@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +30,9 @@ class CleanInception(nn.Module):
 
     num_features = 2048
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Any):
         super().__init__()
-        self.network = network
+        self.network: Any = network
         self._resize = _make_clean_resizer()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -49,16 +51,16 @@ class TensorFlowInception(nn.Module):
 
     num_features = 2048
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Any):
         super().__init__()
-        self.network = network
+        self.network: Any = network
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, 2048)."""
         return self.network(images.expand(-1, 3, -1, -1).float(), return_features=True).reshape(len(images), -1)
 
 
-def _make_clean_resizer():
+def _make_clean_resizer() -> Callable[[np.ndarray], np.ndarray]:
     try:
         from cleanfid.resize import build_resizer
     except ImportError as error:
@@ -98,11 +100,12 @@ def load_inception(path: str | Path | None = None, resize_inside: bool = False) 
         layers = network.layers
     official = files.digest(file) == SHA256
     name = "inception" if official else "inception_unknown_weights"
+    module: nn.Module
     if resize_inside:
         module, way = TensorFlowInception(network), "inside: TensorFlow's bilinear to 299x299"
         fingerprint = module_fingerprint(layers, "tensorflow")
     else:
         module, way = CleanInception(network), "clean-fid clean: PIL bicubic in float to 299x299"
         fingerprint = module_fingerprint(layers, "clean-fid clean")
-    module = module.requires_grad_(False).eval()
+    module.requires_grad_(False).eval()
     return Extractor(module, name, fingerprint, resize=way, is_fid=official)

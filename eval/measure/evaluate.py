@@ -123,7 +123,7 @@ def _check_distinct_names(targets: list[Target]) -> None:
 
 def _fingerprint(target: Target, record: dict[str, Any]) -> str:
     """SHA-256 of the folder's files (model card aside), the steps, the guidance and the protocol."""
-    call = {"steps": target.steps, "guidance_scale": target.guidance_scale, "protocol": record}
+    call: dict[str, Any] = {"steps": target.steps, "guidance_scale": target.guidance_scale, "protocol": record}
     if target.null_label is not None:
         call["null_label"] = target.null_label
     if target.variant is not None:
@@ -143,7 +143,7 @@ def _fingerprint(target: Target, record: dict[str, Any]) -> str:
 def _measure(target: Target, tools: Tools) -> dict[str, Any]:
     """A target's row; {} in processes other than the first, which only draw."""
     protocol, seeds = tools.protocol, tools.protocol.list_seeds()
-    error = stock = None
+    error: UserError | None = None
     try:
         stock = target.load(tools.device, getattr(torch, protocol.dtype))
         steps, guidance = target.resolve_call(stock)

@@ -64,8 +64,15 @@ class Preprocessing:
 
     def process_image(self, image: Image.Image) -> np.ndarray:
         """uint8 (side, side, C)."""
-        image = center_crop(image, [min(image.size)]).resize((self.side, self.side), Image.Resampling.LANCZOS)
-        return np.asarray(image, dtype=np.uint8).reshape(self.side, self.side, -1)
+        side = self.require_side()
+        image = center_crop(image, [min(image.size)]).resize((side, side), Image.Resampling.LANCZOS)
+        return np.asarray(image, dtype=np.uint8).reshape(side, side, -1)
+
+    def require_side(self) -> int:
+        """``side``, which must be set."""
+        if self.side is None:
+            raise ValueError("these pictures keep their size; set side")
+        return self.side
 
 
 def read_preprocessed_folder(path: str | Path, preprocessing: Preprocessing, channels: int = 3) -> ImageSet:
@@ -75,5 +82,6 @@ def read_preprocessed_folder(path: str | Path, preprocessing: Preprocessing, cha
         UserError: no such folder, no pictures in it, or one that cannot be read.
     """
     mode = "L" if channels == 1 else "RGB"
-    shape = (channels, preprocessing.side, preprocessing.side)
+    side = preprocessing.require_side()
+    shape = (channels, side, side)
     return read_folder(path, shape, treat=lambda image: preprocessing.process_file(image, mode), key="reference")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,8 +89,8 @@ class ReferenceStatistics:
         tensors, metadata = read_tensors(path, kind, what, "make them with make_reference")
         with reading(path, "make it again with make_reference", "not whole statistics"):
             facts = parse_json(metadata["facts"])
-            facts["shape"] = tuple(facts["shape"])
-            reference = cls(**tensors, **facts)
+            arguments: dict[str, Any] = {**tensors, **facts, "shape": tuple(facts["shape"])}
+            reference = cls(**arguments)
             reference.check_whole()
         return reference
 
@@ -199,6 +200,7 @@ def make_reference(
             bar.update(len(index))
     features = torch.cat(chunks)
     mean, cov = mean_and_covariance(features)
+    channels, height, width = pixels.shape[1:]
     chosen = torch.randperm(len(features), generator=generator(seed))[:kid_features]
     return ReferenceStatistics(
         n=len(features),
@@ -207,7 +209,7 @@ def make_reference(
         features=features[chosen].half(),
         extractor=extractor.name,
         extractor_fingerprint=extractor.fingerprint,
-        shape=tuple(pixels.shape[1:]),
+        shape=(channels, height, width),
         resize=resize,
         source=source or images.source,
     )

@@ -75,10 +75,11 @@ def read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | No
         return None
 
 
-TEXTS = ("metric", "kernel_metric", "extractor", "extractor_fingerprint", "resize", "crop", "size", "clip_size", "clip")
-TEXTS += ("line", "device", "prompts_fingerprint")
+TEXTS: tuple[str, ...] = ("metric", "kernel_metric", "extractor", "extractor_fingerprint", "resize", "crop", "size")
+TEXTS += ("clip", "clip_size", "line", "device", "prompts_fingerprint")
 ROW_TEXTS = ("path", "fingerprint")
-ROW_NUMBERS = ("passes_per_image", "frechet", "kid_mean", "kid_std", "precision", "recall", "diversity", "clip_score")
+ROW_NUMBERS: tuple[str, ...] = ("passes_per_image", "frechet", "kid_mean", "kid_std", "precision", "recall")
+ROW_NUMBERS += ("diversity", "clip_score")
 ROW_NUMBERS += ("steps", "samples", "guidance_scale", "seconds", "images_per_second")
 
 

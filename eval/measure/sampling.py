@@ -71,11 +71,11 @@ class BatchFeatures:
     @classmethod
     def join(cls, parts: Sequence[BatchFeatures]) -> BatchFeatures:
         """All rows in the parts' order, seconds and passes added."""
-        first = parts[0]
+        scores = [part.scores for part in parts if part.scores is not None]
         return cls(
             torch.cat([part.features for part in parts]),
-            None if first.scores is None else torch.cat([part.scores for part in parts]),
-            {name: torch.cat([part.rewards[name] for part in parts]) for name in first.rewards},
+            torch.cat(scores) if scores else None,
+            {name: torch.cat([part.rewards[name] for part in parts]) for name in parts[0].rewards},
             sum(part.seconds for part in parts),
             sum(part.passes for part in parts),
         )
@@ -109,8 +109,8 @@ def draw_share(
             pixels = draw_batch(stock, steps, guidance, conditions, len(indices), seed, batch)
             seconds = time.perf_counter() - started
             features = extract_features(target, pixels, conditions, seconds, passed[0] - before, tools)
-            if tools.keep_samples is not None:
-                _save_pictures(tools.preprocessing.to_bytes(pixels), indices, _picture_folder(tools, target, seed))
+            if (folder := _picture_folder(tools, target, seed)) is not None:
+                _save_pictures(tools.preprocessing.to_bytes(pixels), indices, folder)
             features.save(_batch_file(tools, seed, batch))
             bar.update(len(pixels))
 
@@ -138,12 +138,13 @@ def extract_features(
         )
     pictures = tools.preprocessing.to_bytes(pixels)
     processed = tools.preprocessing(pictures)
-    tools.reference.check(tools.extractor, tuple(processed.shape[1:]))
+    channels, height, width = processed.shape[1:]
+    tools.reference.check(tools.extractor, (channels, height, width))
     features = tools.extractor(processed.to(tools.device))
     scores = None
     if tools.scorer is not None:
         same = tools.clip_preprocessing == tools.preprocessing
-        scores = tools.scorer(processed if same else tools.clip_preprocessing(pictures), conditions)
+        scores = tools.scorer(processed if same else tools.clip_preprocessing(pictures), conditions or [])
     signed = 2 * pixels.to(tools.device) - 1
     rewards = {reward.name: reward(signed, conditions or []).float().cpu() for reward in tools.rewards}
     judged = {"the CLIP score": scores} | {f"reward {name}": values for name, values in rewards.items()}
@@ -159,10 +160,15 @@ def _batch_file(tools: Tools, seed: int, batch: int) -> Path:
     return tools.work / f"seed-{seed}" / f"{batch:06d}.safetensors"
 
 
-def _picture_folder(tools: Tools, target: Target, seed: int) -> Path:
-    """``FOLDER/NAME-STEPS``, or ``FOLDER/NAME-STEPS/seed-SEED`` of several seeds; what is odd in a name is ``_``."""
+def _picture_folder(tools: Tools, target: Target, seed: int) -> Path | None:
+    """``FOLDER/NAME-STEPS``, or ``FOLDER/NAME-STEPS/seed-SEED`` of several seeds; what is odd in a name is ``_``.
+
+    None where no pictures are wanted.
+    """
+    if tools.keep_samples is None:
+        return None
     steps = "" if target.steps is None else f"-{target.steps}"
-    folder = Path(tools.keep_samples) / (re.sub(r"[^\w.-]+", "_", target.name) + steps)
+    folder = tools.keep_samples / (re.sub(r"[^\w.-]+", "_", target.name) + steps)
     return folder / f"seed-{seed}" if tools.protocol.seeds > 1 else folder
 
 
@@ -182,13 +188,12 @@ def _is_drawn(tools: Tools, target: Target, seed: int, batch: int, indices: rang
     """Whether a batch was drawn before a stop; its pictures are written before its file, so the last one will do."""
     if not _batch_file(tools, seed, batch).is_file():
         return False
-    return tools.keep_samples is None or _picture_file(_picture_folder(tools, target, seed), indices[-1]).is_file()
+    folder = _picture_folder(tools, target, seed)
+    return folder is None or _picture_file(folder, indices[-1]).is_file()
 
 
 def has_pictures(tools: Tools, target: Target) -> bool:
     """Whether all pictures of a target are in their folder, or the user wants none."""
-    if tools.keep_samples is None:
-        return True
     folders = [_picture_folder(tools, target, seed) for seed in tools.protocol.list_seeds()]
     indices = range(tools.protocol.samples)
-    return all(_picture_file(folder, index).is_file() for folder in folders for index in indices)
+    return all(_picture_file(folder, index).is_file() for folder in folders if folder is not None for index in indices)

@@ -66,13 +66,13 @@ class Protocol(Section):
 
     @field_validator("labels")
     @classmethod
-    def _names_a_label(cls, labels):
+    def _names_a_label(cls, labels: Literal["uniform"] | list[int]) -> Literal["uniform"] | list[int]:
         if labels == []:
             raise ValueError("names no label; leave it out for all of them")
         return labels
 
     @model_validator(mode="after")
-    def _last_seed_is_in_range(self):
+    def _last_seed_is_in_range(self) -> Protocol:
         if self.seed + self.seeds > SEEDS:
             raise ValueError(f"seed = {self.seed}: the last of {self.seeds} seeds is above {SEEDS - 1:,}; take a lower")
         return self

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from stepdistill import assets
 from stepdistill.errors import UserError
 from stepdistill.eval.stock_pipeline import StockPipeline
@@ -50,14 +52,13 @@ class Target:
             None if guidance is None else float(guidance),
         )
 
-    def load(self, device, dtype=None) -> StockPipeline:
+    def load(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> StockPipeline:
         """The pipeline on ``device``.
 
         Raises:
             UserError: no such folder, or one that diffusers cannot load.
         """
-        options = {} if dtype is None else {"dtype": dtype}
-        return StockPipeline.load(self.path, device, null_label=self.null_label, variant=self.variant, **options)
+        return StockPipeline.load(self.path, device, dtype, null_label=self.null_label, variant=self.variant)
 
     def resolve_call(self, stock: StockPipeline) -> tuple[int, float | None]:
         """The steps and guidance scale that the pipeline is called with.

@@ -97,7 +97,7 @@ def draw_curves(
     axes, below = figure.subplots(2, 1, height_ratios=[5, 0.42 * len(cells) + 0.3])
     colours = {name: f"C{number}" for number, name in enumerate(curves)}
     for name, seeds in curves.items():
-        label = name  # of the first line alone
+        label: str | None = name  # of the first line alone
         for curve in filter(None, seeds):
             xs, ys = zip(*curve, strict=True)
             width = 1.4 if len(seeds) == 1 else 1

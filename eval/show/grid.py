@@ -88,7 +88,7 @@ def _stack_blocks(blocks: list[tuple[str, Tensor]], columns: int, names: list[st
     return canvas
 
 
-def _cut_text(text: str, width: int, font) -> str:
+def _cut_text(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """``text`` cut to ``width`` pixels, with an ellipsis where it was."""
     if font.getlength(text) <= width:
         return text

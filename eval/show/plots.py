@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ def make_axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def style_axes(axes: Axes, which: str = "major") -> None:
+def style_axes(axes: Axes, which: Literal["major", "minor", "both"] = "major") -> None:
     """A light grid and no frame above or at the right; ``which``: the ticks that have grid lines."""
     axes.grid(alpha=0.3, which=which)
     axes.spines[["top", "right"]].set_visible(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 Cells = list[list[str]]
@@ -48,7 +49,7 @@ def _list_columns(rows: list[Row], metric: str) -> list[tuple[str, Callable[[Row
         ("name", lambda row: row["name"]),
         ("steps", lambda row: str(row["steps"])),
         ("passes", lambda row: f"{row['passes_per_image']:g}"),
-        (metric, lambda row: _format_mean(row, "frechet", ".3f")),
+        (metric, partial(_format_mean, key="frechet", form=".3f")),
         ("ratio", lambda row: f"{row['frechet'] / max(first['frechet'], 1e-12):.2f}"),
     ]
     if any(row.get("parameters") for row in rows):
@@ -57,11 +58,11 @@ def _list_columns(rows: list[Row], metric: str) -> list[tuple[str, Callable[[Row
         columns.append(("KID x1000", lambda row: f"{1000 * row['kid_mean']:.2f} ± {1000 * row['kid_std']:.2f}"))
     for key in ("precision", "recall", "diversity"):
         if any(row.get(key) is not None for row in rows):
-            columns.append((key, lambda row, key=key: _format_mean(row, key, ".3f")))
+            columns.append((key, partial(_format_mean, key=key, form=".3f")))
     if any(row.get("clip_score") is not None for row in rows):
-        columns.append(("CLIP", lambda row: _format_mean(row, "clip_score", ".4f")))
+        columns.append(("CLIP", partial(_format_mean, key="clip_score", form=".4f")))
     for name in dict.fromkeys(name for row in rows for name in row.get("rewards") or {}):
-        columns.append((name.rpartition(":")[2], lambda row, name=name: _format_mean(_rewards_row(row), name, ".3f")))
+        columns.append((name.rpartition(":")[2], partial(_format_reward, name=name)))
     columns.append(("images/s", lambda row: f"{row['images_per_second']:.1f}"))
     columns.append(("speed", lambda row: f"{row['images_per_second'] / first['images_per_second']:.1f}x"))
     if any(row.get("latency") for row in rows):
@@ -83,9 +84,9 @@ def _format_mean(row: Row, key: str, form: str) -> str:
     return f"{row[key]:{form}}" if std is None else f"{row[key]:{form}} ± {std:{form}}"
 
 
-def _rewards_row(row: Row) -> Row:
-    """A row's rewards as a row, with their deviations."""
-    return {**row["rewards"], "std": (row.get("std") or {}).get("rewards")}
+def _format_reward(row: Row, name: str) -> str:
+    rewards = {**row["rewards"], "std": (row.get("std") or {}).get("rewards")}
+    return _format_mean(rewards, name, ".3f")
 
 
 def _format_parameters(counts: list[int]) -> str:

@@ -88,17 +88,30 @@ class Inference:
         return rows
 
     def _list_backends(self) -> list[str]:
-        place = (self.student.device, self.student.denoiser.dtype, [self.student.denoiser], False)
+        device, network = self.student.device, self.student.denoiser
+        dtype = next(network.parameters()).dtype
+
+        def find_obstacle(name: str) -> str | None:
+            return try_on_heads(name, device, dtype, [network], gradients=False)
+
         if ALL in self.attention:
-            return [name for name in BACKENDS if not name.endswith("_hub") and try_on_heads(name, *place) is None]
+            return [name for name in BACKENDS if not name.endswith("_hub") and find_obstacle(name) is None]
         for name in self.attention:
             if name not in BACKENDS:
                 raise UserError(f"--attention {name}: use all, or one of {', '.join(sorted(BACKENDS))}")
-            if (reason := try_on_heads(name, *place)) is not None:
-                raise UserError(f"--attention {name}: it does not run on this {place[0].type} ({reason})")
+            if (reason := find_obstacle(name)) is not None:
+                raise UserError(f"--attention {name}: it does not run on this {device.type} ({reason})")
         return list(self.attention)
 
-    def _measure(self, name, stock: StockPipeline, steps: int, guidance, setup: str, arguments) -> Row:
+    def _measure(
+        self,
+        name: str,
+        stock: StockPipeline,
+        steps: int,
+        guidance: float | None,
+        setup: str,
+        arguments: dict[str, Any] | None,
+    ) -> Row:
         device = stock.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -123,11 +136,11 @@ def choose_inference(
     Raises:
         UserError: both or neither are named, or as :func:`load_inference` and :func:`make_random_inference`.
     """
-    if (student is None) == (random_size is None):
-        raise UserError("name a student's folder, or a --random-size")
-    if student is None:
+    if student is not None and random_size is None:
+        return load_inference(student, teacher, device, dtype, **settings)
+    if random_size is not None and student is None:
         return make_random_inference(random_size, device, dtype, **settings)
-    return load_inference(student, teacher, device, dtype, **settings)
+    raise UserError("name a student's folder, or a --random-size")
 
 
 def load_inference(student: str, teacher: str | None, device: str, dtype: torch.dtype, **settings: Any) -> Inference:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ class Clock:
         return time.perf_counter()
 
     @contextlib.contextmanager
-    def watching(self, parts: dict[str, list[nn.Module]]):
+    def watching(self, parts: dict[str, list[nn.Module]]) -> Iterator[None]:
         """Hooks on every module of ``parts`` while the block runs."""
         handles = []
         for part, modules in parts.items():
@@ -66,7 +67,7 @@ class Clock:
             for handle in handles:
                 handle.remove()
 
-    def _start(self, module: nn.Module, _inputs) -> None:
+    def _start(self, module: nn.Module, _inputs: tuple) -> None:
         self._started[id(module)] = self.now()
 
     def _stop(self, module: nn.Module, part: str) -> None:
@@ -91,9 +92,11 @@ def counted_passes(stock: StockPipeline) -> Iterator[list[int]]:
     """A list whose one number is how many pictures have gone through the pipeline's networks since the start."""
     passed = [0]
 
-    def count(_module, args, kwargs) -> None:
-        first = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        passed[0] += len(first)
+    def count(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if args:
+            passed[0] += len(args[0])
+        else:
+            passed[0] += len(kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"])
 
     handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in stock.denoisers]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,15 @@ def time_negative_prompts(
     calls = _record_cross_attention(stock, batch_size, guidance_scale)
     processor, clock = AttentionProcessor(), Clock(stock.device)
 
-    def attend_twice(attn: nn.Module, hidden: Tensor, text: Tensor) -> Tensor:
-        query, *rows = (
-            projection(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projection, x in [(attn.to_q, hidden), *[(p, text) for p in (attn.to_k, attn.to_v) * 2]]
+    def attend_twice(attn: Any, hidden: Tensor, text: Tensor) -> Tensor:
+        def project(projection: nn.Module, x: Tensor) -> Tensor:
+            return projection(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query = project(attn.to_q, hidden)
+        positive, negative = (
+            attend(query, project(attn.to_k, text), project(attn.to_v, text), None, None) for _ in range(2)
         )
-        branches = (attend(query, *rows[i : i + 2], None, None) for i in (0, 2))
-        return attn.to_out[0](subtract_negative(*branches, 0.5).transpose(1, 2).flatten(2))
+        return attn.to_out[0](subtract_negative(positive, negative, 0.5).transpose(1, 2).flatten(2))
 
     ways = {
         "plain": lambda attn, hidden, text: processor(attn, hidden, text),
