@@ -54,10 +54,10 @@ def test_the_first_runs_are_whole_on_a_small_scale(config, samples, teacher, tmp
     evaluation = json.loads((run / "evaluation.json").read_text())
     rows = [("teacher", steps) for steps in teacher] + [("student", 1)]
     assert [(row["name"], row["steps"]) for row in evaluation["rows"]] == rows
-    for made in ("student/model_index.json", "student/README.md", "grid.png", "report.html", "config.yaml"):
-        assert (run / made).is_file(), made
-    for said in ("student", "report.html", "grid.png", "Next:"):
-        assert said in done.stdout
+    for name in ("student/model_index.json", "student/README.md", "grid.png", "report.html", "config.yaml"):
+        assert (run / name).is_file(), name
+    for text in ("student", "report.html", "grid.png", "Next:"):
+        assert text in done.stdout
     assert ("--count 40 --prompt 'grinning face, noto style'" in done.stdout) == (config == "emoji")
 
 
@@ -88,8 +88,8 @@ def test_a_teachers_config_goes_with_any_method(path, method):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_every_teacher_is_named_in_one_file(path):
     """What trains from a teacher inherits its file; what trains from another run's student names that."""
-    own = read_mapping(path).get("teacher", {}).get("path", "runs/")
-    assert own.startswith("runs/")
+    path_in_file = read_mapping(path).get("teacher", {}).get("path", "runs/")
+    assert path_in_file.startswith("runs/")
 
 
 def test_shipped_teacher_configs_are_valid():

@@ -82,9 +82,9 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
     (tensors_a, meta_a), (tensors_b, meta_b) = checkpoint.load(a), checkpoint.load(b)
     assert {**meta_a, "seconds": 0} == {**meta_b, "seconds": 0}
     assert tensors_a.keys() == tensors_b.keys()
-    for group, own in tensors_a.items():
-        assert own.keys() == tensors_b[group].keys()
-        for key, value in own.items():
+    for group, tensors in tensors_a.items():
+        assert tensors.keys() == tensors_b[group].keys()
+        for key, value in tensors.items():
             assert torch.equal(value, tensors_b[group][key]), f"{group}/{key}"
 
 
@@ -104,9 +104,9 @@ def test_no_command_is_missing_here():
         return re.findall(r"^  (\w[\w-]*) ", text, re.MULTILINE)
 
     groups = [name for name in listed() if name in ("teacher", "benchmark")]
-    found = [[name] for name in listed() if name not in groups]
-    found += [[group, name] for group in groups for name in listed(group)]
-    assert sorted(found) == sorted(COMMANDS)
+    commands = [[name] for name in listed() if name not in groups]
+    commands += [[group, name] for group in groups for name in listed(group)]
+    assert sorted(commands) == sorted(COMMANDS)
 
 
 def test_without_a_command_the_commands_are_shown():
@@ -342,7 +342,7 @@ def stopped(teacher, tmp_path_factory):
                     processes[name].send_signal(waiting.pop(name))
             assert time.monotonic() < until, "no checkpoints in two minutes"
             time.sleep(0.01)
-        found = {
+        ended = {
             name: (process.communicate(timeout=60)[0], process.returncode, folders[name], configs[name])
             for name, process in processes.items()
         }
@@ -351,7 +351,7 @@ def stopped(teacher, tmp_path_factory):
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    return found
+    return ended
 
 
 def reached(folder: Path) -> int:

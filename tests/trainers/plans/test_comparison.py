@@ -45,11 +45,11 @@ SMALL = {
 
 
 def write(folder, **changes):
-    for name, own in {
+    for name, changes in {
         "dmd2": {"method": "dmd2", "dmd2": {"fake_score_updates": 2}},
         "sim": {"method": "sim"},
     }.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **own, "output": "unused"}))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **changes, "output": "unused"}))
     raw = {
         "output": str(folder / "out"),
         "runs": {"DMD2": "dmd2.yaml", "SIM": "sim.yaml"},
@@ -68,8 +68,8 @@ def test_one_command_makes_runs_curves_table_and_pictures(tmp_path):
     result = stepdistill("compare", config)
     assert result.code == 0, result.err[-2000:]
     out = tmp_path / "out"
-    for made in ("compare.png", "grid.png", "compare.json", "report.html", "SIM/student/model_index.json"):
-        assert (out / made).is_file(), made
+    for name in ("compare.png", "grid.png", "compare.json", "report.html", "SIM/student/model_index.json"):
+        assert (out / name).is_file(), name
     content = json.loads((out / "compare.json").read_text())
     for name, curve in content["curves"].items():
         passes = [done for done, _ in curve]
@@ -204,8 +204,8 @@ def test_the_budget_ends_with_a_student_update_that_is_watched(limit):
 def test_passes_of_an_update_are_what_the_readme_and_the_plan_say(method, settings, k, expected):
     family = toy_family(GaussianMixture([[-1.0], [1.0]], 0.05, labels=[0, 1]))
     family.teacher_denoiser = lambda: None  # the network is the teacher, so its passes count
-    own = {method: {"fake_score_updates": k, **settings}}
-    trainer = toy_trainer(family, method=method, train={"updates": 3}, **own)
+    sections = {method: {"fake_score_updates": k, **settings}}
+    trainer = toy_trainer(family, method=method, train={"updates": 3}, **sections)
     trainer.repeat("test", "student", 1, trainer.iteration, lambda bar: None)
     for _ in range(k - 1):  # the fake score's other updates, until the student's next turn
         trainer.iteration()
@@ -339,7 +339,7 @@ def test_every_kind_of_run_in_one_table(tmp_path, capsys):
     assert 200 <= costs["MSD"]["passes"] <= 260  # shared by two
     assert costs["MSD"]["students"] == 2
     assert costs["PSO"]["parameters"] < costs["DMD2"]["parameters"]
-    assert all(0 < own["peak_gib"] < 64 and own["minutes"] > 0 for own in costs.values())
+    assert all(0 < cost["peak_gib"] < 64 and cost["minutes"] > 0 for cost in costs.values())
     lines = (tmp_path / "out/table.md").read_text().splitlines()
     assert lines[0].count("|") == lines[1].count("|") == 13
     cells = {tuple(c.strip() for c in line.split("|")[1:3]): line for line in lines[2:]}
@@ -353,14 +353,14 @@ def test_every_kind_of_run_in_one_table(tmp_path, capsys):
     }
     assert "0k + " in cells["PSO", "2"]  # the recipe's passes, and its own
     assert "2 x 0.69M" in cells["MSD", "1"]
-    for made in ("DMD2", "MSD", "PSO"):  # a recipe alone has no curve to draw
-        (tmp_path / f"out/{made}/student").rename(tmp_path / made)
+    for name in ("DMD2", "MSD", "PSO"):  # a recipe alone has no curve to draw
+        (tmp_path / f"out/{name}/student").rename(tmp_path / name)
     (tmp_path / "out/compare.png").unlink()
     capsys.readouterr()
     shown = stepdistill("compare", tmp_path / "compare.yaml", "--finished")
     assert (shown.code, "grid.png" in shown.out, "compare.png" in shown.out) == (0, True, False)
-    for made in ("DMD2", "MSD", "PSO"):
-        (tmp_path / made).rename(tmp_path / f"out/{made}/student")
+    for name in ("DMD2", "MSD", "PSO"):
+        (tmp_path / name).rename(tmp_path / f"out/{name}/student")
     capsys.readouterr()
     in_one_process(tmp_path / "compare.yaml")
     out = capsys.readouterr().out
@@ -376,9 +376,9 @@ def test_the_teacher_is_guided_as_the_first_is_distilled(tmp_path, monkeypatch):
 
     config = write(tmp_path, runs={"DMD2": {"config": "dmd2.yaml", "overrides": ["dmd2.guidance_scale=2.5"]}})
     monkeypatch.setattr("stepdistill.trainers.plans.comparison_report.evaluate", evaluate)
-    with pytest.raises(Asked) as asked:
+    with pytest.raises(Asked) as stop:
         in_one_process(config)
-    ((teacher,),) = asked.value.args
+    ((teacher,),) = stop.value.args
     assert (teacher.name, teacher.steps, teacher.guidance_scale) == ("teacher", 2, 2.5)
 
 
@@ -450,8 +450,8 @@ def test_costs_that_are_not_all_there_are_not_shown(tmp_path):
 def test_a_process_s_peak_is_not_that_of_the_one_that_started_it():
     ballast = torch.ones(3 * 2**27)  # 1.5 GiB
     child = "from stepdistill.trainers.plans.compared import peak_memory; print(peak_memory())"
-    said = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout
-    assert 0.05 < float(said) < ballast.numel() * 4 / 2**30 < peak_memory()
+    printed = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout
+    assert 0.05 < float(printed) < ballast.numel() * 4 / 2**30 < peak_memory()
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_own_line(tmp_path, capfd):

@@ -119,9 +119,9 @@ def test_the_merge_ratio_is_in_the_exported_lora(done):
     from stepdistill import checkpoint
 
     tensors, _ = checkpoint.load(checkpoint.latest(done / "03-reward" / "checkpoints"))
-    own = {k: v for k, v in tensors["student"].items() if "lora_B" in k}
-    assert own
-    for key, value in own.items():
+    trained = {k: v for k, v in tensors["student"].items() if "lora_B" in k}
+    assert trained
+    for key, value in trained.items():
         path = key.split(".lora_B")[0]
         torch.testing.assert_close(both.factors[path][1][:, 2:], 0.5 * value)
 
@@ -154,9 +154,9 @@ def test_a_killed_recipe_goes_on_to_the_same_weights(killed_in, done, root, tmp_
     path = write(tmp_path, raw_recipe(root, tmp_path / "out", train={"checkpoint_every": 1}))
     program = (
         "import sys, time; from stepdistill import cli; from stepdistill.trainers.loop.trainer import Trainer\n"
-        "own = Trainer._after_update\n"
+        "after_update = Trainer._after_update\n"
         "def after(self, bar):\n"
-        "    own(self, bar)\n"
+        "    after_update(self, bar)\n"
         f"    time.sleep(60 if self.run.path.name == {killed_in!r} else 0)\n"
         "Trainer._after_update = after\n"
         f"sys.argv = ['stepdistill', 'distill', {str(path)!r}]; cli.main()\n"
@@ -215,8 +215,8 @@ def test_full_students_are_handed_on_by_their_weights(root, tmp_path):
     assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-def changed(raw: dict, number: int, **own) -> dict:
-    raw["stages"][number] = merge(raw["stages"][number], own)
+def changed(raw: dict, number: int, **changes) -> dict:
+    raw["stages"][number] = merge(raw["stages"][number], changes)
     return raw
 
 

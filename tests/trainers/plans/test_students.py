@@ -66,10 +66,10 @@ def raw_config(root: Path, output: Path, **changes) -> dict:
     return merge(raw, changes)
 
 
-def small_stages(**own) -> dict:
+def small_stages(**changes) -> dict:
     """A shared first stage for a smaller student, then each student's own."""
     tsm = {"name": "tsm", "method": "tsm", "shared": True, "sampler": {"steps": 3, "transition": "ode"}}
-    return {"roles": {"network": {"block_out_channels": [4, 8]}}, "stages": [merge(tsm, own), {"name": "dm"}]}
+    return {"roles": {"network": {"block_out_channels": [4, 8]}}, "stages": [merge(tsm, changes), {"name": "dm"}]}
 
 
 def write(folder: Path, raw: dict) -> Path:
@@ -89,9 +89,9 @@ def run(path: Path, *arguments, report: bool = False) -> str:
 
 def digests(folder: Path) -> dict[str, str]:
     """Every weight file under a folder, by its tensors."""
-    found = {str(p.relative_to(folder)): digest_tensors(load_file(p)) for p in sorted(folder.rglob("*.safetensors"))}
-    assert found
-    return found
+    weights = {str(p.relative_to(folder)): digest_tensors(load_file(p)) for p in sorted(folder.rglob("*.safetensors"))}
+    assert weights
+    return weights
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -166,29 +166,29 @@ def test_one_student_of_a_recipe_is_the_recipe_to_the_bit(root, recipe_run, tmp_
 @pytest.fixture
 def seen(monkeypatch) -> dict[str, list[int]]:
     """The labels that each role is called with, and those of the real images."""
-    found: dict[str, list[int]] = {}
+    labels: dict[str, list[int]] = {}
     call, batch = Role.__call__, RealSource.batch
 
     def spied_call(self, x_t, t, condition):
         assert len(condition["label"]) == len(x_t)
-        found.setdefault(self.name, []).extend(condition["label"].tolist())
+        labels.setdefault(self.name, []).extend(condition["label"].tolist())
         return call(self, x_t, t, condition)
 
     def spied_batch(self, *arguments):
         real = batch(self, *arguments)
-        found.setdefault("real", []).extend(real.items)
+        labels.setdefault("real", []).extend(real.items)
         return real
 
     monkeypatch.setattr(Role, "__call__", spied_call)
     monkeypatch.setattr(RealSource, "batch", spied_batch)
-    return found
+    return labels
 
 
-@pytest.mark.parametrize("own", [TABLE, {"students": 2, "partition": "order"}])
-def test_a_student_sees_its_own_conditions_alone(own, root, tmp_path, seen):
+@pytest.mark.parametrize("partition", [TABLE, {"students": 2, "partition": "order"}])
+def test_a_student_sees_its_own_conditions_alone(partition, root, tmp_path, seen):
     """Teacher, student, fake score and the discriminator's real images, over several updates of each student."""
-    several = students_of(raw_config(root, tmp_path, msd=own))
-    parts = own.get("table") or [[0, 1], [2, 3]]
+    several = students_of(raw_config(root, tmp_path, msd=partition))
+    parts = partition.get("table") or [[0, 1], [2, 3]]
     for k, student in enumerate(several.students):
         seen.clear()
         trainer = build_trainer(student.job, None)
@@ -205,7 +205,7 @@ def test_a_student_sees_its_own_conditions_alone(own, root, tmp_path, seen):
 def test_every_student_has_a_seed_of_its_own_and_the_first_the_runs(root, tmp_path):
     several = resolve(raw_config(root, tmp_path, msd={"students": 3}))
     assert [student.job.config.seed for student in several.students] == [3, 3 + SEED_STEP, 3 + 2 * SEED_STEP]
-    assert SEED_STEP > 10  # a run's own offsets
+    assert SEED_STEP > 10  # the offsets within a run
 
 
 def test_regression_pairs_are_the_same_for_all_and_made_once(root, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_regression_pairs_are_the_same_for_all_and_made_once(root, tmp_path, mon
     students = ("student-0", "student-1")
     index = {name: {i for who, batch, _ in batches if who == name for i in batch.indices} for name in students}
     assert index == {name: set(range(6)) for name in students}
-    sets = {name: next(found for who, _, found in batches if who == name) for name in students}
+    sets = {name: next(pairs_set for who, _, pairs_set in batches if who == name) for name in students}
     for key in ("noise", "x0"):
         assert torch.equal(*(getattr(sets[name], key) for name in students))
     assert sets["student-0"].items == sets["student-1"].items
@@ -240,12 +240,12 @@ def test_regression_pairs_are_the_same_for_all_and_made_once(root, tmp_path, mon
 @pytest.mark.parametrize(("images", "parts"), [("all", [[0, 1, 2, 3]] * 2), ("own", [[3, 0], [1, 2]])])
 def test_score_matching_sees_all_images_unless_asked_for_its_own(images, parts, root, tmp_path):
     raw = raw_config(root, tmp_path, method="tsm", tsm={"images": images}, train={"batch_size": 4}, msd=TABLE)
-    for own, student in zip(parts, students_of(raw).students, strict=True):
+    for labels, student in zip(parts, students_of(raw).students, strict=True):
         trainer = build_trainer(student.job, None)
         batches = [trainer.next_batch() for _ in range(4)]
         index = [i for batch in batches for i in batch.indices]
-        assert set(index) == {i for i in range(16) if i % LABELS in own}
-        assert {label for batch in batches for label in batch.condition["label"].tolist()} == set(own)
+        assert set(index) == {i for i in range(16) if i % LABELS in labels}
+        assert {label for batch in batches for label in batch.condition["label"].tolist()} == set(labels)
     assert "images: all" in yaml.safe_dump(resolve(raw_config(root, tmp_path, method="tsm", msd=TABLE)).config)
 
 
@@ -263,8 +263,8 @@ def test_prompts_are_divided_by_the_text_encoder(tmp_path):
     prompts = [f"{a} {b}" for a in ("a cat", "big dogs", "my ship", "an owl") for b in ("in fog", "at sea", "by night")]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     data = {"prompts": str(tmp_path / "prompts.txt"), "images": None}
-    own = {"students": 4, "partition": "medians"}
-    raw = raw_config(tmp_path, tmp_path / "out", data=data, dmd2={"gan": {"student_weight": 0.0}}, msd=own)
+    medians = {"students": 4, "partition": "medians"}
+    raw = raw_config(tmp_path, tmp_path / "out", data=data, dmd2={"gan": {"student_weight": 0.0}}, msd=medians)
     several = students_of(raw)
     family = load_teacher(several.job.config)
     fits = [check_fit(student.job, family) for student in several.students]
@@ -272,7 +272,7 @@ def test_prompts_are_divided_by_the_text_encoder(tmp_path):
     assert [len(fit.items) for fit in fits] == [3, 3, 3, 3]
     assert all(fit.all_items == prompts for fit in fits)
     router = Router.load(several.router_file)
-    assert [router.route(fit.items, lambda own: family.prompt_encoder(own)[1]) for fit in fits] == [
+    assert [router.route(fit.items, lambda prompts: family.prompt_encoder(prompts)[1]) for fit in fits] == [
         [k] * 3 for k in range(4)
     ]
     with torch.no_grad():
@@ -288,9 +288,9 @@ def test_prompts_are_divided_by_the_text_encoder(tmp_path):
 def in_turn(root, tmp_path_factory) -> Path:
     """Two students trained in one go."""
     folder = tmp_path_factory.mktemp("in_turn")
-    said = run(write(folder, raw_config(root, folder / "out", msd=TABLE, train={"updates": 3})), report=True)
-    assert "student 0 of 0..1" in said
-    assert "MSDPipeline.from_pretrained" in said
+    printed = run(write(folder, raw_config(root, folder / "out", msd=TABLE, train={"updates": 3})), report=True)
+    assert "student 0 of 0..1" in printed
+    assert "MSDPipeline.from_pretrained" in printed
     return folder / "out"
 
 
@@ -316,8 +316,8 @@ def test_students_may_be_trained_apart_and_in_any_order(order, root, in_turn, tm
     assert "1 of 2 students are finished" in run(path, "--student", order[0])
     before = files(first)
     assert not second.exists()
-    said = run(path, "--student", order[1])
-    assert "2 of 2 students are finished; gather them without --student, with --resume" in said
+    printed = run(path, "--student", order[1])
+    assert "2 of 2 students are finished; gather them without --student, with --resume" in printed
     assert files(first) == before
     assert not (tmp_path / "out" / "student").exists()
     assert run(path, "--resume").count("finished before") == 2
@@ -368,9 +368,9 @@ def test_a_run_stopped_in_the_second_student_goes_on_to_the_same_weights(root, i
     assert "saved at student update 1; go on with --resume" in result.out
     assert not (tmp_path / "out" / "student").exists()
     assert not (tmp_path / "out" / "student-1" / "student").exists()
-    said = run(path, "--resume")
-    assert said.count("finished before") == 1
-    assert "resumed at student update 1" in said
+    printed = run(path, "--resume")
+    assert printed.count("finished before") == 1
+    assert "resumed at student update 1" in printed
     assert digests(tmp_path / "out" / "student") == digests(in_turn / "student")
     assert rows(tmp_path / "out" / "student-1") == rows(in_turn / "student-1")
 
@@ -380,17 +380,17 @@ def test_a_run_stopped_in_the_second_student_goes_on_to_the_same_weights(root, i
 
 @pytest.fixture(scope="module")
 def small(root, tmp_path_factory) -> tuple[Path, list[list[str]], str]:
-    """Its folder, the commands that the dry run printed, and what it said; nothing is run yet."""
+    """Its folder, the commands that the dry run printed, and all that it printed; nothing is run yet."""
     folder = tmp_path_factory.mktemp("small students")
     path = write(folder, raw_config(root, folder / "the run", msd={"students": 5}, **small_stages()))
-    said = run(path, "msd.students=2", "train.updates=2", "--dry-run")
+    printed = run(path, "msd.students=2", "train.updates=2", "--dry-run")
     assert not (folder / "the run").exists()
-    lines = [line for line in said.splitlines() if line.startswith("stepdistill distill ")]
-    return folder / "the run", [shlex.split(line)[1:] for line in lines], said
+    lines = [line for line in printed.splitlines() if line.startswith("stepdistill distill ")]
+    return folder / "the run", [shlex.split(line)[1:] for line in lines], printed
 
 
 def test_the_dry_run_says_who_draws_what_and_a_command_for_each(small):
-    folder, commands, said = small
+    folder, commands, printed = small
     typed = ["distill", str(folder.parent / "config.yaml"), "msd.students=2", "train.updates=2"]
     assert commands == [
         typed,
@@ -400,9 +400,9 @@ def test_the_dry_run_says_who_draws_what_and_a_command_for_each(small):
         [*typed, "--resume"],
     ]
     for text in ("student 0: labels 0, 1", "student 1: labels 2, 3", "partition order"):
-        assert text in said
+        assert text in printed
     # shared: 2 updates x 2 x 4 passes; a student: 2 updates x 2 x (4 + 2 x 4 + the discriminator's 6 x 2 + 2)
-    assert "224 network passes in all, 104 a student, 16 shared" in said
+    assert "224 network passes in all, 104 a student, 16 shared" in printed
 
 
 @pytest.fixture(scope="module")
@@ -434,9 +434,9 @@ def test_shared_stages_run_once_on_every_condition(small_run):
     config = yaml.safe_load((small_run / "shared" / "01-tsm" / "config.yaml").read_text())
     assert config["data"]["part"] is None
     for k in range(2):
-        own = yaml.safe_load((small_run / f"student-{k}" / "01-dm" / "config.yaml").read_text())
-        assert own["roles"]["student_from"] == str(small_run / "shared" / "01-tsm" / "student")
-        assert own["data"]["part"] == {"router": str(small_run / "router.json"), "student": k}
+        config = yaml.safe_load((small_run / f"student-{k}" / "01-dm" / "config.yaml").read_text())
+        assert config["roles"]["student_from"] == str(small_run / "shared" / "01-tsm" / "student")
+        assert config["data"]["part"] == {"router": str(small_run / "router.json"), "student": k}
 
 
 def test_a_smaller_student_is_exported_as_it_is(small_run, root):
@@ -453,11 +453,11 @@ def test_the_second_stage_starts_from_the_firsts_exported_weights(small_run, roo
     several = resolve(raw_config(root, small_run, msd={"students": 2}, **small_stages()))
     trainer = build_trainer(several.students[1].stages[0].job, None)
     exported = load_file(small_run / "shared/01-tsm/student/unet/diffusion_pytorch_model.safetensors")
-    own = trainer.roles.student.network.state_dict()
+    state = trainer.roles.student.network.state_dict()
     key = "class_embedding.weight"
-    assert own.keys() == exported.keys()
-    assert torch.equal(own[key][:LABELS], exported[key])  # the null label is not exported
-    assert all(torch.equal(own[k], exported[k]) for k in own if k != key)
+    assert state.keys() == exported.keys()
+    assert torch.equal(state[key][:LABELS], exported[key])  # the null label is not exported
+    assert all(torch.equal(state[k], exported[k]) for k in state if k != key)
     fake_score, teacher = trainer.roles.fake_score.network, trainer.family.network
     assert digest_tensors(fake_score.state_dict()) == digest_tensors(teacher.state_dict())
 
@@ -589,22 +589,22 @@ def test_some_of_the_labels_are_divided_and_evaluated_alone(root, tmp_path):
     result = stepdistill("sample", output, "--label", "1", "--output", tmp_path / "x.png")
     assert (result.code, "outside 0, 2, 3" in result.error) == (2, True)
     assert stepdistill("sample", output, "--count", "3", "--output", tmp_path / "x.png").code == 0
-    for k, own in enumerate(([0, 2], [3])):
+    for k, labels in enumerate(([0, 2], [3])):
         config = yaml.safe_load((output / f"student-{k}" / "config.yaml").read_text())
         fit = check_fit(make_job(config), load_family(str(root / "teacher")))
-        assert fit.items == own
-        assert {fit.images.labels[i] for i in fit.subset} == set(own)
+        assert fit.items == labels
+        assert {fit.images.labels[i] for i in fit.subset} == set(labels)
 
 
 def test_pairs_of_several_students_are_made_beforehand(root, tmp_path):
     output = tmp_path / "out"
-    own = {"method": "regression", "regression": {"count": 4, "shard": 2}, "msd": {"students": 2}}
-    path = write(tmp_path, raw_config(root, output, **own))
+    changes = {"method": "regression", "regression": {"count": 4, "shard": 2}, "msd": {"students": 2}}
+    path = write(tmp_path, raw_config(root, output, **changes))
     assert stepdistill("pairs", path, "--part", "1/2").code == 0
     assert [file.name for file in (output / "pairs").iterdir()] == ["pairs-00001.safetensors"]
     assert stepdistill("pairs", path).code == 0
     before = digests(output / "pairs")
-    said = stepdistill("distill", path, "--dry-run").out
-    assert "36 network passes in all, 24 a student" in said  # 4 pairs of 3 steps once, 2 updates of 2 x 3 each
+    printed = stepdistill("distill", path, "--dry-run").out
+    assert "36 network passes in all, 24 a student" in printed  # 4 pairs of 3 steps once, 2 updates of 2 x 3 each
     run(path)
     assert digests(output / "pairs") == before

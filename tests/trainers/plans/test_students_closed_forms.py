@@ -61,8 +61,8 @@ def fitted(labels: list[int], gradient=difference, rounds: int = 150) -> tuple[t
         fake_score = GaussianMixture(means, covariance, labels=range(4)).denoiser(schedule)
         x0 = basis([0, 1, 2, 3])[label] @ line + z @ factor.T
         x_t = schedule.add_noise(x0.detach(), noise, t)
-        said = [denoiser(x_t, t, {"label": label}).x0 for denoiser in (teacher, fake_score)]
-        loss = (gradient(x0.detach(), *said) * x0).sum(1).mean()
+        predictions = [denoiser(x_t, t, {"label": label}).x0 for denoiser in (teacher, fake_score)]
+        loss = (gradient(x0.detach(), *predictions) * x0).sum(1).mean()
         of_line, of_factor = torch.autograd.grad(loss, (line, factor))
         line.data -= 0.8 * metric @ of_line
         factor.data -= 0.8 * of_factor
@@ -105,9 +105,9 @@ def test_the_normaliser_biases_one_student_and_not_two():
     line, covariance = fitted(labels, distribution_matching_gradient)
     assert (line - least_squares(labels)).abs().max() > 1e-3
     assert (covariance - COVARIANCE).abs().max() > 0.1
-    for own in parts(2):
-        line, covariance = fitted(own, distribution_matching_gradient)
-        assert residual(line, own) < 1e-6
+    for labels in parts(2):
+        line, covariance = fitted(labels, distribution_matching_gradient)
+        assert residual(line, labels) < 1e-6
         torch.testing.assert_close(covariance, COVARIANCE, rtol=0, atol=1e-6)
 
 
@@ -115,11 +115,11 @@ def test_the_normaliser_biases_one_student_and_not_two():
 
 
 class ExactStudent:
-    """G(z, y) = mu_y + L_y z on its own labels, and far off on all others."""
+    """G(z, y) = mu_y + L_y z on the labels of this student, and far off on all others."""
 
-    def __init__(self, schedule, means, covariances, own: list[int]):
+    def __init__(self, schedule, means, covariances, labels: list[int]):
         self.schedule, self.means, self.factors = schedule, means.clone(), torch.linalg.cholesky(covariances)
-        self.means[[y for y in range(len(means)) if y not in own]] = 1e3
+        self.means[[y for y in range(len(means)) if y not in labels]] = 1e3
 
     def __call__(self, x_t, t, condition):
         label = condition["label"]
@@ -140,8 +140,8 @@ def test_routed_students_that_match_their_conditionals_make_the_whole_mixture(ho
     noise = points.repeat(len(drawn), 1)
     pooled = torch.full_like(noise, torch.nan)
     routes = torch.tensor(router.route_labels(label.tolist()))
-    for k, own in enumerate(router.parameters["labels"]):
-        student = ExactStudent(schedule, MEANS, covariances, own)
+    for k, labels in enumerate(router.parameters["labels"]):
+        student = ExactStudent(schedule, MEANS, covariances, labels)
         mine = routes == k
         pooled[mine] = sampler.sample(student, noise[mine], {"label": label[mine]}, torch.randn_like)
     share = torch.tensor([drawn.count(y) / len(drawn) for y in range(4)], dtype=torch.float64)
@@ -210,19 +210,22 @@ KINDS = {
 def test_score_matching_has_the_gradient_of_denoising_and_its_optimum_is_zero(name):
     schedule, time, kind = KINDS[name]
     x0, eps, x_t, t = noised(schedule, time, MEANS[3], COVARIANCE)
-    aim = GaussianMixture(MEANS[3:], COVARIANCE).denoiser(schedule)(x_t, t, {})
+    target = GaussianMixture(MEANS[3:], COVARIANCE).denoiser(schedule)(x_t, t, {})
     generator = torch.Generator().manual_seed(1)
     shapes = ((2, 2), (2,))
     weight, bias = (torch.randn(*s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes)
-    said = Prediction(schedule, x_t, t, x_t @ weight + bias, kind)
-    matching, denoising = denoising_loss(said, aim.x0, aim.eps, kind), denoising_loss(said, x0, eps, kind)
+    prediction = Prediction(schedule, x_t, t, x_t @ weight + bias, kind)
+    matching, denoising = (
+        denoising_loss(prediction, target.x0, target.eps, kind),
+        denoising_loss(prediction, x0, eps, kind),
+    )
     slopes = [torch.autograd.grad(loss, (weight, bias), retain_graph=True) for loss in (matching, denoising)]
-    for ours, theirs in zip(*slopes, strict=True):
-        assert ours.abs().max() > 1e-3
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    for slope, expected in zip(*slopes, strict=True):
+        assert slope.abs().max() > 1e-3
+        torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-12)
     assert denoising - matching > 1e-3
-    exact = Prediction(schedule, x_t, t, aim.of(kind), kind)
-    assert denoising_loss(exact, aim.x0, aim.eps, kind) < 1e-20
+    exact = Prediction(schedule, x_t, t, target.of(kind), kind)
+    assert denoising_loss(exact, target.x0, target.eps, kind) < 1e-20
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -234,7 +237,7 @@ def test_a_linear_student_of_low_rank_ends_at_the_truncated_singular_values(rank
     covariance = root @ root.T + 0.05 * torch.eye(dim, dtype=torch.float64)
     zero = torch.zeros(dim, dtype=torch.float64)
     _, _, x_t, t = noised(schedule, level, zero, covariance)
-    aim = GaussianMixture(zero[None], covariance).denoiser(schedule)(x_t, t, {})
+    target = GaussianMixture(zero[None], covariance).denoiser(schedule)(x_t, t, {})
     alpha, sigma = (c[0].item() for c in schedule.alpha_sigma(t))
     marginal = alpha**2 * covariance + sigma**2 * torch.eye(dim, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(marginal)
@@ -250,8 +253,8 @@ def test_a_linear_student_of_low_rank_ends_at_the_truncated_singular_values(rank
 
     def closure():
         optimizer.zero_grad()
-        said = Prediction(schedule, x_t, t, x_t @ (up @ down).T, "x0")
-        loss = dim * denoising_loss(said, aim.x0, aim.eps, "x0")
+        prediction = Prediction(schedule, x_t, t, x_t @ (up @ down).T, "x0")
+        loss = dim * denoising_loss(prediction, target.x0, target.eps, "x0")
         loss.backward()
         return loss
 
@@ -287,13 +290,13 @@ def tsm_trainer(root, output, kind: str, **changes):
 
 def spied(trainer, monkeypatch) -> list[torch.Tensor]:
     """The times that the trainer draws."""
-    times, own = [], trainer.draw_time
+    times, draw_time = [], trainer.draw_time
 
-    def draw_time(*arguments):
-        times.append(own(*arguments))
+    def spied_draw(*arguments):
+        times.append(draw_time(*arguments))
         return times[-1]
 
-    monkeypatch.setattr(trainer, "draw_time", draw_time)
+    monkeypatch.setattr(trainer, "draw_time", spied_draw)
     return times
 
 
@@ -333,13 +336,13 @@ def test_the_loss_is_the_distance_to_the_teacher_weighted_as_its_own_training(ki
     alpha, sigma = (expand(c, batch.real) for c in schedule.alpha_sigma(t))
     x_t = (alpha * batch.real + sigma * batch.noise).float()
 
-    def said(network, label):
+    def predict(network, label):
         with torch.no_grad():
             return network(schedule.network_input(x_t, t), schedule.network_time(t), class_labels=label).sample.double()
 
     label, null = batch.condition["label"], torch.full((4,), 3)
     assert label.tolist() == batch.items
-    student, teacher, unguided = said(networks[0], label), said(networks[1], label), said(networks[1], null)
+    student, teacher, unguided = predict(networks[0], label), predict(networks[1], label), predict(networks[1], null)
     error = (student - (unguided + scale * (teacher - unguided))).square()
     if kind == "edm":
         error = error * (sigma * 0.5 / (sigma**2 + 0.25).sqrt()) ** 2 * (sigma**-2 + 0.5**-2)
