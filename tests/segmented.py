@@ -7,9 +7,10 @@ import torch
 from toys import toy_family, toy_trainer
 
 from stepdistill.data.images import ImageSet
+from stepdistill.data.streams import RealSource
 from stepdistill.families.unet2d import UNet2DFamily
 from stepdistill.sampler import FewStepSampler, few_step_times
-from stepdistill.trainers.loop.trainer import Batch, RealSource
+from stepdistill.trainers.methods.base import Batch
 from stepdistill.trainers.methods.segments import SegmentGrid
 from stepdistill.trainers.methods.tscd import TSCD
 
@@ -102,7 +103,7 @@ def shake(role, size=0.1, seed=1):
 def point_at(trainer, u, end):
     """Eight samples' points and ends in place of drawn ones."""
     u, end = (torch.as_tensor(x).expand(8).clone() for x in (u, end))
-    trainer.draw_points = lambda count: (u, end)
+    trainer.method.draw_points = lambda count: (u, end)
     return u, end
 
 
@@ -124,7 +125,7 @@ def assert_same(a, b):
 
 def double(trainer):
     """Student and target in float64."""
-    for role in (trainer.roles.student, trainer.target):
+    for role in (trainer.roles.student, trainer.method.target):
         role.network.double()
 
 

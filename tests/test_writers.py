@@ -181,7 +181,7 @@ def test_an_export_takes_the_newer_checkpoint_where_the_older_one_goes_meanwhile
 @pytest.mark.parametrize("what", ["append", "save_grid"])
 def test_what_the_disk_does_not_take_ends_a_run_that_is_saved(root, tmp_path, monkeypatch, what):
     """Rows that are due are in the checkpoint; the run that goes on writes them, and draws the picture."""
-    from stepdistill.trainers.loop import trainer as base
+    from stepdistill.trainers.loop import recorder as base
 
     path = config(tmp_path, root, train={"updates": 4, "log_every": 2, "checkpoint_every": 3})
     assert stepdistill("distill", path).code == 0
@@ -202,7 +202,7 @@ def test_what_the_disk_does_not_take_ends_a_run_that_is_saved(root, tmp_path, mo
     assert result.error.endswith("try again; the run is saved at student update 2, go on with --resume")
 
     def killed(trainer):
-        trainer._write_rows()
+        trainer.recorder.write_rows()
         raise KeyboardInterrupt
 
     for _ in range(2):  # a row that is in the checkpoint and written already comes but once
@@ -216,7 +216,7 @@ def test_what_the_disk_does_not_take_ends_a_run_that_is_saved(root, tmp_path, mo
 
 
 def test_a_first_picture_that_the_disk_does_not_take_ends_a_run_before_it_trains(root, tmp_path, monkeypatch):
-    from stepdistill.trainers.loop import trainer as base
+    from stepdistill.trainers.loop import recorder as base
 
     def full(*_):
         raise UserError("000000.png: cannot be written (Input/output error); choose another place")
@@ -238,10 +238,10 @@ def test_a_stop_between_two_rows_changes_no_row(root, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "run")
     after = Trainer._after_update
 
-    def stop(trainer, bar):
-        after(trainer, bar)
+    def stop(trainer, bar, counter):
+        after(trainer, bar, counter)
         if trainer.counters["student"] == 3:
-            trainer._stop = ("stopped", 0)
+            trainer.stopping.reason = ("stopped", 0)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_after_update", stop)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.data.images import ImageSet
+from stepdistill.data.streams import ConditionSource, RealSource
 from stepdistill.denoiser import Prediction
 from stepdistill.families.analytic import AnalyticFamily
+from stepdistill.judges.perception import load_perceptual
+from stepdistill.judges.rewards import load_rewards
 from stepdistill.objectives.score_divergence import score_terms
+from stepdistill.roles.recorded import NodeStore
 from stepdistill.roles.roles import Roles
 from stepdistill.schedule import EDMSchedule, VPSchedule
-from stepdistill.trainers.loop.trainer import ConditionSource, RealSource
+from stepdistill.trainers.loop.trainer import Trainer
+from stepdistill.trainers.methods.base import Parts
+from stepdistill.trainers.plans.build import Fit, make_pair_source
 from stepdistill.trainers.plans.job import make_job
 
 
@@ -80,16 +89,30 @@ def toy_family(
     return AnalyticFamily(teacher, network, kind, (dim, 1, 1), labels, feature_module="features")
 
 
-def toy_trainer(family: AnalyticFamily | None = None, real=None, run=None, **changes):
-    """A trainer of the config's method on a toy family."""
+def toy_trainer(family: AnalyticFamily | None = None, real=None, run=None, **changes) -> Trainer:
+    """A trainer of the config's method on a toy family; ``changes`` are sections, or parts by name (``noise=...``)."""
     family = family or toy_family()
+    replaced = {name: changes.pop(name) for name in [*changes] if name in PARTS}
     job = make_job(toy_config(**changes))
-    config = job.config
+    config, needs = job.config, job.needs
     roles = Roles(family, config.roles, fake_score=job.method.has_fake_score)
     sampler = job.method.make_sampler(config, family)
     items = list(range(family.num_labels))
-    conditions = ConditionSource(family, items, config.seed)
-    return job.method(config, job.settings, family, roles, sampler, conditions, real, run)
+    parts = {
+        "conditions": ConditionSource(family, items, config.seed),
+        "real": real,
+        "decode": family.decoder(needs.decoder) if needs.pixels else None,
+        "rewards": load_rewards(list(needs.rewards)),
+        "perceptual": None if needs.perceptual is None else load_perceptual(needs.perceptual),
+        "nodes": NodeStore(run.nodes if run else None),
+        **replaced,
+    }
+    if needs.teacher_pairs:
+        parts["teacher_pairs"] = make_pair_source(job, family, Fit(items, items), Accelerator(cpu=True))
+    return Trainer(job.method, Parts(config, family, roles, sampler, **parts), run)
+
+
+PARTS = {field.name for field in dataclasses.fields(Parts)} - {"config", "family", "roles", "sampler", "real"}
 
 
 def real_source(family: AnalyticFamily, count: int = 32, labels: list[int] | None = None) -> RealSource:
@@ -177,7 +200,7 @@ def energy_distance(a, b):
 
 def students_samples(trainer, count=4000):
     noise = torch.randn(count, *trainer.family.sample_shape, generator=torch.Generator().manual_seed(5))
-    with torch.no_grad(), trainer.averaged():
+    with torch.no_grad(), trainer.exported():
         x0 = trainer.sampler.sample(trainer.roles.student, noise, {}, trainer.noise.randn_like)
     return x0.flatten(1).double()
 
@@ -204,3 +227,15 @@ def assert_reaches_the_mixture(most: float = 0.03, steps: int = 1500, **changes)
     after = energy_distance(students_samples(trainer), truth)
     assert before > 0.5
     assert after < most, f"energy distance {before:.3f} -> {after:.4f}"
+
+
+def take_all(trainer: Trainer, updates) -> None:
+    """Take a step for each of a method's updates."""
+    for update in updates:
+        trainer.take(update)
+
+
+def send_backward(terms) -> None:
+    """Gather the gradients of a method's terms, without a step."""
+    for term in terms:
+        term.value.backward(term.gradient)

@@ -25,7 +25,7 @@ def distill(
     student: Annotated[str | None, typer.Option(help="of several students (msd): this one alone, 0.., shared")] = None,
 ) -> None:
     """Distil a teacher: train, export the student, evaluate it, write the report."""
-    from stepdistill.trainers.loop.trainer import Interrupted
+    from stepdistill.trainers.loop.stopping import Interrupted
     from stepdistill.trainers.plans.processes import CommandFailed
     from stepdistill.trainers.plans.resolve import read_plan
 
@@ -54,7 +54,7 @@ def compare(
     finished: Annotated[bool, typer.Option("--finished", help="make no run; show what is finished")] = False,
 ) -> None:
     """Several methods at equal network passes: curves over training, a table, pictures.  Goes on where it stopped."""
-    from stepdistill.trainers.loop.trainer import Interrupted
+    from stepdistill.trainers.loop.stopping import Interrupted
     from stepdistill.trainers.plans.processes import CommandFailed
     from stepdistill.trainers.plans.resolve import read_comparison
 

@@ -32,17 +32,17 @@ class Node:
 
 
 class NodeStore:
-    """Nodes in ``folder``, made on the first write; in memory where it is None."""
+    """Nodes in ``folder``, made on the first write; in memory where it is None.
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    ``writes``: whether this process writes the files; the others of the same run leave that to it.
+    """
+
+    def __init__(self, folder: Path | None = None, writes: bool = True):
+        self.folder, self.writes = folder, writes
         self._memory: dict[int, bytes] = {}
 
-    def write(self, update: int, loss: float, tensors: dict[str, Tensor], to_disk: bool = True) -> Node:
+    def write(self, update: int, loss: float, tensors: dict[str, Tensor]) -> Node:
         """Record the tensors as they are now.
-
-        Args:
-            to_disk: False in all processes but the main one, which writes the file.
 
         Raises:
             UserError: the folder cannot be written.
@@ -50,7 +50,7 @@ class NodeStore:
         data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
         if self.folder is None:
             self._memory[update] = data
-        elif to_disk:
+        elif self.writes:
             with files.replacing(_file(self.folder, update)) as temporary:
                 temporary.write_bytes(data)
         return Node(update, loss, hashlib.sha256(data).hexdigest())
@@ -100,8 +100,8 @@ class NodeStore:
 
     @property
     def has_path(self) -> bool:
-        """Whether :meth:`keep` has come to its end; in memory it always has."""
-        return self.folder is None or (self.folder / PATH).exists()
+        """Whether :meth:`keep` has come to its end."""
+        return self.folder is not None and (self.folder / PATH).exists()
 
 
 def _file(folder: Path, update: int) -> Path:

@@ -16,7 +16,7 @@ from stepdistill import checkpoint
 from stepdistill.config import merge
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
-from stepdistill.trainers.loop.trainer import RunStopped
+from stepdistill.trainers.methods.base import RunStopped
 from stepdistill.trainers.plans import single
 from stepdistill.trainers.plans.build import build_trainer
 
@@ -132,13 +132,13 @@ def test_a_float16_teacher_is_told_that_float16_overflows(teachers, tmp_path):  
 def test_what_was_skipped_is_said_at_the_end_and_remembered(teachers, tmp_path):  # noqa: F811
     job = job_for("dmd2", teachers["unet2d"], "full", tmp_path / "run", updates=4)
     trainer, run = started(job, tmp_path / "run")
-    own, calls = trainer.distribution_matching, []
+    own, calls = trainer.method.distribution_matching, []
 
     def once(x0, condition):
         calls.append(0)
         return own(x0, condition) * (math.nan if len(calls) == 2 else 1)
 
-    trainer.distribution_matching = once
+    trainer.method.distribution_matching = once
     trainer.fit()
     assert trainer.skipped_lines() == [
         "note: 1 of 5 updates of the student were skipped, not finite",

@@ -57,7 +57,7 @@ def tuned(folder):
 
 def test_it_keeps_its_own_times_and_scheduler(tuned):
     trainer, student = tuned
-    assert trainer.sampler.times == trainer.rollout.times == (999.0, 759.0, 499.0, 259.0)
+    assert trainer.sampler.times == trainer.method.rollout.times == (999.0, 759.0, 499.0, 259.0)
     scheduler = DiffusionPipeline.from_pretrained(student).scheduler
     assert scheduler.config.original_inference_steps == 50
     assert scheduler.config["_stepdistill"]["call"] == {"num_inference_steps": 4, "guidance_scale": 8.5}

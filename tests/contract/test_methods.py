@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ def job_for(row: str, teacher: dict, weights: str, output, on: str = "unet2d", *
     settings = json.loads(json.dumps(settings_on(row, on)).replace("{teacher}", teacher["teacher"]["path"]))
     raw = merge(merge(raw, settings), {"train": train})
     return make_job(merge(raw, teacher))
+
+
+def method_of(trainer):
+    """The method that makes samples: DisBack's is the one that it is around."""
+    return getattr(trainer.method, "base", trainer.method)
 
 
 def tensors_of(trainer) -> dict[str, torch.Tensor]:
@@ -131,15 +137,16 @@ def test_gradient_checkpointing_changes_no_gradient(row, teacher, weights, teach
         if row.startswith("disback"):  # a target to ask, as after the recording
             state = trainer.roles.fake_score.portable_state_dict()
             state = {k: v + 0.03 * torch.randn(v.shape, generator=generator) for k, v in state.items()}
-            trainer.path = [trainer.store.write(1, 0.0, state)] * trainer.disback.nodes
+            node = asdict(trainer.method.store.write(1, 0.0, state))
+            trainer.method.memory["path"] = [node] * trainer.method.settings.nodes
         kept = {}
-        trainer.update = lambda role, kept=kept, trainer=trainer: kept.update(
+        trainer.step = lambda role, kept=kept, trainer=trainer: kept.update(
             {f"{role}/{k}": p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}
         )
-        trainer.prepare() if row == "regression" else None
+        trainer.begin() if row == "regression" else None
         trainer.iteration()
         if row.startswith("disback"):
-            assert trainer.roles.teacher is trainer.node_teacher
+            assert trainer.method.walk.teacher.denoiser is trainer.method.walk.node_teacher
         gradients.append(kept)
     plain, recomputed = gradients
     assert plain.keys() == recomputed.keys()
@@ -174,15 +181,15 @@ def test_a_half_precision_teacher_trains_and_its_export_draws(row, teachers, tmp
 def test_accumulation_is_the_mean_of_its_micro_batches(row, teachers, tmp_path):
     job = job_for(row, teachers["unet2d"], weights_of(row)[-1], tmp_path, gradient_accumulation=2)
     trainer = build_trainer(job, None)
-    trainer.prepare()
-    own, seen, taken = trainer.student_losses, [], {}
+    trainer.begin()
+    own, seen, taken = trainer.method.student_losses, [], {}
 
     def keep(batch):
         seen.append((batch, trainer.noise.get_state(), dict(trainer.counters)))
         return own(batch)
 
-    trainer.student_losses = keep
-    trainer.update = lambda role: taken.setdefault(
+    trainer.method.student_losses = keep
+    trainer.step = lambda role: taken.setdefault(
         role, {k: p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}
     )
     trainer.iteration()
@@ -211,9 +218,9 @@ def test_bf16_gradients_of_a_student_alone_are_close_to_float32(row, teachers, t
         with torch.no_grad():
             for parameter in trainer.roles.student.parameters().values():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        trainer.prepare()
+        trainer.begin()
         taken = gradients[precision] = {}
-        trainer.update = lambda role, trainer=trainer, taken=taken: taken.setdefault(
+        trainer.step = lambda role, trainer=trainer, taken=taken: taken.setdefault(
             role, torch.cat([p.grad.flatten() for p in trainer.trained[role].values() if p.grad is not None])
         )
         trainer.iteration()
@@ -230,9 +237,9 @@ def test_accumulation_is_the_larger_batch(row, teachers, tmp_path):
     parts, taken = [], {}
 
     def whole(trainer):
-        trainer.update = lambda role: taken.update({k: p.grad.clone() for k, p in trainer.trained[role].items()})
+        trainer.step = lambda role: taken.update({k: p.grad.clone() for k, p in trainer.trained[role].items()})
 
-    make = trainer.make_sample
+    make = method_of(trainer).make_sample
 
     def make_and_keep(batch):
         x0 = make(batch)
@@ -240,12 +247,12 @@ def test_accumulation_is_the_larger_batch(row, teachers, tmp_path):
             parts.append((batch, x0.detach().clone()))
         return x0
 
-    trainer.make_sample = make_and_keep
+    method_of(trainer).make_sample = make_and_keep
     gradients = []
-    own = trainer.sample_gradient
-    trainer.sample_gradient = lambda x0, batch: gradients.append(own(x0, batch)) or gradients[-1]
+    own = method_of(trainer).sample_gradient
+    method_of(trainer).sample_gradient = lambda x0, batch: gradients.append(own(x0, batch)) or gradients[-1]
     backward = {}
-    trainer.update = lambda role: backward.update(
+    trainer.step = lambda role: backward.update(
         {role: {k: p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}}
     )
     trainer.iteration()
@@ -276,10 +283,10 @@ def test_bf16_trains_close_to_float32(row, teachers, tmp_path):
         with torch.no_grad():  # away from fake score = teacher, where the gradient is zero
             for parameter in trainer.roles.fake_score.parameters().values():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        batch = trainer.next_batch()
-        x0 = trainer.make_sample(batch)
+        batch = method_of(trainer).next_batch()
+        x0 = method_of(trainer).make_sample(batch)
         assert x0.dtype == torch.float32
-        gradients[precision] = trainer.sample_gradient(x0.detach(), batch).flatten()
+        gradients[precision] = method_of(trainer).sample_gradient(x0.detach(), batch).flatten()
     cosine = torch.nn.functional.cosine_similarity(gradients["float32"], gradients["bf16"], 0)
     assert cosine > 0.98
 
@@ -303,7 +310,7 @@ def test_a_runs_pictures_are_of_the_prompts_that_it_shows(shown, drawn, teachers
     trainer, run = started(job_for("dmd2", teacher, "shared", tmp_path / "a", sample_count=2), tmp_path / "a")
     asked, encode = [], trainer.family.encode_conditions
     monkeypatch.setattr(trainer.family, "encode_conditions", lambda items: asked.extend(items) or encode(items))
-    trainer.save_samples()
+    trainer.recorder.save_samples()
     assert asked == drawn
     assert (run.samples / "000000.png").is_file()
     assert choose_prompts(trainer.config.data) == (shown or ["a cat", "a dog", "a red bus"])

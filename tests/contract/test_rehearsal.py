@@ -147,8 +147,8 @@ def test_an_export_that_is_wrong_is_found_before_the_first_update(
     root, tmp_path, monkeypatch, place, name, fake, says, arguments
 ):
     updates = []
-    update = Trainer.update
-    monkeypatch.setattr(Trainer, "update", lambda self, role: updates.append(self.run) or update(self, role))
+    update = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, role: updates.append(self.run) or update(self, role))
     monkeypatch.setattr(place, name, fake)
     result = run(root, tmp_path / "run", "label", {}, *arguments)
     assert result.code == 2

@@ -18,9 +18,9 @@ from stepdistill.data.columns import read_dataset
 from stepdistill.data.images import ImageSet
 from stepdistill.data.preference_pairs import PreferenceSettings, read_preferences
 from stepdistill.data.sources import load_images, read_named_prompts
+from stepdistill.data.streams import ConditionSource, RealSource
 from stepdistill.errors import UserError
 from stepdistill.settings import ImagesSettings, PromptColumnSettings
-from stepdistill.trainers.loop.trainer import ConditionSource, RealSource
 
 SHAPE = (3, 4, 6)
 PROMPTS = Conditions("prompt")

@@ -11,10 +11,10 @@ from PIL import Image
 from stepdistill.data.arrays import read_npz
 from stepdistill.data.images import ImageSet
 from stepdistill.data.latents import load_latents
+from stepdistill.data.streams import RealSource
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.noise import Noise
-from stepdistill.trainers.loop.trainer import RealSource
 from stepdistill.trainers.plans.build import build_trainer
 from stepdistill.trainers.plans.job import make_job
 
@@ -105,17 +105,19 @@ def test_a_run_draws_from_its_own_noise_and_goes_on_where_it_was(teacher, images
 
     mean, sample = trainer_of("mean"), trainer_of("sample")
     state = sample.noise.get_state()
-    real = sample.next_batch().real
-    reference = mean.next_batch()
+    real = sample.method.next_batch().real
+    reference = mean.method.next_batch()
     assert not torch.equal(real, reference.real)
     draws = Noise(0)
     draws.set_state(state)
     index = list(reference.indices)
-    torch.testing.assert_close(real, sample.real.latents[index] + sample.real.std[index] * draws.randn_like(real))
+    torch.testing.assert_close(
+        real, sample.parts.real.latents[index] + sample.parts.real.std[index] * draws.randn_like(real)
+    )
     tensors, meta = copy.deepcopy(sample.state())
-    following = sample.next_batch().real
+    following = sample.method.next_batch().real
     sample.restore(tensors, meta, "there")
-    assert torch.equal(sample.next_batch().real, following)
+    assert torch.equal(sample.method.next_batch().real, following)
 
 
 def test_pairs_are_drawn_too_one_draw_a_side(teacher, tmp_path):
@@ -136,12 +138,14 @@ def test_pairs_are_drawn_too_one_draw_a_side(teacher, tmp_path):
         }
         trainer = build_trainer(make_job(raw), None)
         state = trainer.noise.get_state()
-        batches[posterior] = trainer, trainer.next_batch(), state
+        batches[posterior] = trainer, trainer.method.next_batch(), state
     (_, plain, _), (trainer, drawn, state) = batches["mean"], batches["sample"]
     draws = Noise(0)
     draws.set_state(state)
     for side, samples, means in ((0, drawn.real, plain.real), (1, drawn.loser, plain.loser)):
-        std = torch.stack([trainer.sources[s].std[i] for s, i in (trainer.pairs.order[k][side] for k in drawn.indices)])
+        pairs = trainer.parts.preferences
+        pictures = [pairs.pairs.order[k][side] for k in drawn.indices]
+        std = torch.stack([pairs.sources[part].std[index] for part, index in pictures])
         torch.testing.assert_close(samples, means + std * draws.randn_like(means))
 
 

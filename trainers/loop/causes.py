@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from stepdistill.errors import UserError
 from stepdistill.finiteness import NotFinite
 from stepdistill.settings import RunSettings
+from stepdistill.trainers.methods.base import CONDITIONS, REAL, REWARD
 
-REAL, CONDITIONS, DISCRIMINATOR, GRADIENT = "real data", "conditions", "discriminator", "gradient"
-"""What can be not finite besides the roles' predictions and the rewards."""
-REWARD = "reward "
-"""Before a reward's name."""
+GRADIENT = "gradient"
+"""What is not finite where all else is."""
 FROZEN_SHARE, LEARNING_SHARE = 0.01, 0.5
 """Of a role's updates: where more are skipped the run ends, for causes that do not train and so will not mend, and for
 those that may."""
-
-
-class RunStopped(UserError):
-    """Training cannot go on: too many updates that are not finite, or none that is; pictures that cannot be read."""
 
 
 def too_many(role: str, skipped: int, taken: int, in_a_row: int, limit: int, frozen: bool) -> str | None:

@@ -120,17 +120,14 @@ def measure_step(job: Job, seconds: float, random_size: str | None = None) -> st
         fit = Fit(PROMPTS, PROMPTS)
     trainer = build_trainer(job, None, family=family, fit=fit)
     trainer.use_attention()
-    device = trainer.family.device
+    device, iterations = trainer.family.device, job.method.passes(job.config).iterations
 
     def update() -> None:
         """One student update with all the fake-score updates that belong to it."""
         before = trainer.counters["student"]
-        while True:
+        for _ in range(iterations):
             trainer.iteration()
-            trainer.counters["iteration"] += 1
-            if trainer.counters["iteration"] % trainer.iterations_per_update == 0:
-                break
-        trainer._logged.clear()
+        trainer.parts.journal.values.clear()
         assert trainer.counters["student"] == before + 1
 
     update()

@@ -39,11 +39,10 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.objectives.bootstrapping import bootstrap_loss, signal_target
 from stepdistill.sampler import FewStepSampler, SignalSampler
-from stepdistill.schedule import Schedule, VPSchedule
+from stepdistill.schedule import Schedule
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.loop.trainer import Batch, Losses
 
-from .direct import DirectTrainer
+from .base import Batch, DirectMethod, Losses, Needs, Passes
 
 BINS = 4
 """Spans of the labels whose loss is logged by itself: what is learnt moves from T downwards."""
@@ -74,32 +73,33 @@ class BOOTSettings(Section):
 
 def lowest_level(settings: BOOTSettings, schedule: Schedule) -> int:
     """The level of ``min_level``; on a VP schedule of few timesteps it is 1 where that would be timestep 0."""
-    return max(schedule.level_of(settings.min_level), int(isinstance(schedule, VPSchedule)))
+    return max(schedule.level_of(settings.min_level), schedule.lowest_student_level)
 
 
-class BOOT(DirectTrainer):
+class BOOT(DirectMethod):
     name = "boot"
     title = "bootstrapping along the teacher's ODE, without data; one step (2306.05544)"
     Settings = BOOTSettings
     settings: BOOTSettings
 
     @classmethod
-    def check(cls, config: RunSettings, settings: BOOTSettings) -> None:
-        own = config.sampler
-        if own.steps != 1 or own.start is not None or own.init_sigma is not None:
+    def needs(cls, config: RunSettings) -> Needs:
+        sampler = config.sampler
+        if sampler.steps != 1 or sampler.start is not None or sampler.init_sigma is not None:
             raise UserError("method = boot has one step from pure noise; remove sampler.steps, start and init_sigma")
+        return Needs(null_condition=config.boot.guidance_scale != 1)
 
     @classmethod
-    def check_family(cls, settings: BOOTSettings, family: Family) -> None:
-        if settings.guidance_scale != 1:
-            family.null_condition(1)
-        if isinstance(family.schedule, VPSchedule) and settings.min_level == 0:
+    def check(cls, config: RunSettings, family: Family) -> list[str]:
+        settings, schedule = config.boot, family.schedule
+        if settings.min_level < schedule.lowest_student_level:
             raise UserError("boot.min_level = 0: the stock scheduler cannot be told timestep 0; set 1 or more")
-        if lowest_level(settings, family.schedule) >= family.schedule.num_levels - 1:
+        if lowest_level(settings, schedule) >= schedule.num_levels - 1:
             raise UserError(
                 f"boot.min_level = {settings.min_level}: leaves no label above it among the teacher's "
-                f"{family.schedule.num_levels} levels; lower it"
+                f"{schedule.num_levels} levels; lower it"
             )
+        return []
 
     @classmethod
     def make_sampler(cls, config: RunSettings, family: Family) -> FewStepSampler:
@@ -107,10 +107,11 @@ class BOOT(DirectTrainer):
         return SignalSampler(family.schedule, (float(family.schedule.level(level)),))
 
     @classmethod
-    def passes_per_update(cls, config: RunSettings, settings: BOOTSettings) -> float:
-        """The student's three at s and at T, one at t; the teacher's step and its word at T, each guided."""
+    def passes(cls, config: RunSettings) -> Passes:
+        """The student's three at s and at T, one at t; the teacher's step and its prediction at T, each guided."""
+        settings = config.boot
         teacher = 2 + (settings.solver == "heun")
-        return 7 + teacher * (1 + (settings.guidance_scale != 1))
+        return Passes(7 + teacher * (1 + (settings.guidance_scale != 1)))
 
     # -- losses --------------------------------------------------------------------------------------------
 
@@ -133,12 +134,12 @@ class BOOT(DirectTrainer):
 
     def draw_levels(self, count: int) -> tuple[Tensor, Tensor]:
         """Levels of s and t (count,), s uniform from the lowest level that is open yet up to the one below T."""
-        own, schedule = self.settings, self.roles.student.schedule
-        low, last = lowest_level(own, schedule), schedule.num_levels - 1
-        if own.progressive:
-            low = max(low, round(last - (last - low) * (self.counters["student"] + 1) / own.progressive))
+        settings, schedule = self.settings, self.roles.student.schedule
+        low, last = lowest_level(settings, schedule), schedule.num_levels - 1
+        if settings.progressive:
+            low = max(low, round(last - (last - low) * (self.counters["student"] + 1) / settings.progressive))
         level_s = self.noise.randint(min(low, last - 1), last - 1, count)
-        return level_s, (level_s + schedule.level_distance(own.delta)).clamp(max=last)
+        return level_s, (level_s + schedule.level_distance(settings.delta)).clamp(max=last)
 
     def teacher_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """f: the guided teacher's x0 (B, ...)."""
@@ -160,8 +161,8 @@ class BOOT(DirectTrainer):
         if self.settings.solver == "euler":
             return target
         x_s = schedule.add_noise(target, eps, s)
-        then = self.teacher_x0(x_s, s, batch.condition)
-        return schedule.to_signal(schedule.trapezoid_step(x_t, t, s, x0, then, x_s), eps, s)
+        x0_at_s = self.teacher_x0(x_s, s, batch.condition)
+        return schedule.to_signal(schedule.trapezoid_step(x_t, t, s, x0, x0_at_s, x_s), eps, s)
 
     def _log_bins(self, level: Tensor, error: Tensor) -> None:
         """The mean error of each span of labels that was drawn, noise last."""

@@ -17,35 +17,38 @@ degradation starts from a finished student with the GAN loss on.
 
 from __future__ import annotations
 
-import functools
+import copy
 import math
-from dataclasses import asdict
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from stepdistill.config import Section
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
+from stepdistill.families.base import Family
 from stepdistill.noise import Noise
 from stepdistill.readers import digest_tensors
-from stepdistill.roles.recorded import Node, NodeStore
+from stepdistill.roles.recorded import Node
+from stepdistill.run_record import RunRecord
+from stepdistill.sampler import FewStepSampler
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.loop.causes import RunStopped
-from stepdistill.trainers.loop.ranks import on_main
-from stepdistill.trainers.loop.trainer import Batch, Trainer
 
+from .base import Batch, Method, Needs, Parts, Passes, Phase, RunStopped, Term, Update
 from .dmd2 import DMD2
-from .score import Scale, ScoreSettings, ScoreTrainer
+from .score import ScoreMethod
 from .sim import SIM
 from .swiftbrush import SwiftBrush
+from .teachers import AskedTeacher
 
 PROBE_CHUNK = 8
 """Samples at a time, whatever the batch is, so that the probe does not depend on the number of processes."""
-BASES: dict[str, type[ScoreTrainer]] = {method.name: method for method in (DMD2, SIM, SwiftBrush)}
+BASES: dict[str, type[ScoreMethod]] = {method.name: method for method in (DMD2, SIM, SwiftBrush)}
 
 
 class DisBackSettings(Section):
@@ -94,11 +97,11 @@ def choose(candidates: list[Node], start: float, count: int) -> list[Node]:
     *others, last = candidates
     chosen: list[Node] = []
     for k in range(1, count):
-        wanted = start + (last.loss - start) * k / count
+        level = start + (last.loss - start) * k / count
         left = count - 1 - k  # that must still follow
         first = others.index(chosen[-1]) + 1 if chosen else 0
         open_ones = others[first : len(others) - left]
-        chosen.append(min(open_ones, key=lambda node: abs(node.loss - wanted)))
+        chosen.append(min(open_ones, key=lambda node: abs(node.loss - level)))
     return [*chosen, last]
 
 
@@ -107,127 +110,204 @@ def target_index(student_updates: int, nodes: int, hold: int) -> int:
     return min(1 + student_updates // hold, nodes)
 
 
-@functools.cache
-def on(base: type[ScoreTrainer]) -> type[DisBack]:
-    """DisBack around a score method."""
-    return type(
-        f"DisBack{base.__name__}", (DisBack, base), {"base": base, "defaults": base.defaults, "__module__": __name__}
-    )
+class Walk:
+    """The teacher of each student update: the recorded nodes backwards, T_1 = s'_(N-1) first, the teacher at last."""
+
+    def __init__(self, parts: Parts, settings: DisBackSettings):
+        self.parts, self.settings = parts, settings
+        self.teacher = AskedTeacher()
+        self.index, self.node_teacher = 0, None
+
+    def move_to(self, index: int, path: list[Node]) -> bool:
+        """Make T_index the teacher that the base method uses; whether that was a change.
+
+        Raises:
+            UserError: the node's file is missing or damaged, or does not fit the network.
+        """
+        if index == self.index:
+            return False
+        roles, scales = self.parts.roles, self.settings.guidance_scales
+        self.index, back = index, self.settings.nodes - index  # T_index is s'_back
+        if back == 0:
+            self.teacher.denoiser = self.teacher.guidance_scale = self.node_teacher = None
+            return True
+        if self.node_teacher is None:
+            self.node_teacher = roles.frozen_like(roles.fake_score, "target")
+        self.node_teacher.load_portable_state_dict(self.parts.nodes.read(path[back - 1]))
+        self.teacher.denoiser = self.node_teacher
+        self.teacher.guidance_scale = None if scales is None else scales[index - 1]
+        return True
 
 
-class DisBack(ScoreTrainer):
+def _base_in(raw: dict[str, Any]) -> type[ScoreMethod]:
+    """The base method that a raw config names; DMD2 where it names none, or what is none."""
+    section = raw.get("disback")
+    name = section.get("base") if isinstance(section, dict) else None
+    return BASES.get(name, DMD2) if isinstance(name, str) else DMD2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Samples (B, ...) with conditions, times (B,) and noise (B, ...) that stay the same over the recording."""
+
+    x0: Tensor
+    condition: Condition
+    t: Tensor
+    eps: Tensor
+
+
+class DisBack(Method):
+    """A score method around which the teacher walks; degradation makes the path first."""
+
     name = "disback"
     title = "distribution backtracking: dmd2, sim or swiftbrush against a teacher that walks back (2408.15991)"
     Settings = DisBackSettings
-    base: ClassVar[type[ScoreTrainer]]
+    settings: DisBackSettings
+    has_fake_score = True
+
+    def __init__(self, parts: Parts):
+        super().__init__(parts)
+        self.store = parts.nodes
+        self.walk = Walk(parts, self.settings)
+        self.base = BASES[self.settings.base](parts, self.walk.teacher)
+        self.networks, self.frozen = self.base.networks, self.base.frozen
+        self.memory = {"start_loss": None, "candidates": [], "path": None}
+        parts.shares.counters["recorded"] = 0
+        self.probe: list[Probe] = []
+
+    # -- from a config -------------------------------------------------------------------------------------
 
     @classmethod
-    def resolve(cls, raw: dict[str, Any]) -> type[Trainer]:
-        own = raw.get("disback")
-        name = own.get("base") if isinstance(own, dict) else None
-        return on(BASES.get(name, DMD2) if isinstance(name, str) else DMD2)
+    def base_of(cls, config: RunSettings) -> type[ScoreMethod]:
+        return BASES[config.disback.base]
 
     @classmethod
-    def sections(cls) -> dict[str, type[Section]]:
-        return {"disback": DisBackSettings, **cls.base.sections()}
+    def sections(cls, raw: dict[str, Any]) -> dict[str, type[Section]]:
+        return {"disback": DisBackSettings, **_base_in(raw).sections(raw)}
 
     @classmethod
-    def settings_of(cls, config: RunSettings) -> Section:
-        return cls.base.settings_of(config)
+    def defaults_of(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        return _base_in(raw).defaults
 
     @classmethod
-    def check(cls, config: RunSettings, settings: ScoreSettings) -> None:
-        super().check(config, settings)
-        own = config.disback
-        if (own.nodes - 1) * own.hold >= config.train.updates:
+    def needs(cls, config: RunSettings) -> Needs:
+        needs, settings = cls.base_of(config).needs(config), config.disback
+        first = (settings.nodes - 1) * settings.hold
+        if first >= config.train.updates:
             raise UserError(
-                f"disback: {own.nodes} nodes held for {own.hold} updates reach the teacher after "
-                f"{(own.nodes - 1) * own.hold}, but train.updates = {config.train.updates}; lower disback.hold"
+                f"disback: {settings.nodes} nodes held for {settings.hold} updates reach the teacher after "
+                f"{first}, but train.updates = {config.train.updates}; lower disback.hold"
             )
+        guided = any(scale != 1 for scale in settings.guidance_scales or [])
+        null = guided or (settings.nodes > 0 and bool(settings.null_probability))
+        return replace(needs, null_condition=needs.null_condition or null)
 
     @classmethod
-    def passes_before(cls, config: RunSettings) -> int:
-        own = config.disback
-        return 4 * own.updates * config.train.batch_size * config.train.gradient_accumulation if own.nodes else 0
+    def check(cls, config: RunSettings, family: Family) -> list[str]:
+        return cls.base_of(config).check(config, family)
 
     @classmethod
-    def plan(cls, config: RunSettings) -> list[str]:
-        own = config.disback
-        first = f"degradation: {own.updates} fake-score updates on the untouched student, {own.nodes} nodes kept"
-        then = f"backtracking by {own.base}: each target for {own.hold} student updates, the teacher from update "
-        return [first, then + str((own.nodes - 1) * own.hold)] if own.nodes else [f"no nodes: {own.base} as it is"]
+    def make_sampler(cls, config: RunSettings, family: Family) -> FewStepSampler:
+        return cls.base_of(config).make_sampler(config, family)
 
-    def build(self) -> None:
-        super().build()
-        self.disback: DisBackSettings = self.config.disback
-        self.store = NodeStore(self.run.nodes if self.run else None)
-        self.counters["recorded"] = 0
-        self.candidates: list[Node] = []
-        self.start_loss: float | None = None
-        self.path: list[Node] | None = None
-        self.target = 0
-        self.own_teacher, self.node_teacher = self.roles.teacher, None
-        if self.asks_null or (self.disback.nodes and self.disback.null_probability):
-            self.family.null_condition(1)  # raises where the teacher has none
+    @classmethod
+    def passes(cls, config: RunSettings) -> Passes:
+        """Those of the base method, and the degradation's before them."""
+        settings, train = config.disback, config.train
+        recorded = 4 * settings.updates * train.batch_size * train.gradient_accumulation if settings.nodes else 0
+        return replace(cls.base_of(config).passes(config), before=recorded)
+
+    @classmethod
+    def describe(cls, config: RunSettings) -> list[str]:
+        settings = config.disback
+        if not settings.nodes:
+            return [f"no nodes: {settings.base} as it is"]
+        return [
+            f"degradation: {settings.updates} fake-score updates on the untouched student, {settings.nodes} nodes kept",
+            f"backtracking by {settings.base}: each target for {settings.hold} student updates, the teacher from "
+            f"update {(settings.nodes - 1) * settings.hold}",
+        ]
+
+    @classmethod
+    def make_record(cls, config: RunSettings) -> RunRecord:
+        return cls.base_of(config).make_record(config)
+
+    # -- a run ---------------------------------------------------------------------------------------------
+
+    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        return self.base.groups()
+
+    def next_batch(self) -> Batch:
+        return self.base.next_batch()
+
+    def exported(self) -> AbstractContextManager:
+        return self.base.exported()
+
+    def phases(self) -> list[Phase]:
+        degradation = Phase(
+            "degradation", "recorded", self.settings.updates, self.record, self.begin_recording, self.keep_path
+        )
+        return ([degradation] if self.settings.nodes else []) + super().phases()
+
+    @property
+    def path(self) -> list[Node] | None:
+        """The chosen nodes s'_1 .. s'_N; None before the degradation's end."""
+        nodes = self.memory["path"]
+        return None if nodes is None else [Node(**node) for node in nodes]
 
     # -- degradation ---------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        if self.disback.nodes == 0:
-            return
+    def begin_recording(self) -> None:
         if self.path is not None:
-            if not self.store.has_path:  # a run that was killed when it had saved the path
-                self._keep_nodes()
             return
         self.probe = self._make_probe()
-        if self.start_loss is None:
-            self.start_loss = self.probe_loss()
-        self.keep_after = set(candidate_updates(self.disback))
-        self.repeat("degradation", "recorded", self.disback.updates, self.record, self._after_record)
-        if self.counters["recorded"] < self.disback.updates:  # train.max_passes are spent
-            return
-        self.path = choose(self.candidates, self.start_loss, self.disback.nodes)
-        self.save()  # before any node is deleted
-        self._keep_nodes()
+        if self.memory["start_loss"] is None:
+            self.memory["start_loss"] = self.probe_loss()
+        self.keep_after = set(candidate_updates(self.settings))
 
-    def _keep_nodes(self) -> None:
-        """Delete the nodes that are not of the path; the student is untouched still."""
-        on_main(self.accelerator, lambda: self.store.keep(self.path, self._facts()))
-
-    def record(self) -> None:
-        """One update of the degradation: denoising on the untouched student's samples."""
-        accumulation = self.config.train.gradient_accumulation
-        for _ in range(accumulation):
-            batch = self.next_batch()
-            with torch.no_grad():
-                x0 = self.make_sample(batch)
-            loss = self.denoising(x0, batch.condition)
-            self.log("loss/degradation", loss)
-            (loss / accumulation).backward()
-        self.update("fake_score")
-        self.counters["recorded"] += 1
-        if self.counters["recorded"] in self.keep_after:
+    def record(self) -> Iterator[Update]:
+        """One update of the degradation: denoising on the untouched student's samples; the path after the last one."""
+        counters, settings = self.parts.shares.counters, self.settings
+        yield "fake_score", self.record_terms()
+        counters["recorded"] += 1
+        if counters["recorded"] in self.keep_after:
             tensors = self.roles.fake_score.portable_state_dict()
-            own = self.accelerator.is_main_process
-            self.candidates.append(self.store.write(self.counters["recorded"], self.probe_loss(), tensors, own))
+            loss = self.probe_loss()
+            node = self.store.write(counters["recorded"], loss, tensors)
+            self.memory["candidates"].append(asdict(node))
+        if counters["recorded"] == settings.updates:
+            candidates = [Node(**node) for node in self.memory["candidates"]]
+            path = choose(candidates, self.memory["start_loss"], settings.nodes)
+            self.memory["path"] = [asdict(node) for node in path]
 
-    def _after_record(self, bar: tqdm) -> None:
-        if self.counters["recorded"] % self.config.train.log_every == 0:
-            self.write_row(bar)
+    def record_terms(self) -> Iterator[Term]:
+        probability = self.settings.null_probability
+        for _ in range(self.config.train.gradient_accumulation):
+            with torch.no_grad():
+                batch = self.base.next_batch()
+                x0 = self.base.make_sample(batch)
+            loss = self.base.denoising(x0, batch.condition, probability)
+            self.log("loss/degradation", loss)
+            yield Term(loss)
+
+    def keep_path(self) -> None:
+        """Delete the nodes that are not of the path; the student is untouched still."""
+        if not self.store.has_path:
+            self.store.keep(self.path, self._facts())
 
     @torch.no_grad()
-    def _make_probe(self) -> list[tuple[Tensor, Condition, Tensor, Tensor]]:
-        """Samples of the untouched student with conditions, times and noise that stay the same over the recording."""
-        own, self.noise = self.noise, Noise(self.config.seed + 3, self.family.device)
-        counters, parts = dict(self.counters), []
-        for start in range(0, self.disback.probe, PROBE_CHUNK):
-            count = min(PROBE_CHUNK, self.disback.probe - start)
-            condition, items = self.conditions.batch(start, count)
-            x0 = self.make_sample(Batch(condition, self.noise.randn(count, *self.family.sample_shape), items))
-            parts.append((x0, condition, *self.fake_score_draw(x0)))
-        self.noise = own
-        self.counters.update(counters)
-        return parts
+    def _make_probe(self) -> list[Probe]:
+        """Samples of the untouched student, by noise that the run does not draw from."""
+        base, probe = copy.copy(self.base), []
+        noise, shares = Noise(self.config.seed + 3, self.family.device), copy.deepcopy(self.parts.shares)
+        base.parts = replace(self.parts, noise=noise, shares=shares)
+        for start in range(0, self.settings.probe, PROBE_CHUNK):
+            count = min(PROBE_CHUNK, self.settings.probe - start)
+            condition, items = self.parts.conditions.batch(start, count)
+            batch = base.prepare(Batch(condition, base.noise.randn(count, *self.family.sample_shape), items))
+            x0 = base.make_sample(batch)
+            probe.append(Probe(x0, batch.condition, *base.fake_score_draw(x0)))
+        return probe
 
     @torch.no_grad()
     def probe_loss(self) -> float:
@@ -236,83 +316,29 @@ class DisBack(ScoreTrainer):
         Raises:
             RunStopped: it is not finite, so nodes could not be chosen by it.
         """
-        loss = float(torch.stack([self.denoising_at(*part) for part in self.probe]).mean())
+        losses = [self.base.denoising_at(one.x0, one.condition, one.t, one.eps) for one in self.probe]
+        loss = float(torch.stack(losses).mean())
         if not math.isfinite(loss):
-            raise RunStopped(f"disback: the loss on its probe is not finite; {self.advice('fake_score')}")
+            raise RunStopped("disback: the loss on its probe is not finite", "fake_score")
         return loss
 
     def _facts(self) -> dict[str, Any]:
+        fake_score = self.roles.fake_score
         return {
-            "weights": "network" if self.roles.fake_score.adapter is None else "adapter",
-            "kind": self.roles.fake_score.kind,
+            "weights": "network" if fake_score.adapter is None else "adapter",
+            "kind": fake_score.kind,
             "averaged": False,
-            "teacher_loss": self.start_loss,
+            "teacher_loss": self.memory["start_loss"],
             "teacher_sha256": digest_tensors(self.family.network.state_dict()),
             "student_sha256": digest_tensors(self.roles.student.portable_state_dict()),
         }
 
     # -- backtracking --------------------------------------------------------------------------------------
 
-    @property
-    def recording(self) -> bool:
-        return self.disback.nodes > 0 and self.path is None
-
-    @property
-    def loop_iterations(self) -> int:
-        return self.counters["iteration"] - self.counters["recorded"]
-
-    def iteration(self) -> None:
-        if self.path:
-            self.switch(target_index(self.counters["student"], self.disback.nodes, self.disback.hold))
-            self.log("target", self.target)
-        super().iteration()
-
-    def switch(self, index: int) -> bool:
-        """Make T_index the teacher that the base method asks; whether that was a change.
-
-        Raises:
-            UserError: the node's file is missing or damaged, or does not fit the network.
-        """
-        if index == self.target:
-            return False
-        self.target, back = index, self.disback.nodes - index  # T_index is s'_back
-        if back == 0:
-            self.roles.teacher, self.node_teacher = self.own_teacher, None
-            return True
-        if self.node_teacher is None:
-            self.node_teacher = self.roles.frozen_like(self.roles.fake_score, "target")
-        self.node_teacher.load_portable_state_dict(self.store.read(self.path[back - 1]))
-        self.roles.teacher = self.node_teacher
-        return True
-
-    def teacher_scale(self, count: int) -> Scale:
-        scales = self.disback.guidance_scales
-        if scales is None or not 0 < self.target < self.disback.nodes:
-            return super().teacher_scale(count)
-        return scales[self.target - 1]
-
-    @property
-    def asks_null(self) -> bool:
-        return super().asks_null or any(scale != 1 for scale in self.disback.guidance_scales or [])
-
-    @property
-    def null_probability(self) -> float:
-        own = self.disback.null_probability
-        return own if self.recording and own is not None else super().null_probability
-
-    # -- checkpoints ---------------------------------------------------------------------------------------
-
-    def state(self):
-        tensors, meta = super().state()
-        nodes = {"candidates": self.candidates, "path": self.path}
-        return tensors, {
-            **meta,
-            "start_loss": self.start_loss,
-            **{name: None if own is None else [asdict(node) for node in own] for name, own in nodes.items()},
-        }
-
-    def restore(self, tensors, meta, where: str) -> None:
-        super().restore(tensors, meta, where)
-        self.start_loss = meta["start_loss"]
-        self.candidates = [Node(**node) for node in meta["candidates"]]
-        self.path = None if meta["path"] is None else [Node(**node) for node in meta["path"]]
+    def updates(self) -> Iterator[Update]:
+        path = self.path
+        if path:
+            target = target_index(self.counters["student"], self.settings.nodes, self.settings.hold)
+            self.walk.move_to(target, path)
+            self.log("target", target)
+        yield from self.base.updates_of(self.counters["iteration"] - self.counters["recorded"])

@@ -19,6 +19,7 @@ once; ``data.images.posterior: sample`` draws at every use.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -33,10 +34,10 @@ from stepdistill.objectives.distribution_matching import distribution_matching_g
 from stepdistill.objectives.surrogate import surrogate_loss
 from stepdistill.roles.discriminator import DiscriminatorHead
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.loop.causes import DISCRIMINATOR
-from stepdistill.trainers.loop.trainer import Batch, Losses
 
-from .score import ScoreSettings, ScoreTrainer
+from .base import DISCRIMINATOR, Batch, Losses, Needs, Parts, Passes
+from .score import ScoreMethod, ScoreSettings
+from .teachers import AskedTeacher
 
 
 class GANSettings(Section):
@@ -56,47 +57,52 @@ class DMD2Settings(ScoreSettings):
     gan: GANSettings = GANSettings()
 
 
-class DMD2(ScoreTrainer):
+class DMD2(ScoreMethod):
     name = "dmd2"
     title = "distribution matching, two time scales, optional GAN; one or more steps (2405.14867)"
     Settings = DMD2Settings
     settings: DMD2Settings
 
-    @classmethod
-    def wants_images(cls, settings: DMD2Settings) -> bool:
-        return settings.gan.student_weight > 0 or settings.multistep_input == "real"
+    def __init__(self, parts: Parts, teacher: AskedTeacher | None = None):
+        super().__init__(parts, teacher)
+        if self.settings.gan.student_weight > 0:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.config.seed)
+                features = self.probe_features(self.roles.fake_score.features, self.level_time(0, 1))
+                head = DiscriminatorHead(*features.shape[1:])
+            self.networks["discriminator"] = head.to(self.family.device)
 
     @classmethod
-    def check(cls, config: RunSettings, settings: DMD2Settings) -> None:
-        if cls.wants_images(settings) and config.data.images is None:
+    def needs(cls, config: RunSettings) -> Needs:
+        settings = cls.settings_of(config)
+        from_real = settings.multistep_input == "real"
+        images = settings.gan.student_weight > 0 or from_real
+        if images and config.data.images is None:
             key = "gan.student_weight > 0" if settings.gan.student_weight > 0 else "multistep_input = real"
             raise UserError(f"dmd2.{key} needs real images: set data.images (folder, npz or dataset)")
-        if settings.multistep_input == "real" and config.sampler.steps == 1:
+        if from_real and config.sampler.steps == 1:
             raise UserError("dmd2.multistep_input = real needs sampler.steps above 1: one step starts at pure noise")
+        return replace(super().needs(config), images=images)
 
     @classmethod
-    def passes_per_update(cls, config: RunSettings, settings: DMD2Settings) -> float:
+    def passes(cls, config: RunSettings) -> Passes:
         """With the GAN loss 2 more for the student's logits, 6 more for those of each fake-score update."""
+        settings, passes = cls.settings_of(config), super().passes(config)
         gan = 6 * settings.fake_score_updates + 2 if settings.gan.student_weight > 0 else 0
         from_real = settings.multistep_input == "real"
         rollout = settings.samples_per_update * (config.sampler.steps - 1) / 2 if from_real else 0
-        return super().passes_per_update(config, settings) + gan - rollout
+        return replace(passes, per_update=passes.per_update + gan - rollout)
 
-    def build(self) -> None:
-        if self.settings.gan.student_weight == 0:
-            return
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
-            condition, _ = self.conditions.batch(0, 1)
-            probe = torch.zeros(1, *self.family.sample_shape, device=self.family.device)
-            features = self.roles.fake_score.features(probe, self.draw_level(0, probe), condition)
-            head = DiscriminatorHead(*features.shape[1:]).to(self.family.device)
-            self.roles.meter.forward = 0
-        self.extra["discriminator"] = head
+    def level_time(self, level: int, count: int) -> Tensor:
+        """The time of one noise level, (count,)."""
+        return self.roles.student.schedule.level(torch.full((count,), level, device=self.family.device))
 
-    def draw_level(self, level: int, like: Tensor) -> Tensor:
-        """The time of one noise level for each sample of ``like``, (B,)."""
-        return self.roles.student.schedule.level(torch.full((len(like),), level, device=like.device))
+    def prepare(self, batch: Batch) -> Batch:
+        """With ``multistep_input: real`` real samples and their conditions."""
+        if self.settings.multistep_input == "simulation":
+            return batch
+        real = self.next_real(len(batch))
+        return replace(batch, condition=real.condition, real=real.samples)
 
     @torch.no_grad()
     def student_input(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -104,13 +110,11 @@ class DMD2(ScoreTrainer):
         if self.settings.multistep_input == "simulation":
             return super().student_input(batch)
         sampler = self.sampler
-        real, condition = self.next_real(len(batch))
-        batch.condition = condition
         index = self.noise.randint(0, sampler.steps - 1, len(batch))
         times = torch.stack([sampler.time(i, batch.noise) for i in range(sampler.steps)])
         t = times.gather(0, index[None])[0]
-        x_t = self.roles.student.schedule.add_noise(real, batch.noise, t)
-        first = (index == 0).reshape(-1, 1, 1, 1)
+        x_t = self.roles.student.schedule.add_noise(batch.real, batch.noise, t)
+        first = (index == 0).reshape(-1, *[1] * (x_t.ndim - 1))
         return torch.where(first, sampler.start(batch.noise), x_t), t
 
     # -- losses --------------------------------------------------------------------------------------------
@@ -126,26 +130,26 @@ class DMD2(ScoreTrainer):
     @torch.no_grad()
     def distribution_matching(self, x0: Tensor, condition: Condition) -> Tensor:
         """g (B, ...) at one draw of level and noise."""
-        said = self.compare(x0, condition)
-        return distribution_matching_gradient(x0, said.teacher.x0, said.fake_score.x0)
+        pair = self.predict_both(x0, condition)
+        return distribution_matching_gradient(x0, pair.teacher.x0, pair.fake_score.x0)
 
     def fake_score_losses(self, x0: Tensor, batch: Batch) -> Losses:
         losses = super().fake_score_losses(x0, batch)
         gan = self.settings.gan
         if gan.student_weight > 0:
-            real, real_condition = self.next_real(len(x0))
-            real_logits = self.logits(real, real_condition)
+            real = self.next_real(len(x0))
+            real_logits = self.logits(real.samples, real.condition)
             fake_logits = self.logits(x0, batch.condition)
             losses["discriminator"] = (gan.discriminator_weight, discriminator_loss(real_logits, fake_logits))
         return losses
 
     def logits(self, x0: Tensor, condition: Condition) -> Tensor:
-        """The discriminator on ``x0`` (B, C, H, W) noised at a level and noise of its own; (B, 1)."""
+        """The discriminator on ``x0`` (B, C, H, W) noised at a level and noise of its own draw; (B, 1)."""
         gan = self.settings.gan
         if gan.noised:
             t = self.draw_time(0, gan.max_level, len(x0))
             x_t = self.roles.student.schedule.add_noise(x0, self.noise.randn_like(x0), t)
         else:
-            t, x_t = self.draw_level(0, x0), x0
-        logits = self.extra["discriminator"](self.roles.fake_score.features(x_t, t, condition))
-        return self.noted(DISCRIMINATOR, logits)
+            t, x_t = self.level_time(0, len(x0)), x0
+        logits = self.networks["discriminator"](self.roles.fake_score.features(x_t, t, condition))
+        return self.observe(DISCRIMINATOR, logits)

@@ -18,6 +18,8 @@ side is ambiguous there: ``teacher: base``, or ``previous_stage`` for the consis
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -27,14 +29,15 @@ from torch import Tensor
 
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
-from stepdistill.judges.rewards import RewardSettings, load_rewards
+from stepdistill.judges.rewards import RewardSettings
 from stepdistill.sampler import FewStepSampler
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.loop.trainer import Batch, Losses
 
+from .base import Batch, Losses, Needs, Parts, Passes, Term
 from .dmd2 import DMD2, DMD2Settings
 from .feedback import reward_losses
 from .score import Samples
+from .teachers import AskedTeacher
 
 
 class EnhanceSettings(Section):
@@ -52,10 +55,19 @@ class EnhanceSettings(Section):
 class Enhance(DMD2):
     name = "enhance"
     title = "one-step enhancement: dmd2 on the first step, with an MSE term and rewards (2404.13686)"
-    start: Any = None
+
+    def __init__(self, parts: Parts):
+        settings = parts.config.enhance
+        self.start = None
+        if settings.mse_weight or settings.hold_weight or settings.teacher == "previous_stage":
+            self.start = parts.roles.frozen_like(parts.roles.student, "stage_start")
+        super().__init__(parts, AskedTeacher(self.start) if settings.teacher == "previous_stage" else None)
+        self.enhance = settings
+        if self.start is not None:
+            self.frozen["stage_start"] = self.start
 
     @classmethod
-    def sections(cls) -> dict[str, type[Section]]:
+    def sections(cls, raw: dict[str, Any]) -> dict[str, type[Section]]:
         return {"enhance": EnhanceSettings, "dmd2": DMD2Settings}
 
     @classmethod
@@ -63,39 +75,31 @@ class Enhance(DMD2):
         return config.dmd2
 
     @classmethod
-    def check(cls, config: RunSettings, settings: DMD2Settings) -> None:
-        super().check(config, settings)
-        own, steps = config.enhance, config.sampler.steps
-        if settings.multistep_input == "real":
+    def needs(cls, config: RunSettings) -> Needs:
+        needs = super().needs(config)
+        settings, steps = config.enhance, config.sampler.steps
+        if config.dmd2.multistep_input == "real":
             raise UserError("dmd2.multistep_input = real: enhance trains the first step alone; remove it")
-        if steps % own.reference_steps:
+        if steps % settings.reference_steps:
             raise UserError(
-                f"enhance.reference_steps = {own.reference_steps}: not a divisor of sampler.steps = {steps}"
+                f"enhance.reference_steps = {settings.reference_steps}: not a divisor of sampler.steps = {steps}"
             )
-        if own.mse_weight and own.train_steps == "all":
+        if settings.mse_weight and settings.train_steps == "all":
             raise UserError("enhance.mse_weight: its reference starts from pure noise; with train_steps = all set 0")
-        if own.hold_weight and steps == 1:
+        if settings.hold_weight and steps == 1:
             raise UserError("enhance.hold_weight: a student of one step has no others to hold; remove it")
+        return replace(needs, rewards=tuple(settings.rewards), pixels=True, decoder=settings.decoder)
 
     @classmethod
-    def passes_per_update(cls, config: RunSettings, settings: DMD2Settings) -> float:
+    def passes(cls, config: RunSettings) -> Passes:
         """DMD2's for one step, x0_ref, and 4 where the other steps are held (its input's pass goes with them)."""
-        own, samples = config.enhance, settings.samples_per_update
+        passes, settings = super().passes(config), config.enhance
+        samples, counts = config.dmd2.samples_per_update, cls.counts(config)
         rollouts = samples * (config.sampler.steps - 1) / 2
-        counts = cls.counts(config)
         rollouts -= samples * sum(steps * (steps - 1) / 2 for steps in counts) / sum(counts)
-        reference = own.reference_steps if own.mse_weight else 0
-        return super().passes_per_update(config, settings) - rollouts + reference + (4 if own.hold_weight else 0)
-
-    def build(self) -> None:
-        super().build()
-        own = self.config.enhance
-        self.rewards = load_rewards(own.rewards, self.family.device)
-        self.decode = self.family.decoder(own.decoder)
-        if own.mse_weight or own.hold_weight or own.teacher == "previous_stage":
-            self.start = self.roles.frozen_like(self.roles.student, "stage_start")
-        if own.teacher == "previous_stage":
-            self.roles.teacher = self.start
+        reference = settings.reference_steps if settings.mse_weight else 0
+        held = 4 if settings.hold_weight else 0
+        return replace(passes, per_update=passes.per_update - rollouts + reference + held)
 
     @property
     def first_step(self) -> FewStepSampler:
@@ -104,13 +108,13 @@ class Enhance(DMD2):
     @classmethod
     def counts(cls, config: RunSettings) -> list[int]:
         """The numbers of steps that are trained."""
-        own = config.sampler
-        return [*own.also_steps, own.steps] if config.enhance.train_steps == "all" else [1]
+        sampler = config.sampler
+        return [*sampler.also_steps, sampler.steps] if config.enhance.train_steps == "all" else [1]
 
     @torch.no_grad()
     def student_input(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Pure noise at the first time, or what a rollout in one of the numbers of steps meets."""
-        if self.config.enhance.train_steps == "all":
+        """Pure noise at the first time, or the input of a step of a rollout in one of the numbers of steps."""
+        if self.enhance.train_steps == "all":
             counts = self.counts(self.config)
             draw = self.noise.shared_randint(0, sum(counts) - 1)
             steps = next(n for n, last in zip(counts, accumulate(counts), strict=True) if draw < last)
@@ -118,39 +122,30 @@ class Enhance(DMD2):
         return self.first_step.start(batch.noise), self.first_step.time(0, batch.noise)
 
     def student_losses(self, x0: Tensor, batch: Batch) -> Losses:
-        own, losses = self.config.enhance, super().student_losses(x0, batch)
-        if own.mse_weight:
-            losses["mse"] = (own.mse_weight, (x0 - self.reference(batch)).square().mean())
-        if self.rewards:
-            losses |= reward_losses(self, self.rewards, self.decode(x0), batch.items)
+        losses = super().student_losses(x0, batch)
+        if self.enhance.mse_weight:
+            losses["mse"] = (self.enhance.mse_weight, (x0 - self.reference(batch)).square().mean())
+        if self.parts.rewards:
+            losses |= reward_losses(self, self.parts.rewards, self.parts.decode(x0), batch.items)
         return losses
 
     @torch.no_grad()
     def reference(self, batch: Batch) -> Tensor:
         """x0_ref (B, ...)."""
-        sampler = self.sampler.in_steps(self.config.enhance.reference_steps)
+        sampler = self.sampler.in_steps(self.enhance.reference_steps)
         return sampler.sample(self.start, batch.noise, batch.condition, self.noise.randn_like)
 
-    def before_student_update(self, samples: Samples) -> None:
+    def more_student_terms(self, samples: Samples) -> Iterator[Term]:
         """Hold the other steps: ``|student - start|^2`` in x0 at the samples just made, noised to one of the times."""
-        weight = self.config.enhance.hold_weight
-        for batch, x0 in samples if weight else ():
+        weight = self.enhance.hold_weight
+        if not weight:
+            return
+        for batch, x0 in samples:
             index = self.noise.shared_randint(1, self.sampler.steps - 1)
             t = self.sampler.time(index, x0)
             x_t = self.roles.student.schedule.add_noise(x0, self.noise.randn_like(x0), t)
             with torch.no_grad():
-                aim = self.start(x_t, t, batch.condition).x0
-            loss = (self.roles.student(x_t, t, batch.condition).x0 - aim).square().mean()
+                x0_start = self.start(x_t, t, batch.condition).x0
+            loss = (self.roles.student(x_t, t, batch.condition).x0 - x0_start).square().mean()
             self.log("loss/hold", loss)
-            (weight * loss / len(samples)).backward()
-
-    # -- checkpoints ---------------------------------------------------------------------------------------
-
-    def state(self):
-        tensors, meta = super().state()
-        return ({**tensors, "stage_start": self.start.state_dict()} if self.start else tensors), meta
-
-    def restore(self, tensors, meta, where: str) -> None:
-        super().restore(tensors, meta, where)
-        if self.start is not None:
-            self.start.load_state_dict(tensors.get("stage_start", {}))
+            yield Term(weight * loss)

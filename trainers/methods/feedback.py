@@ -26,14 +26,12 @@ from torch import Tensor
 
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError
-from stepdistill.judges.perception import load_perceptual, perceptual_loss
-from stepdistill.judges.rewards import Reward, RewardSettings, load_rewards
+from stepdistill.judges.perception import perceptual_loss
+from stepdistill.judges.rewards import Reward, RewardSettings
 from stepdistill.objectives.feedback import hinge_loss
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.loop.causes import REWARD
-from stepdistill.trainers.loop.trainer import Batch, Losses, Trainer
 
-from .direct import DirectTrainer
+from .base import REWARD, Batch, DirectMethod, Losses, Method, Needs, Passes
 
 
 class PerceptualSettings(Section):
@@ -57,19 +55,19 @@ class FeedbackSettings(Section):
     merge_ratio: float = Field(1.0, ge=0, description="what this LoRA counts for when it joins the one below")
 
 
-def reward_losses(trainer: Trainer, rewards: list[Reward], pixels: Tensor, items: list) -> Losses:
+def reward_losses(method: Method, rewards: list[Reward], pixels: Tensor, items: list) -> Losses:
     """Each reward's hinge loss on pictures (B, C, H, W) and what they are of; the mean rewards are logged."""
     losses: Losses = {}
     for reward in rewards:
-        score = trainer.noted(f"{REWARD}{reward.name}", reward(pixels, items))
+        score = method.observe(f"{REWARD}{reward.name}", reward(pixels, items))
         if pixels.requires_grad and not score.requires_grad:
             raise UserError(f"reward {reward.name}: has no gradient to the pictures; nothing would be learned by it")
-        trainer.log(f"reward/{reward.name}", score.mean())
+        method.log(f"reward/{reward.name}", score.mean())
         losses[f"reward_{reward.name}"] = (reward.weight, hinge_loss(score, reward.hinge))
     return losses
 
 
-class Feedback(DirectTrainer):
+class Feedback(DirectMethod):
     name = "feedback"
     title = "human feedback: rewards with hinges on the student's pictures, a LoRA of its own (2404.13686)"
     Settings = FeedbackSettings
@@ -77,11 +75,8 @@ class Feedback(DirectTrainer):
     defaults = {"roles": {"weights": "shared"}}
 
     @classmethod
-    def wants_images(cls, settings: FeedbackSettings) -> bool:
-        return settings.perceptual is not None
-
-    @classmethod
-    def check(cls, config: RunSettings, settings: FeedbackSettings) -> None:
+    def needs(cls, config: RunSettings) -> Needs:
+        settings = config.feedback
         if not settings.rewards and settings.perceptual is None:
             raise UserError("method = feedback: set feedback.rewards, or feedback.perceptual, or both")
         if config.roles.weights != "shared":
@@ -97,48 +92,48 @@ class Feedback(DirectTrainer):
         for count in settings.rollout_steps:
             if count < 1 or steps % count:
                 raise UserError(f"feedback.rollout_steps: {count} is not a divisor of sampler.steps = {steps}")
+        perceptual = settings.perceptual
+        return Needs(
+            images=perceptual is not None,
+            rewards=tuple(settings.rewards),
+            perceptual=None if perceptual is None else perceptual.model,
+            pixels=True,
+            decoder=settings.decoder,
+        )
 
     @classmethod
-    def counts(cls, config: RunSettings, settings: FeedbackSettings) -> list[int]:
+    def counts(cls, config: RunSettings) -> list[int]:
         """The numbers of steps that are rolled out."""
-        return settings.rollout_steps or [*config.sampler.also_steps, config.sampler.steps]
+        return config.feedback.rollout_steps or [*config.sampler.also_steps, config.sampler.steps]
 
     @classmethod
-    def passes_per_update(cls, config: RunSettings, settings: FeedbackSettings) -> float:
+    def passes(cls, config: RunSettings) -> Passes:
         """The graded step's three and those before it; the rewards are not the denoising network's."""
-        counts = cls.counts(config, settings)
+        settings, counts = config.feedback, cls.counts(config)
         before = sum(n - 1 - (min(settings.last, n) - 1) / 2 for n in counts) / len(counts)
         perceptual = 0.0
         if settings.perceptual is not None:
             perceptual = 3 + (min(settings.perceptual.noised_steps, config.sampler.steps) - 1) / 2
-        return (before + 3 if settings.rewards else 0.0) + perceptual
-
-    def build(self) -> None:
-        own = self.settings
-        self.rewards = load_rewards(own.rewards, self.family.device)
-        self.perceptual = None
-        if own.perceptual is not None:
-            self.perceptual = load_perceptual(own.perceptual.model, self.family.device)
-        self.decode = self.family.decoder(own.decoder)
+        return Passes((before + 3 if settings.rewards else 0.0) + perceptual)
 
     # -- losses --------------------------------------------------------------------------------------------
 
     def student_losses(self, batch: Batch) -> Losses:
-        losses: Losses = {}
-        if self.rewards:
-            losses |= reward_losses(self, self.rewards, self.decode(self.graded(batch)), batch.items)
-        if self.perceptual is not None:
+        parts, losses = self.parts, {}
+        if parts.rewards:
+            losses |= reward_losses(self, parts.rewards, parts.decode(self.graded(batch)), batch.items)
+        if parts.perceptual is not None:
             real = self.next_real_batch()
-            pixels = self.decode(self.regraded(real))
-            spec, truth = self.settings.perceptual.model, self.decode(real.real)
-            value = perceptual_loss(self.perceptual, spec, pixels, truth, list(real.indices))
-            self.noted(f"{REWARD}perceptual", value.reshape(-1))
+            pixels = parts.decode(self.regraded(real))
+            model, truth = self.settings.perceptual.model, parts.decode(real.real)
+            value = perceptual_loss(parts.perceptual, model, pixels, truth, list(real.indices))
+            self.observe(f"{REWARD}perceptual", value.reshape(-1))
             losses["perceptual"] = (self.settings.perceptual.weight, value.mean())
         return losses
 
     def graded(self, batch: Batch) -> Tensor:
         """x0 (B, ...) of one of the last steps of a rollout from pure noise, a graph to that step alone."""
-        counts = self.counts(self.config, self.settings)
+        counts = self.counts(self.config)
         sampler = self.sampler.in_steps(counts[self.noise.shared_randint(0, len(counts) - 1)])
         exit_index = self.noise.shared_randint(max(0, sampler.steps - self.settings.last), sampler.steps - 1)
         with torch.no_grad():
@@ -162,8 +157,8 @@ class Feedback(DirectTrainer):
         return self.roles.student(x_t, sampler.time(sampler.steps - 1, x_t), batch.condition).x0
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The student as it is exported: averaged, and merged by ``merge_ratio``."""
+    def exported(self) -> Iterator[None]:
+        """The student merged by ``merge_ratio``."""
         student = self.roles.student
-        with super().averaged(), student.switch.scaled(student.adapter, self.settings.merge_ratio):
+        with student.switch.scaled(student.adapter, self.settings.merge_ratio):
             yield

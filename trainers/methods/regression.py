@@ -21,17 +21,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.config import Section, UserPath
-from stepdistill.data.order import Order
-from stepdistill.data.teacher_pairs import PairRecipe, PairSet, make_pairs
+from stepdistill.data.teacher_pairs import PairRecipe
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family
 from stepdistill.run import PAIRS
 from stepdistill.seeds import RunSeed
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.loop.causes import REAL
-from stepdistill.trainers.loop.trainer import Batch, Losses
 
-from .direct import DirectTrainer
+from .base import REAL, Batch, DirectMethod, Losses, Needs, Passes, Phase
 
 
 class RegressionSettings(Section):
@@ -48,82 +44,59 @@ class RegressionSettings(Section):
     )
 
 
-class Regression(DirectTrainer):
+class Regression(DirectMethod):
     name = "regression"
     title = "regression on the teacher's noise-sample pairs: DMD's loss, DMD2's warm-up (2311.18828)"
     Settings = RegressionSettings
     settings: RegressionSettings
 
     @classmethod
-    def check(cls, config: RunSettings, settings: RegressionSettings) -> None:
+    def needs(cls, config: RunSettings) -> Needs:
         if config.sampler.steps != 1:
             raise UserError("method = regression trains one step; remove sampler.steps")
+        settings = config.regression
+        lpips = settings.distance == "lpips"
+        return Needs(
+            null_condition=settings.guidance_scale != 1,
+            lpips=lpips,
+            pixels=lpips,
+            decoder=settings.decoder,
+            teacher_pairs=True,
+        )
 
     @classmethod
-    def check_family(cls, settings: RegressionSettings, family: Family) -> None:
-        if settings.guidance_scale != 1:
-            family.null_condition(1)
+    def passes(cls, config: RunSettings) -> Passes:
+        """The student's three; before them the pairs', as if none were there."""
+        settings = config.regression
+        return Passes(3.0, settings.count * config.teacher.steps * (1 + (settings.guidance_scale != 1)))
 
     @classmethod
-    def passes_per_update(cls, config: RunSettings, settings: RegressionSettings) -> float:
-        return 3.0
-
-    @classmethod
-    def passes_before(cls, config: RunSettings) -> int:
-        """The pairs', as if none were there."""
-        own = config.regression
-        return own.count * config.teacher.steps * (1 + (own.guidance_scale != 1))
-
-    @classmethod
-    def plan(cls, config: RunSettings) -> list[str]:
-        where = cls.folder(config)
-        return [f"pairs: {config.regression.count:,} of {config.teacher.steps} teacher steps each, once, in {where}"]
+    def describe(cls, config: RunSettings) -> list[str]:
+        count, folder = config.regression.count, cls.folder(config)
+        return [f"pairs: {count:,} of {config.teacher.steps} teacher steps each, once, in {folder}"]
 
     @classmethod
     def recipe(cls, config: RunSettings) -> PairRecipe:
-        own = config.regression
-        return PairRecipe(
-            own.count,
-            own.shard,
-            config.teacher.steps,
-            own.guidance_scale,
-            own.seed if own.seed is not None else config.seed,
-        )
+        """What the pairs are made by."""
+        settings = config.regression
+        seed = config.seed if settings.seed is None else settings.seed
+        return PairRecipe(settings.count, settings.shard, config.teacher.steps, settings.guidance_scale, seed)
 
     @classmethod
     def folder(cls, config: RunSettings) -> Path:
         """Where the pairs are."""
         return Path(config.regression.pairs or Path(config.output) / PAIRS)
 
-    def build(self) -> None:
-        self.pairs: PairSet | None = None
-        if self.settings.distance == "lpips":
-            self.lpips = load_lpips().to(self.family.device)
-            self.decode = self.family.decoder(self.settings.decoder)
-
-    def prepare(self) -> None:
-        if self.pairs is not None:
-            return
-        recipe, folder, items = self.recipe(self.config), self.folder(self.config), self.conditions.all_items
-        part, dtype = (self.rank, self.world), self.config.train.autocast_dtype
-        make_pairs(self.family, items, recipe, folder, self.settings.pair_batch, part, dtype)
-        self.accelerator.wait_for_everyone()
-        self.pairs = PairSet(folder, self.family, items, recipe)
-        self.order = Order(len(self.pairs), self.config.seed + 4)
+    def phases(self) -> list[Phase]:
+        begin = self.parts.teacher_pairs.open
+        return [Phase(self.name, "student", self.config.train.updates, self.updates, begin)]
 
     def next_batch(self) -> Batch:
-        """This process's next pairs; ``real`` is the teacher's sample."""
-        if self.pairs is None:
-            self.prepare()
+        """The next pairs; ``real`` is the teacher's sample."""
         count = self.config.train.batch_size
-        start = self.counters["real"] + self.rank * count
-        self.counters["real"] += count * self.world
-        index = self.order.indices(start, count)
-        items = [self.pairs.items[i] for i in index] if self.pairs.items else []
-        condition = self.family.encode_conditions(items) if items else {}
-        noise, real = (part[index].to(self.family.device) for part in (self.pairs.noise, self.pairs.x0))
-        self.note_conditions(condition)
-        return Batch(condition, noise, items, self.noted(REAL, real), tuple(index))
+        noise, real = self.parts.teacher_pairs.batch(self.parts.shares.take("real", count), count)
+        self.observe_condition(real.condition)
+        return Batch(real.condition, noise, real.items, self.observe(REAL, real.samples), tuple(real.indices))
 
     def student_losses(self, batch: Batch) -> Losses:
         sampler = self.sampler
@@ -131,14 +104,14 @@ class Regression(DirectTrainer):
         x0 = self.roles.student(x_t, sampler.time(0, x_t), batch.condition).x0
         if self.settings.distance == "mse":
             return {"regression": (1.0, (x0 - batch.real).square().mean())}
-        return {"regression": (1.0, self._lpips(self.decode(x0), self.decode(batch.real)))}
+        return {"regression": (1.0, self._lpips(self.parts.decode(x0), self.parts.decode(batch.real)))}
 
     def _lpips(self, pixels: Tensor, target: Tensor) -> Tensor:
         size = self.settings.lpips_size
         pictures = [p.expand(-1, 3, -1, -1) for p in (pixels, target)]
         if min(pixels.shape[-2:]) < size:
             pictures = [nn.functional.interpolate(p, size=(size, size), mode="bilinear") for p in pictures]
-        return self.lpips(*pictures).mean()
+        return self.parts.lpips(*pictures).mean()
 
 
 def load_lpips() -> nn.Module:

@@ -27,6 +27,7 @@ half-life that grows with the samples seen.  SiD-LSG weighs the fake score's v e
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -47,9 +48,9 @@ from stepdistill.objectives.score_divergence import (
     sim_loss,
 )
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.loop.trainer import Batch, Losses
 
-from .score import ScoreSettings, ScoreTrainer
+from .base import Batch, Losses, Needs, Passes
+from .score import ScoreMethod, ScoreSettings
 
 
 class LognormalSettings(Section):
@@ -76,14 +77,15 @@ class SIMSettings(ScoreSettings):
     )
 
 
-class SIM(ScoreTrainer):
+class SIM(ScoreMethod):
     name = "sim"
     title = "score implicit matching, and SiD: the gradient goes through both scores (2410.16794, 2404.04057)"
     Settings = SIMSettings
     settings: SIMSettings
 
     @classmethod
-    def check(cls, config: RunSettings, settings: SIMSettings) -> None:
+    def needs(cls, config: RunSettings) -> Needs:
+        settings = cls.settings_of(config)
         huber = settings.objective != "sid" and settings.distance == "pseudo_huber"
         if settings.c is not None and not huber:
             raise UserError("sim.c is of distance = pseudo_huber with objective sim or full; remove it")
@@ -94,32 +96,34 @@ class SIM(ScoreTrainer):
             raise UserError(
                 "sim.fake_score_min_level and fake_score_max_level are of fake_score_law = uniform; remove them"
             )
+        return super().needs(config)
 
     @classmethod
-    def passes_per_update(cls, config: RunSettings, settings: SIMSettings) -> float:
+    def passes(cls, config: RunSettings) -> Passes:
         """2 more than a score method: back through teacher and fake score, and through the null branch once more."""
-        return super().passes_per_update(config, settings) + 2 + float(settings.guidance_scale != 1)
+        passes, guidance = super().passes(config), float(cls.settings_of(config).guidance_scale != 1)
+        return replace(passes, per_update=passes.per_update + 2 + guidance)
 
     @property
     def distance(self) -> Distance:
-        own = self.settings
-        if own.distance == "squared_l2":
+        if self.settings.distance == "squared_l2":
             return SquaredL2()
-        return PseudoHuber(0.00054 * torch.Size(self.family.sample_shape).numel() ** 0.5 if own.c is None else own.c)
+        c = self.settings.c
+        return PseudoHuber(0.00054 * torch.Size(self.family.sample_shape).numel() ** 0.5 if c is None else c)
 
     def student_losses(self, x0: Tensor, batch: Batch) -> Losses:
-        said, own = self.compare(x0, batch.condition), self.settings
-        y, residual = score_terms(said.teacher, said.fake_score, x0, own.space)
-        match own.objective:
+        settings, pair = self.settings, self.predict_both(x0, batch.condition)
+        y, residual = score_terms(pair.teacher, pair.fake_score, x0, settings.space)
+        match settings.objective:
             case "sim":
                 losses = sim_loss(y, residual, self.distance)
             case "full":
                 losses = full_loss(y, residual, self.distance)
             case "sid":
-                losses = sid_loss(y, residual, own.sid_alpha)
-        if own.weight == "sid":
-            losses = losses * sid_weight(x0, said.teacher.x0)
-        return {own.objective: (1.0, losses.mean() / x0[0].numel())}
+                losses = sid_loss(y, residual, settings.sid_alpha)
+        if settings.weight == "sid":
+            losses = losses * sid_weight(x0, pair.teacher.x0)
+        return {settings.objective: (1.0, losses.mean() / x0[0].numel())}
 
     def fake_score_draw(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         law = self.settings.fake_score_law

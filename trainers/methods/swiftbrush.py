@@ -24,6 +24,7 @@ shared by all processes (there each process has its own).  Version 2's optional 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -38,16 +39,15 @@ from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.judges.clip import ClipSettings
-from stepdistill.judges.load import load_clip
 from stepdistill.objectives.alignment import clamped_cosine_loss
 from stepdistill.objectives.surrogate import surrogate_loss
 from stepdistill.objectives.variational import variational_score_gradient
 from stepdistill.run_record import RunRecord
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.loop.causes import REWARD
-from stepdistill.trainers.loop.trainer import Batch, ConditionSource, Losses
 
-from .score import Scale, ScoreSettings, ScoreTrainer
+from .base import REWARD, Batch, Losses, Needs, Parts, Passes
+from .score import Scale, ScoreMethod, ScoreSettings
+from .teachers import AskedTeacher
 
 
 class ClipLossSettings(ClipSettings):
@@ -103,68 +103,68 @@ class SwiftBrushSettings(ScoreSettings):
         return self
 
     @property
-    def asks_null(self) -> bool:
-        return self.guidance_range is not None or super().asks_null
+    def needs_null(self) -> bool:
+        return self.guidance_range is not None or super().needs_null
 
 
-class SwiftBrush(ScoreTrainer):
+class SwiftBrush(ScoreMethod):
     name = "swiftbrush"
     title = "variational score distillation, a LoRA fake score, PG-SB's random guidance (2312.05239, 2408.14176)"
     Settings = SwiftBrushSettings
     settings: SwiftBrushSettings
     defaults = {"roles": {"weights": "mixed", "lora": {"rank": 64, "alpha": 128}}}
 
-    @classmethod
-    def check(cls, config: RunSettings, settings: SwiftBrushSettings) -> None:
-        own = config.data
-        if settings.clip is not None and not (own.prompts or own.prompt_dataset or own.prompts_from_images):
-            raise UserError("swiftbrush.clip needs prompts: set data.prompts or data.prompt_dataset, or remove it")
-
-    @classmethod
-    def check_family(cls, settings: SwiftBrushSettings, family: Family) -> None:
-        super().check_family(settings, family)
-        if settings.clip is not None and family.condition_kind != "prompt":
-            raise UserError("swiftbrush.clip: this teacher takes no prompts; remove the section")
-        if settings.negatives is not None and not family.takes_negatives:
-            raise UserError(f"swiftbrush.negatives: teachers of family {family.name} take none; remove the section")
-
-    @classmethod
-    def check_data(cls, settings: SwiftBrushSettings, family: Family) -> list[str]:
-        if settings.negatives is None:
-            return []
-        notes: list[str] = []
-        prompts = settings.negatives.read(notes)
-        shown = ", ".join(shortened(prompt) for prompt in prompts[:3])
-        return [f"{len(prompts):,} negative prompts: {shown}", *notes, *content_notes(prompts)]
-
-    @classmethod
-    def passes_per_update(cls, config: RunSettings, settings: SwiftBrushSettings) -> float:
-        """A guidance that both networks share costs each a null branch."""
-        guided = settings.guidance_scale != 1 or settings.guidance_range is not None
-        whole = super().passes_per_update(config, settings) - float(settings.guidance_scale != 1)
-        return whole + guided * (2 if settings.fake_score_guidance == "shared" else 1)
-
-    def build(self) -> None:
-        if self.settings.clip is not None:
-            self.clip = load_clip(self.settings.clip, self.family.device)
-            self.decode = self.family.decoder(self.settings.clip.decoder)
+    def __init__(self, parts: Parts, teacher: AskedTeacher | None = None):
+        super().__init__(parts, teacher)
         if self.settings.negatives is not None:
-            self.negatives = ConditionSource(self.family, self.settings.negatives.read(), self.config.seed)
-            kept = install(self.roles.student.network, "negative")
-            if kept:
-                name, reason = next(iter(kept.items()))
+            refused = install(self.roles.student.network, "negative")
+            if refused:
+                name, reason = next(iter(refused.items()))
                 raise UserError(f"swiftbrush.negatives: the teacher's {name} {reason}; remove the section")
 
+    @classmethod
+    def needs(cls, config: RunSettings) -> Needs:
+        settings, data = cls.settings_of(config), config.data
+        clip = settings.clip
+        if clip is not None and not (data.prompts or data.prompt_dataset or data.prompts_from_images):
+            raise UserError("swiftbrush.clip needs prompts: set data.prompts or data.prompt_dataset, or remove it")
+        decoder = None if clip is None else clip.decoder
+        needs = super().needs(config)
+        return replace(needs, clip=clip, pixels=clip is not None, decoder=decoder, negatives=settings.negatives)
+
+    @classmethod
+    def check(cls, config: RunSettings, family: Family) -> list[str]:
+        settings = cls.settings_of(config)
+        if settings.clip is not None and family.condition_kind != "prompt":
+            raise UserError("swiftbrush.clip: this teacher takes no prompts; remove the section")
+        if settings.negatives is None:
+            return []
+        if not family.takes_negatives:
+            raise UserError(f"swiftbrush.negatives: teachers of family {family.name} take none; remove the section")
+        notes: list[str] = []
+        prompts = settings.negatives.read(notes)
+        first = ", ".join(shortened(prompt) for prompt in prompts[:3])
+        return [f"{len(prompts):,} negative prompts: {first}", *notes, *content_notes(prompts)]
+
+    @classmethod
+    def passes(cls, config: RunSettings) -> Passes:
+        """A guidance that both networks share costs each a null branch."""
+        settings, passes = cls.settings_of(config), super().passes(config)
+        guided = settings.guidance_scale != 1 or settings.guidance_range is not None
+        branches = 0
+        if guided:
+            branches = 2 if settings.fake_score_guidance == "shared" else 1
+        return replace(passes, per_update=passes.per_update - float(settings.guidance_scale != 1) + branches)
+
     def next_batch(self) -> Batch:
-        batch = super().next_batch()
-        own = self.settings.negatives
-        if own is not None:
-            index = self.noise.randint(0, len(self.negatives.items) - 1, len(batch))
-            batch.negative, _ = self.negatives.at(index.tolist())
-            low, high = own.scale
-            scale = low + (high - low) * self.noise.uniform(len(batch))
-            batch.steering = self.family.steering(batch.negative, scale)
-        return batch
+        batch, settings, negatives = super().next_batch(), self.settings.negatives, self.parts.negatives
+        if settings is None:
+            return batch
+        index = self.noise.randint(0, len(negatives.items) - 1, len(batch))
+        negative, _ = negatives.at(index.tolist())
+        low, high = settings.scale
+        scale = low + (high - low) * self.noise.uniform(len(batch))
+        return replace(batch, negative=negative, steering=self.family.steering(negative, scale))
 
     @classmethod
     def make_record(cls, config: RunSettings) -> RunRecord:
@@ -175,7 +175,7 @@ class SwiftBrush(ScoreTrainer):
         return super().make_record(config)
 
     def teacher_scale(self, count: int) -> Scale:
-        if self.settings.guidance_range is None:
+        if self.settings.guidance_range is None or self.teacher.guidance_scale is not None:
             return super().teacher_scale(count)
         low, high = self.settings.guidance_range
         if self.settings.guidance_draw == "sample":
@@ -190,7 +190,7 @@ class SwiftBrush(ScoreTrainer):
         losses = {"variational_score": (1.0, surrogate_loss(x0, gradient))}
         weight = self.clip_weight()
         if weight > 0:
-            cosine = self.noted(f"{REWARD}clip", self.clip.cosine(self.decode(x0), batch.items))
+            cosine = self.observe(f"{REWARD}clip", self.parts.clip.cosine(self.parts.decode(x0), batch.items))
             losses["clip"] = (weight, clamped_cosine_loss(cosine, self.settings.clip.tau))
         return losses
 
@@ -198,17 +198,17 @@ class SwiftBrush(ScoreTrainer):
     def variational_score(self, x0: Tensor, condition: Condition, negative: Condition | None = None) -> Tensor:
         """g (B, ...) at one draw of level, noise and, for PG-SB, guidance scale; NASA-T's teacher is guided away from
         ``negative``."""
-        said = self.compare(x0, condition, negative)
-        _, sigma = self.roles.student.schedule.alpha_sigma(said.t)
-        return variational_score_gradient(said.teacher.eps, said.fake_score.eps, sigma)
+        pair = self.predict_both(x0, condition, negative)
+        _, sigma = self.roles.student.schedule.alpha_sigma(pair.t)
+        return variational_score_gradient(pair.teacher.eps, pair.fake_score.eps, sigma)
 
     def clip_weight(self) -> float:
         """The CLIP loss's weight at this update; 0 without the loss."""
-        own = self.settings.clip
-        if own is None:
+        clip = self.settings.clip
+        if clip is None:
             return 0.0
         left = 1 - self.counters["student"] / self.config.train.updates
-        return own.weight * (left if own.decay == "linear" else 1.0)
+        return clip.weight * (left if clip.decay == "linear" else 1.0)
 
     def fake_score_weight(self, t: Tensor) -> Tensor | None:
         """alpha_t^2 (B,): version 1's ``|alpha_t (eps_fake - eps)|^2``."""

@@ -35,8 +35,8 @@ that stage's segments).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -52,10 +52,8 @@ from stepdistill.objectives.consistency import consistency_distance
 from stepdistill.roles.discriminator import DiscriminatorHead, MapHeads
 from stepdistill.sampler import FewStepSampler, few_step_times
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.loop.causes import DISCRIMINATOR
-from stepdistill.trainers.loop.trainer import Batch, Losses
 
-from .direct import DirectTrainer
+from .base import DISCRIMINATOR, Batch, DirectMethod, Losses, Needs, Parts, Passes, Term, Update, first_time
 from .segments import SegmentGrid, edges
 
 Features = Tensor | list[Tensor]
@@ -109,90 +107,91 @@ class TSCDSettings(Section):
         return self.guidance_range is not None or self.guidance_scale != 1
 
 
-class TSCD(DirectTrainer):
+@dataclass(frozen=True)
+class Candidates:
+    """Features of the student's and the target's jumps, and of x_u where the discriminator sees it; no graph."""
+
+    fake: Features
+    real: Features
+    start: Features | None
+
+
+class TSCD(DirectMethod):
     name = "tscd"
     title = "trajectory-segmented consistency: Hyper-SD's stages; consistency, LCM and PCM as cases (2404.13686)"
     Settings = TSCDSettings
     settings: TSCDSettings
 
-    @classmethod
-    def wants_images(cls, settings: TSCDSettings) -> bool:
-        return True
+    def __init__(self, parts: Parts):
+        super().__init__(parts)
+        settings, roles = self.settings, parts.roles
+        whole = replace(self.sampler, times=self.grid_times(self.config, self.family))
+        self.grid = SegmentGrid.of(whole, settings.segments).to(self.family.device)
+        self.target, self.solver = roles.student, roles.teacher
+        if settings.target_decay:
+            self.target = self.frozen["consistency_target"] = roles.frozen_like(roles.student, "consistency_target")
+        if settings.teacher == "previous_stage":
+            self.solver = self.frozen["previous_stage"] = roles.frozen_like(roles.student, "previous_stage")
+        self.candidates: list[Candidates] = []
+        if settings.adversarial.weight:
+            self.networks["discriminator"] = self._discriminator()
+
+    def _discriminator(self) -> nn.Module:
+        if not hasattr(self.roles.teacher, "features"):
+            raise UserError("tscd.adversarial.weight > 0: a teacher in closed form has no features for a discriminator")
+        settings = self.settings.adversarial
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            features = self.probe_features(self.features, self.grid.time[-1:])
+            features = _joined(features, features if settings.conditional else None)
+            if settings.features == "all":
+                discriminator = MapHeads([one.shape[1] for one in features], settings.heads)
+            else:
+                discriminator = DiscriminatorHead(*features.shape[1:])
+        return discriminator.to(self.family.device)
 
     @classmethod
-    def check(cls, config: RunSettings, settings: TSCDSettings) -> None:
+    def needs(cls, config: RunSettings) -> Needs:
         if config.data.images is None:
             raise UserError("method = tscd starts from real images: set data.images (folder, npz or dataset)")
-
-    @classmethod
-    def check_family(cls, settings: TSCDSettings, family: Family) -> None:
-        if settings.guided:
-            family.null_condition(1)
+        return Needs(images=True, null_condition=config.tscd.guided)
 
     @classmethod
     def make_sampler(cls, config: RunSettings, family: Family) -> FewStepSampler:
-        """Refuses a sampler that would ask the student where it was not trained to answer."""
-        sampler, own = super().make_sampler(config, family), config.tscd
-        if own.segments > 1 and sampler.transition != "ode":
+        """Refuses a sampler that would call the student at times that it is not trained at."""
+        sampler, settings = super().make_sampler(config, family), config.tscd
+        if settings.segments > 1 and sampler.transition != "ode":
             raise UserError(
-                f"sampler.transition = {sampler.transition}: with tscd.segments = {own.segments} the student jumps to "
-                "its segment's start, so it moves along the ODE; set sampler.transition=ode"
+                f"sampler.transition = {sampler.transition}: with tscd.segments = {settings.segments} the student "
+                "jumps to its segment's start, so it moves along the ODE; set sampler.transition=ode"
             )
         grid = cls.grid_times(config, family)
-        starts = [grid[own.grid - edge] for edge in edges(own.grid, own.segments)[1:]]
+        starts = [grid[settings.grid - edge] for edge in edges(settings.grid, settings.segments)[1:]]
         for key, steps in [("steps", sampler.steps), *(("also_steps", n) for n in config.sampler.also_steps)]:
             times = sampler.in_steps(steps).times
             if _among(starts, times) and _among(times, grid):
                 continue
             raise UserError(
-                f"sampler.{key} = {steps}: its times are not points of tscd.grid = {own.grid} with every edge "
-                f"of the {own.segments} segments among them; take a multiple of the segments that divides the grid, "
-                "and a grid that divides the schedule's levels up to the start"
+                f"sampler.{key} = {steps}: its times are not points of tscd.grid = {settings.grid} with every edge "
+                f"of the {settings.segments} segments among them; take a multiple of the segments that divides the "
+                "grid, and a grid that divides the schedule's levels up to the start"
             )
         return sampler
 
     @classmethod
     def grid_times(cls, config: RunSettings, family: Family) -> tuple[float, ...]:
         """The grid's times, descending: those of the sampler with as many steps."""
-        return few_step_times(family.schedule, config.tscd.grid, cls.first_time(config, family), "tscd.grid")
+        return few_step_times(family.schedule, config.tscd.grid, first_time(config, family), "tscd.grid")
 
     @classmethod
-    def passes_per_update(cls, config: RunSettings, settings: TSCDSettings) -> float:
-        """The student's three, the teacher's step, the target; the discriminator's looks at both."""
+    def passes(cls, config: RunSettings) -> Passes:
+        """The student's three, the teacher's step, the target; the discriminator's features of both."""
+        settings = config.tscd
         adversarial = 3 + settings.adversarial.conditional if settings.adversarial.weight else 0
-        return 5 + settings.guided + adversarial
-
-    def build(self) -> None:
-        own = self.settings
-        times = self.grid_times(self.config, self.family)
-        whole = replace(self.sampler, times=times)
-        self.grid = SegmentGrid.of(whole, own.segments).to(self.family.device)
-        student, copied = self.roles.student, self.roles.frozen_like
-        self.target = copied(student, "consistency_target") if own.target_decay else student
-        self.solver = copied(student, "previous_stage") if own.teacher == "previous_stage" else self.roles.teacher
-        self.looked_at: list[tuple[Features, Features, Features | None]] = []
-        if own.adversarial.weight:
-            self.extra["discriminator"] = self._discriminator()
-
-    def _discriminator(self) -> nn.Module:
-        if not hasattr(self.roles.teacher, "features"):
-            raise UserError("tscd.adversarial.weight > 0: a teacher in closed form has no features for a discriminator")
-        settings = self.settings.adversarial
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
-            condition, _ = self.conditions.batch(0, 1)
-            probe = torch.zeros(1, *self.family.sample_shape, device=self.family.device)
-            features = self.features(probe, self.grid.time[-1:], condition)
-            features = _joined(features, features if settings.conditional else None)
-            if settings.features == "all":
-                discriminator = MapHeads([one.shape[1] for one in features], settings.heads)
-            else:
-                discriminator = DiscriminatorHead(*features.shape[1:])
-            self.roles.meter.forward = 0
-        return discriminator.to(self.family.device)
+        return Passes(5 + settings.guided + adversarial)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Features:
-        """What the discriminator reads of the teacher at x_t (B, ...), t (B,)."""
+        """The teacher's features that the discriminator reads at x_t (B, ...), t (B,)."""
         if self.settings.adversarial.features == "all":
             return self.roles.teacher.feature_maps(x_t, t, condition)
         return self.roles.teacher.features(x_t, t, condition)
@@ -201,23 +200,24 @@ class TSCD(DirectTrainer):
 
     def next_batch(self) -> Batch:
         batch = self.next_real_batch()
-        if self.settings.offset_noise:
-            constant = self.noise.randn(*batch.noise.shape[:2], 1, 1)
-            batch.noise = batch.noise + self.settings.offset_noise * constant
-        return batch
+        if not self.settings.offset_noise:
+            return batch
+        noise = batch.noise
+        constant = self.noise.randn(*noise.shape[:2], *[1] * (noise.ndim - 2))
+        return replace(batch, noise=noise + self.settings.offset_noise * constant)
 
     def student_losses(self, batch: Batch) -> Losses:
-        own, grid = self.settings, self.grid
+        settings, grid = self.settings, self.grid
         u, end = self.draw_points(len(batch))
         x_u = grid.add_noise(batch.real, batch.noise, u)
-        said = self.roles.student(x_u, grid.time[u], batch.condition)
-        jump = grid.add_noise(said.x0, said.eps, end)
-        aim = self.aim(x_u, u, end, batch)
+        prediction = self.roles.student(x_u, grid.time[u], batch.condition)
+        jump = grid.add_noise(prediction.x0, prediction.eps, end)
+        target = self.target_jump(x_u, u, end, batch)
         losses: Losses = {}
-        if own.mse_weight:
-            losses["consistency"] = (own.mse_weight, consistency_distance(jump, aim, own.huber_c))
-        if own.adversarial.weight:
-            losses["generator"] = (own.adversarial.weight, self.generator(jump, aim, x_u, u, end, batch))
+        if settings.mse_weight:
+            losses["consistency"] = (settings.mse_weight, consistency_distance(jump, target, settings.huber_c))
+        if settings.adversarial.weight:
+            losses["generator"] = (settings.adversarial.weight, self.generator(jump, target, x_u, u, end, batch))
         return losses
 
     def draw_points(self, count: int) -> tuple[Tensor, Tensor]:
@@ -229,17 +229,17 @@ class TSCD(DirectTrainer):
         return u, start + (self.noise.uniform(count) * (u - start)).long()
 
     @torch.no_grad()
-    def aim(self, x_u: Tensor, u: Tensor, end: Tensor, batch: Batch) -> Tensor:
+    def target_jump(self, x_u: Tensor, u: Tensor, end: Tensor, batch: Batch) -> Tensor:
         """The target's jump from where the teacher's one step leads, (B, ...)."""
         grid, below = self.grid, u - 1
         scale = self.draw_scale(len(u))
         null = self.family.null_condition(len(u)) if self.settings.guided else None
         step = guided(self.solver, x_u, grid.time[u], batch.condition, null, scale)
         x_below = grid.add_noise(step.x0, step.eps, below)
-        # where the step has arrived already the network's word is not used, nor its label at the clean end
-        said = self.target(x_below, grid.time[below.clamp(min=1)], batch.condition)
+        # where the step has arrived already the network's prediction is not used, nor its label at the clean end
+        prediction = self.target(x_below, grid.time[below.clamp(min=1)], batch.condition)
         arrived = (end == below).reshape(-1, *[1] * (x_u.ndim - 1))
-        return torch.where(arrived, x_below, grid.add_noise(said.x0, said.eps, end))
+        return torch.where(arrived, x_below, grid.add_noise(prediction.x0, prediction.eps, end))
 
     def draw_scale(self, count: int) -> float | Tensor:
         """The teacher's guidance scale for ``count`` samples: one, or one each, (count,)."""
@@ -250,61 +250,55 @@ class TSCD(DirectTrainer):
         draw = self.noise.uniform(count) if settings.guidance_draw == "sample" else self.noise.shared_uniform()
         return low + (high - low) * draw
 
-    def generator(self, jump: Tensor, aim: Tensor, x_u: Tensor, u: Tensor, end: Tensor, batch: Batch) -> Tensor:
-        """The student's adversarial loss; what it was made of is kept for the discriminator's turn.
+    # -- the adversarial part ------------------------------------------------------------------------------
+
+    def generator(self, jump: Tensor, target: Tensor, x_u: Tensor, u: Tensor, end: Tensor, batch: Batch) -> Tensor:
+        """The student's adversarial loss; its candidates stay for the discriminator's update.
 
         Candidates are taken by fresh noise to a point of u's segment above their end, one draw for both.
         """
         high = self.grid.end(u)
-        look = end + 1 + (self.noise.uniform(len(u)) * (high - end)).long()
-        fake = self.grid.renoised(jump, end, look, self.noise.randn_like(jump))
-        real = self.grid.renoised(aim, end, look, self.noise.randn_like(aim))
-        settings, beside = self.settings.adversarial, None
+        above = end + 1 + (self.noise.uniform(len(u)) * (high - end)).long()
+        fake = self.grid.renoised(jump, end, above, self.noise.randn_like(jump))
+        real = self.grid.renoised(target, end, above, self.noise.randn_like(target))
+        settings, start = self.settings.adversarial, None
         if settings.conditional:
             with torch.no_grad():
-                beside = self.features(x_u, self.grid.time[u], batch.condition)
-        features = self.features(fake, self.grid.time[look], batch.condition)
+                start = self.features(x_u, self.grid.time[u], batch.condition)
+        features = self.features(fake, self.grid.time[above], batch.condition)
         with torch.no_grad():
-            real_features = self.features(real, self.grid.time[look], batch.condition)
-        self.looked_at.append((_detached(features), real_features, beside))
-        frozen = {k: p.detach() for k, p in self.extra["discriminator"].named_parameters()}
-        logits = torch.func.functional_call(self.extra["discriminator"], frozen, (_joined(features, beside),))
-        return generator_loss(self.noted(DISCRIMINATOR, logits), settings.loss)
+            real_features = self.features(real, self.grid.time[above], batch.condition)
+        self.candidates.append(Candidates(_detached(features), real_features, start))
+        discriminator = self.networks["discriminator"]
+        frozen = {k: p.detach() for k, p in discriminator.named_parameters()}
+        logits = torch.func.functional_call(discriminator, frozen, (_joined(features, start),))
+        return generator_loss(self.observe(DISCRIMINATOR, logits), settings.loss)
 
-    def after_student(self) -> None:
-        """The discriminator on the features that the student's turn made, and the target's average."""
-        head = self.extra.get("discriminator")
-        for fake, real, beside in self.looked_at:
-            logits = [self.noted(DISCRIMINATOR, head(_joined(features, beside))) for features in (real, fake)]
-            loss = discriminator_loss(*logits, self.settings.adversarial.loss)
-            self.log("loss/discriminator", loss)
-            (loss / len(self.looked_at)).backward()
-        if self.looked_at:
-            self.update("discriminator")
-            self.looked_at = []
+    def other_updates(self) -> Iterator[Update]:
+        """The discriminator on the features of the student's update, then the target's average."""
+        if self.candidates:
+            yield "discriminator", self.discriminator_terms()
+            self.candidates = []
         if self.target is not self.roles.student:
             self._average_target()
 
+    def discriminator_terms(self) -> Iterator[Term]:
+        discriminator = self.networks["discriminator"]
+        for one in self.candidates:
+            logits = [
+                self.observe(DISCRIMINATOR, discriminator(_joined(features, one.start)))
+                for features in (one.real, one.fake)
+            ]
+            loss = discriminator_loss(*logits, self.settings.adversarial.loss)
+            self.log("loss/discriminator", loss)
+            yield Term(loss)
+
     @torch.no_grad()
     def _average_target(self) -> None:
-        own, theirs = self.target.portable_state_dict(), self.roles.student.portable_state_dict()
-        floating = [key for key, value in own.items() if value.is_floating_point()]
-        torch._foreach_lerp_([own[k] for k in floating], [theirs[k] for k in floating], 1 - self.settings.target_decay)
-
-    # -- checkpoints ---------------------------------------------------------------------------------------
-
-    def _frozen(self) -> dict:
-        roles = {"consistency_target": self.target, "previous_stage": self.solver}
-        return {name: role for name, role in roles.items() if role not in (self.roles.student, self.roles.teacher)}
-
-    def state(self):
-        tensors, meta = super().state()
-        return {**tensors, **{name: role.state_dict() for name, role in self._frozen().items()}}, meta
-
-    def restore(self, tensors, meta, where: str) -> None:
-        super().restore(tensors, meta, where)
-        for name, role in self._frozen().items():
-            role.load_state_dict(tensors.get(name, {}))
+        target, student = self.target.portable_state_dict(), self.roles.student.portable_state_dict()
+        keys = [key for key, value in target.items() if value.is_floating_point()]
+        weight = 1 - self.settings.target_decay
+        torch._foreach_lerp_([target[k] for k in keys], [student[k] for k in keys], weight)
 
 
 def _among(times: Sequence[float], others: Sequence[float]) -> bool:
@@ -312,13 +306,13 @@ def _among(times: Sequence[float], others: Sequence[float]) -> bool:
     return all(any(math.isclose(time, other, rel_tol=1e-9) for other in others) for time in times)
 
 
-def _joined(features: Features, beside: Features | None) -> Features:
+def _joined(features: Features, others: Features | None) -> Features:
     """Along the channels, map by map."""
-    if beside is None:
+    if others is None:
         return features
     if isinstance(features, Tensor):
-        return torch.cat([features, beside], 1)
-    return [torch.cat(pair, 1) for pair in zip(features, beside, strict=True)]
+        return torch.cat([features, others], 1)
+    return [torch.cat(pair, 1) for pair in zip(features, others, strict=True)]
 
 
 def _detached(features: Features) -> Features:

@@ -23,12 +23,10 @@ from pydantic import Field, model_validator
 from stepdistill.config import Section
 from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family
 from stepdistill.objectives.denoising import denoising_loss
 from stepdistill.settings import RunSettings
-from stepdistill.trainers.loop.trainer import Batch, Losses
 
-from .direct import DirectTrainer
+from .base import Batch, DirectMethod, Losses, Needs, Passes
 
 
 class TSMSettings(Section):
@@ -44,43 +42,33 @@ class TSMSettings(Section):
         return self
 
 
-class TSM(DirectTrainer):
+class TSM(DirectMethod):
     name = "tsm"
     title = "teacher score matching: the first stage of a student smaller than its teacher (2410.23274)"
     Settings = TSMSettings
     settings: TSMSettings
 
     @classmethod
-    def wants_images(cls, settings: TSMSettings) -> bool:
-        return True
-
-    @classmethod
-    def divides_images(cls, settings: TSMSettings) -> bool:
-        return settings.images == "own"
-
-    @classmethod
-    def check(cls, config: RunSettings, settings: TSMSettings) -> None:
+    def needs(cls, config: RunSettings) -> Needs:
         if config.data.images is None:
             raise UserError("method = tsm matches scores on noised real images: set data.images (folder, npz, dataset)")
+        settings = config.tsm
+        return Needs(images=True, divides_images=settings.images == "own", null_condition=settings.guidance_scale != 1)
 
     @classmethod
-    def check_family(cls, settings: TSMSettings, family: Family) -> None:
-        if settings.guidance_scale != 1:
-            family.null_condition(1)
-
-    @classmethod
-    def passes_per_update(cls, config: RunSettings, settings: TSMSettings) -> float:
-        return 4.0 + (settings.guidance_scale != 1)
+    def passes(cls, config: RunSettings) -> Passes:
+        """The student's three, and the teacher's, guided."""
+        return Passes(4.0 + (config.tsm.guidance_scale != 1))
 
     def next_batch(self) -> Batch:
         return self.next_real_batch()
 
     def student_losses(self, batch: Batch) -> Losses:
-        own, schedule = self.settings, self.roles.student.schedule
-        t = self.draw_time(own.min_level, own.max_level, len(batch))
+        settings, schedule = self.settings, self.roles.student.schedule
+        t = self.draw_time(settings.min_level, settings.max_level, len(batch))
         x_t = schedule.add_noise(batch.real, batch.noise, t)
-        null = self.family.null_condition(len(batch)) if own.guidance_scale != 1 else None
+        null = self.family.null_condition(len(batch)) if settings.guidance_scale != 1 else None
         with torch.no_grad():
-            aim = guided(self.roles.teacher, x_t, t, batch.condition, null, own.guidance_scale)
-        said = self.roles.student(x_t, t, batch.condition)
-        return {"score_matching": (1.0, denoising_loss(said, aim.x0, aim.eps, said.kind))}
+            teacher = guided(self.roles.teacher, x_t, t, batch.condition, null, settings.guidance_scale)
+        prediction = self.roles.student(x_t, t, batch.condition)
+        return {"score_matching": (1.0, denoising_loss(prediction, teacher.x0, teacher.eps, prediction.kind))}

@@ -14,9 +14,12 @@ from stepdistill.attention.kernels import NATIVE
 from stepdistill.conditions import label_ranges, shortened
 from stepdistill.data.images import ImageSet
 from stepdistill.data.latents import check_posterior, load_latents
+from stepdistill.data.preference_pairs import read_preferences
 from stepdistill.data.prompts import content_notes
 from stepdistill.data.router import Router
 from stepdistill.data.sources import load_images, load_prompts
+from stepdistill.data.streams import ConditionSource, PairSource, PreferenceSource, RealSource
+from stepdistill.data.teacher_pairs import PairSet, make_pairs
 from stepdistill.devices import DTYPES
 from stepdistill.digests import digest_networks
 from stepdistill.errors import UserError, first_line
@@ -24,13 +27,18 @@ from stepdistill.eval.extractors.load import load_extractor
 from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
-from stepdistill.judges.rewards import check_models
+from stepdistill.judges.load import load_clip
+from stepdistill.judges.perception import load_perceptual
+from stepdistill.judges.rewards import check_models, load_rewards
+from stepdistill.roles.recorded import NodeStore
 from stepdistill.roles.roles import Roles
 from stepdistill.run import CACHE, RunFolder
 from stepdistill.sampler import FewStepSampler, SignalSampler
 from stepdistill.settings import RunSettings
 from stepdistill.trainers.loop.ranks import on_main
-from stepdistill.trainers.loop.trainer import ConditionSource, RealSource, Trainer
+from stepdistill.trainers.loop.trainer import Trainer
+from stepdistill.trainers.methods.base import Parts, Shares
+from stepdistill.trainers.methods.regression import load_lpips
 
 from .job import Job
 
@@ -83,7 +91,7 @@ def check_named(job: Job, family: Family) -> None:
         UserError: one is missing, or is none.
     """
     items = {"none": [], "label": [*family.labels[:1]] * 2, "prompt": ["a picture"] * 2}[family.condition_kind]
-    for name in job.method.sections():
+    for name in job.sections:
         check_models(getattr(job.config, name), family.image_shape, items)
 
 
@@ -198,16 +206,17 @@ def check_fit(job: Job, family: Family, router: Router | None = None) -> Fit:
     Raises:
         UserError: they do not.  Nothing has been written then.
     """
-    config, method, settings = job.config, job.method, job.settings
-    method.check_family(settings, family)
+    config, needs = job.config, job.needs
+    if needs.null_condition:
+        family.null_condition(1)
     if config.roles.network is not None:
         with torch.device("meta"):
             family.altered_network(config.roles.network)
-    method_lines = method.check_data(settings, family)
+    method_lines = job.method.check(config, family)
     items, images, notes, captions = [], None, [], config.data.prompts_from_images
     if not captions:
         items = condition_items(config, family, notes)
-    if method.wants_images(settings):
+    if needs.images:
         check_posterior(config.data.images.posterior, "data.images.posterior", family)
         images = load_images(config.data.images, family.image_shape, family.conditions)
     if captions:
@@ -242,7 +251,7 @@ def _part(job: Job, family: Family, fit: Fit, router: Router) -> Fit:
     mine = [items[index] for index in own(items)]
     if not mine:
         raise UserError(f"msd: none of the run's conditions is of student {part.student}; use fewer students")
-    if images is not None and job.method.divides_images(job.settings):
+    if images is not None and job.needs.divides_images:
         usable = range(len(images)) if subset is None else subset
         subset = [usable[index] for index in own([images.labels[index] for index in usable])]
         if not subset:
@@ -286,31 +295,90 @@ def build_trainer(
     Raises:
         UserError: anything in the config that does not fit the teacher or the data.
     """
-    config = job.config
     accelerator = accelerator or make_accelerator()
-    family = family or load_teacher(config)
+    family = family or load_teacher(job.config)
     teacher_digests = digest_networks(family.networks())
     family.to(accelerator.device)
-    sampler = sampler or job.method.make_sampler(config, family)
+    sampler = sampler or job.method.make_sampler(job.config, family)
     fit = check_fit(job, family) if fit is None else fit
-    torch.manual_seed(config.seed)
-    roles = Roles(
-        family,
-        config.roles,
-        config.train.autocast_dtype,
-        config.train.gradient_checkpointing,
-        job.method.has_fake_score,
-    ).to(accelerator.device)
-    real = None
-    if fit.images is not None:
-        cache = job.cache or Path(config.output) / CACHE
-        latents, std = load_latents(family, fit.images, cache, config.data.images.posterior)
-        real = RealSource(family, fit.images, latents, config.seed + 2, fit.subset, std)
-    conditions = ConditionSource(family, fit.items, config.seed + 1, fit.all_items)
-    trainer = job.method(config, job.settings, family, roles, sampler, conditions, real, run, accelerator)
+    trainer = Trainer(job.method, make_parts(job, family, sampler, fit, accelerator, run), run, accelerator)
     trainer.router, trainer.trained_on = fit.router, fit
     trainer.teacher_digests = teacher_digests
     return trainer
+
+
+def make_parts(
+    job: Job,
+    family: Family,
+    sampler: FewStepSampler,
+    fit: Fit,
+    accelerator: Accelerator,
+    run: RunFolder | None = None,
+) -> Parts:
+    """Roles, streams of data and judges of a job, each made once.
+
+    Raises:
+        UserError: weights, data or judges that the config names are missing, or do not fit the teacher.
+    """
+    config, needs, device = job.config, job.needs, accelerator.device
+    cache = job.cache or Path(config.output) / CACHE
+    torch.manual_seed(config.seed)
+    train = config.train
+    roles = Roles(family, config.roles, train.autocast_dtype, train.gradient_checkpointing, job.method.has_fake_score)
+    roles = roles.to(device)
+    parts = Parts(
+        config=config,
+        family=family,
+        roles=roles,
+        sampler=sampler,
+        conditions=ConditionSource(family, fit.items, config.seed + 1, fit.all_items),
+        shares=Shares(accelerator.process_index, accelerator.num_processes),
+        nodes=NodeStore(run.nodes if run else None, accelerator.is_main_process),
+    )
+    if fit.images is not None:
+        latents, std = load_latents(family, fit.images, cache, config.data.images.posterior)
+        parts.real = RealSource(family, fit.images, latents, config.seed + 2, fit.subset, std)
+    if needs.pixels:
+        parts.decode = family.decoder(needs.decoder)
+    parts.rewards = load_rewards(list(needs.rewards), device)
+    if needs.clip is not None:
+        parts.clip = load_clip(needs.clip, device)
+    if needs.perceptual is not None:
+        parts.perceptual = load_perceptual(needs.perceptual, device)
+    if needs.lpips:
+        parts.lpips = load_lpips().to(device)
+    if needs.negatives is not None:
+        parts.negatives = ConditionSource(family, needs.negatives.read(), config.seed)
+    if needs.preferences is not None:
+        parts.preferences = _preferences(job, family, cache)
+    if needs.teacher_pairs:
+        parts.teacher_pairs = make_pair_source(job, family, fit, accelerator)
+    return parts
+
+
+def _preferences(job: Job, family: Family, cache: Path) -> PreferenceSource:
+    settings, seed = job.needs.preferences, job.config.seed
+    pairs = read_preferences(settings, family.image_shape, family.conditions)
+    sources = []
+    for images in pairs.sets:
+        latents, std = load_latents(family, images, cache, settings.posterior)
+        sources.append(RealSource(family, images, latents, seed, std=std))
+    return PreferenceSource(family, pairs, sources, seed + 4)
+
+
+def make_pair_source(job: Job, family: Family, fit: Fit, accelerator: Accelerator) -> PairSource:
+    """The teacher's pairs, which are made when they are first used; each process makes its share."""
+    config = job.config
+    recipe, folder, share = job.method.recipe(config), job.method.folder(config), accelerator.process_index
+
+    def make() -> PairSet:
+        part = (share, accelerator.num_processes)
+        batch, dtype = config.regression.pair_batch, config.train.autocast_dtype
+        make_pairs(family, fit.all_items, recipe, folder, batch, part, dtype)
+        accelerator.wait_for_everyone()
+        return PairSet(folder, family, fit.all_items, recipe)
+
+    return PairSource(family, make, config.seed + 4)
 
 
 def build_stored(job: Job, run: RunFolder) -> Trainer:
@@ -356,7 +424,8 @@ def resume(trainer: Trainer, run: RunFolder) -> bool:
         if note is not None:
             print(f"note: {note}")
         written = run.last_iteration()  # a run that was stopped again has them in its file and its checkpoint
-        trainer.unwritten = [row for row in trainer.unwritten if row["iteration"] > written]
+        recorder = trainer.recorder
+        recorder.unwritten = [row for row in recorder.unwritten if row["iteration"] > written]
 
     on_main(trainer.accelerator, keep_rows)
     return resumed
@@ -378,7 +447,7 @@ def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:
         "attention": trainer.attention or NATIVE,
         "precision": config.train.precision,
         "seed": config.seed,
-        "settings": {section: getattr(config, section).model_dump(mode="json") for section in job.method.sections()},
+        "settings": {section: getattr(config, section).model_dump(mode="json") for section in job.sections},
         **changed,
         **msd,
     }

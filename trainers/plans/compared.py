@@ -20,7 +20,7 @@ from stepdistill.errors import UserError, reading
 from stepdistill.readers import read_json
 from stepdistill.run import RunFolder, check_run_folder, fixed_part
 from stepdistill.settings import Steps
-from stepdistill.trainers.loop.trainer import passes_of
+from stepdistill.trainers.loop.snapshot import passes_of
 
 from .job import Job
 from .plan import Plan

@@ -31,7 +31,7 @@ def data_lines(fit: Fit, family: Family) -> str:
 def method_lines(prepared: Prepared, indent: int) -> str:
     """What the method itself says of its plan, whole lines."""
     job = prepared.job
-    return "".join(f"{' ' * indent}{line}\n" for line in job.method.plan(job.config))
+    return "".join(f"{' ' * indent}{line}\n" for line in job.method.describe(job.config))
 
 
 def notes(prepared: Prepared) -> Iterator[str]:

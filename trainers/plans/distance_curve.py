@@ -67,13 +67,13 @@ class DistanceCurve:
             UserError: its pictures are not finite.
         """
         starts = range(0, self.samples, self.batch)
-        with trainer.roles.meter.paused(), trainer.averaged():
+        with trainer.roles.meter.paused(), trainer.exported():
             features = [self._features(trainer, batch, start) for batch, start in enumerate(starts)]
         return self.reference.frechet(torch.cat(features))
 
     def _features(self, trainer: Trainer, batch: int, start: int) -> torch.Tensor:
         """The features (B, F) of one batch of samples, those from number ``start``."""
-        family, items = trainer.family, trainer.conditions.items
+        family, items = trainer.family, trainer.parts.conditions.items
         count = min(self.batch, self.samples - start)
         noise = unit_noise(self.seed, batch, count, family.sample_shape).to(family.device)
         condition = {}

@@ -28,7 +28,7 @@ from .job import Job
 
 def export(job: Job, trainer: Trainer, run: RunFolder) -> None:
     """Write the trained student of a run to its folder."""
-    with trainer.averaged():
+    with trainer.exported():
         facts, also = provenance(job, trainer), job.config.sampler.also_steps
         export_student(trainer.family, trainer.roles.student, trainer.sampler, run.student, facts, also_steps=also)
 
@@ -55,7 +55,7 @@ def export_again(job: Job, run: RunFolder, output: Path | None, dtype: torch.dty
         check_replaceable(target, inputs)
         trainer = build_stored(job, run)
         trainer.check_trained()
-        with trainer.averaged() if average else contextlib.nullcontext():
+        with trainer.exported(average):
             facts, also = provenance(job, trainer), job.config.sampler.also_steps
             return export_student(
                 trainer.family, trainer.roles.student, trainer.sampler, target, facts, dtype, also, inputs

@@ -13,7 +13,7 @@ from stepdistill.config import Section, check, merge
 from stepdistill.errors import UserError
 from stepdistill.settings import RunSettings
 from stepdistill.trainers import METHODS
-from stepdistill.trainers.loop.trainer import Trainer
+from stepdistill.trainers.methods.base import Method, Needs, planned_passes
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,26 @@ class Job:
     """A checked config with its method.
 
     Attributes:
+        sections: the config's sections that the method reads.
         unused: sections of other methods that the file also holds.
         cache: where latents are stored, ``cache`` in the run folder by default.
     """
 
     config: RunSettings
-    method: type[Trainer]
+    method: type[Method]
+    needs: Needs
+    sections: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     cache: Path | None = None
 
     @property
     def settings(self) -> Section:
         return self.method.settings_of(self.config)
+
+    @property
+    def planned_passes(self) -> int:
+        """Network passes of the whole run on one process."""
+        return planned_passes(self.method, self.config)
 
 
 def make_job(raw: dict[str, Any], where: str = "config") -> Job:
@@ -46,18 +54,17 @@ def make_job(raw: dict[str, Any], where: str = "config") -> Job:
     name = raw["method"]
     if not isinstance(name, str) or name not in METHODS:
         raise UserError(f"{where}: method = {name!r}: unknown; methods are {', '.join(METHODS)}")
-    method = METHODS[name].resolve(raw)
-    sections = method.sections()
+    method = METHODS[name]
+    sections = method.sections(raw)
     unused = tuple(other for other in METHODS if other not in sections and other in raw)
     for other in unused:
         check(METHODS[other].Settings, raw[other] or {}, f"{where}: {other}")
     fields: dict[str, Any] = {section: (settings, settings()) for section, settings in sections.items()}
     model = create_model(f"{method.__name__}Config", __base__=RunSettings, **fields)
     used = {key: value for key, value in raw.items() if key not in unused}
-    config = check(model, merge(method.defaults, used), where)
-    job = Job(config, method, unused)
+    config = check(model, merge(method.defaults_of(raw), used), where)
+    job = Job(config, method, method.needs(config), tuple(sections), unused)
     _check_combinations(job)
-    method.check(config, job.settings)
     return job
 
 

@@ -92,7 +92,7 @@ class Plan(ABC):
     @property
     def cost(self) -> int:
         """Network passes on one process, as planned."""
-        return sum(job.method.planned_passes(job.config) for job in self.jobs)
+        return sum(job.planned_passes for job in self.jobs)
 
     @abstractmethod
     def check_folder(self, resume: bool) -> bool:

@@ -34,7 +34,6 @@ from stepdistill.roles.role import Role
 from stepdistill.roles.settings import RolesSettings
 from stepdistill.sampler import FewStepSampler
 from stepdistill.trainers.loop.trainer import Trainer
-from stepdistill.trainers.methods.regression import Regression
 
 from .build import Fit, build_trainer, check_fit, provenance
 from .job import Job
@@ -73,7 +72,7 @@ def rehearse(prepared: Prepared, router: Router | None = None, waits: bool = Fal
         return fit
     with tempfile.TemporaryDirectory() as folder, _private():
         trainer = build_trainer(_shortened(job, folder, waits), None, family=family, fit=_few(fit), sampler=sampler)
-        if not isinstance(trainer, Regression):  # its pairs are the run's first work
+        if not job.needs.teacher_pairs:  # they are the run's first work
             trainer.iteration()
             _check_finite(trainer)
         try_export(job, trainer, Path(folder) / "student")
@@ -237,8 +236,8 @@ def try_export(job: Job, trainer: Trainer, folder: Path) -> None:
     stock.path = "of the untouched student"
     check_timesteps(copy.deepcopy(stock.first.scheduler), sampler)
     items = (
-        [trainer.conditions.items[i % len(trainer.conditions.items)] for i in range(2)]
-        if trainer.conditions.items
+        [trainer.parts.conditions.items[i % len(trainer.parts.conditions.items)] for i in range(2)]
+        if trainer.parts.conditions.items
         else []
     )
     noise = torch.randn(2, *family.sample_shape, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,8 @@ from stepdistill.errors import UserError, writing
 from stepdistill.run import RunFolder
 from stepdistill.stock.folders import check_replaceable
 from stepdistill.trainers.loop.ranks import locked, on_main
-from stepdistill.trainers.loop.trainer import Interrupted, Trainer
+from stepdistill.trainers.loop.stopping import Interrupted
+from stepdistill.trainers.loop.trainer import Trainer
 
 from .build import build_trainer, make_accelerator
 from .build import resume as resume_trainer
@@ -150,7 +151,7 @@ training  {train.updates} student updates of {train.batch_size * train.gradient_
             print(note)
         is_stage = job.cache is not None  # whose sections and images may be for other stages
         has_images = config.data.images is not None and not config.data.prompts_from_images
-        if has_images and not is_stage and not job.method.wants_images(job.settings):
+        if has_images and not is_stage and not job.needs.images:
             print(f"note: data.images is not used: these settings of {job.method.name} train without real images")
         for line in trainer.trained_on.lines(prepared.family):
             print(line)

@@ -11,7 +11,7 @@ from stepdistill.config import check, merge, section_of
 from stepdistill.errors import UserError
 from stepdistill.run import CACHE
 from stepdistill.trainers import METHODS
-from stepdistill.trainers.loop.trainer import Trainer
+from stepdistill.trainers.methods.base import Method
 
 from .job import make_job
 from .stages import Stage, StageSettings
@@ -88,7 +88,7 @@ def _roles_from(source: Stage, settings: StageSettings, roles: dict, method: Any
     return {**roles, "student_from": student}
 
 
-def _method(name: Any) -> type[Trainer] | None:
+def _method(name: Any) -> type[Method] | None:
     return METHODS.get(name) if isinstance(name, str) else None
 
 

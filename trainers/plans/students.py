@@ -91,7 +91,7 @@ class Students(Plan):
     @property
     def cost(self) -> int:
         """As :meth:`Plan.cost`; the teacher's pairs are made once for all students."""
-        pairs = sum(job.method.passes_before(job.config) for job in self.students[0].jobs if job.method is Regression)
+        pairs = sum(job.method.passes(job.config).before for job in self.students[0].jobs if job.method is Regression)
         return super().cost - (self.num_students - 1) * pairs
 
     @property

@@ -38,7 +38,7 @@ def go_on(root: Path, updates: int) -> None:
         run.create(trainer.config, 0)
     accelerator.wait_for_everyone()
     resume(trainer, run)
-    trainer.save_samples = lambda: None
+    trainer.recorder.save_samples = lambda: None
     trainer.fit()
 
 

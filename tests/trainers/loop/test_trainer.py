@@ -12,23 +12,26 @@ from stepdistill import checkpoint
 from stepdistill.analytic import GaussianMixture
 from stepdistill.data.images import ImageSet
 from stepdistill.data.order import Order
+from stepdistill.data.streams import ConditionSource, RealSource
 from stepdistill.run import RunFolder
 from stepdistill.settings import OptimizerSettings
-from stepdistill.trainers.loop.trainer import ConditionSource, Interrupted, RealSource, RunStopped, learning_rate
+from stepdistill.trainers.loop.optimizers import learning_rate
+from stepdistill.trainers.loop.stopping import Interrupted
+from stepdistill.trainers.methods.base import RunStopped
 
 
 def in_folder(tmp_path, **changes):
     run = RunFolder(tmp_path / "run")
     trainer = toy_trainer(run=run, **changes)
     run.create(trainer.config, 0)
-    trainer.save_samples = lambda: None  # toys are no pictures
+    trainer.recorder.save_samples = lambda: None  # toys are no pictures
     return trainer, run
 
 
 def poison(trainer, role, times):
     """Make the next ``times`` gradients of ``role`` NaN."""
     left = {"count": times}
-    update = trainer.update
+    update = trainer.step
 
     def poisoned(which):
         if which == role and left["count"] > 0:
@@ -36,7 +39,7 @@ def poison(trainer, role, times):
             next(iter(trainer.trained[role].values())).grad.view(-1)[0] = math.nan
         return update(which)
 
-    trainer.update = poisoned
+    trainer.step = poisoned
 
 
 @pytest.mark.parametrize("role", ["student", "fake_score"])
@@ -52,7 +55,6 @@ def test_a_non_finite_gradient_is_counted_and_its_step_skipped(role, tmp_path):
     for key, parameter in trainer.trained[role].items():
         assert torch.equal(parameter, before[key])
         assert parameter.grad is None
-    trainer.counters["iteration"] += 1
     trainer.fit()
     assert trainer.counters["student"] == 4
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -125,7 +127,6 @@ def test_clipping_and_warm_up_are_per_role():
     watch("fake_score")
     for _ in range(6):
         trainer.iteration()
-        trainer.counters["iteration"] += 1
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
     assert max(norms["student"]) <= 1.001e-3
     assert max(norms["fake_score"]) > 1e-3
@@ -173,7 +174,7 @@ def test_the_average_follows_its_formula():
         shadow = decay * shadow + (1 - decay) * trainer.trained["student"][name].detach()
         torch.testing.assert_close(trainer.ema.shadow[name], shadow)
     raw = trainer.trained["student"][name].detach().clone()
-    with trainer.averaged():
+    with trainer.exported():
         torch.testing.assert_close(trainer.trained["student"][name].detach(), shadow)
     assert torch.equal(trainer.trained["student"][name].detach(), raw)
 
@@ -205,14 +206,14 @@ def test_a_network_that_was_broken_before_its_first_update_is_not_told_to_lower_
 
 def test_skipped_updates_that_are_most_of_all_end_the_run_without_ten_in_a_row():
     trainer = toy_trainer(train={"updates": 9999, "non_finite_limit": 3}, dmd2={"fake_score_updates": 1})
-    update, turn = trainer.update, iter(range(9999))
+    update, turn = trainer.step, iter(range(9999))
 
     def two_of_three(role):
         if role == "student" and next(turn) % 3 < 2:
             next(iter(trainer.trained[role].values())).grad.view(-1)[0] = math.nan
         return update(role)
 
-    trainer.update = two_of_three
+    trainer.step = two_of_three
     with pytest.raises(RunStopped, match="30 of 44 gradients of the student were non-finite; every prediction is fini"):
         trainer.fit()
 
@@ -231,8 +232,8 @@ def test_a_student_that_no_update_has_touched_is_not_exported():
 def test_a_row_is_the_mean_of_what_is_finite_and_holds_no_nan(tmp_path):
     trainer, run = in_folder(tmp_path, train={"updates": 2, "log_every": 2})
     for value in (1.0, math.nan, torch.tensor(4.0), torch.tensor(math.inf)):
-        trainer.log("loss/some", value)
-    trainer.log("loss/none", math.nan)
+        trainer.method.log("loss/some", value)
+    trainer.method.log("loss/none", math.nan)
     trainer.fit()
     (line,) = run.metrics.read_text().splitlines()
     assert "NaN" not in line
@@ -251,9 +252,6 @@ def test_passes_of_all_processes_are_counted_whatever_their_number_was_before():
         again.roles.meter.forward += forward
         trainer = again
     assert trainer.passes == 2 * 48 + 32 + 2 * 64
-    older = {**trainer.state()[1], "passes": [3, 4]}
-    trainer.restore(trainer.state()[0], older, "here")
-    assert trainer.passes == 2 * (3 + 4)
 
 
 # -- optimizers ------------------------------------------------------------------------------------------------
@@ -277,7 +275,7 @@ def test_an_update_uses_its_gradients_up():
     before = {k: p.detach().clone() for k, p in trainer.trained["student"].items()}
     for parameter in trainer.trained["student"].values():
         parameter.grad = torch.full_like(parameter, -3.0)
-    assert trainer.update("student")
+    assert trainer.step("student")
     for key, parameter in trainer.trained["student"].items():
         torch.testing.assert_close(parameter.detach(), before[key] + 0.5)
         assert parameter.grad is None
@@ -292,7 +290,7 @@ def test_warm_up_and_decay_count_the_roles_own_updates_and_not_iterations():
         for role in ("fake_score", "fake_score", "fake_score", "student"):
             for parameter in trainer.trained[role].values():
                 parameter.grad = torch.zeros_like(parameter)
-            trainer.update(role)
+            trainer.step(role)
             rates[role].append(trainer.optimizers[role].param_groups[0]["lr"])
         trainer.counters["iteration"] += 3
     assert rates["student"] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
@@ -304,14 +302,11 @@ def test_a_stopped_run_has_its_averages_moments_and_draws_back():
     whole, first, second = (toy_trainer(**own) for _ in range(3))
     for _ in range(5):
         whole.iteration()
-        whole.counters["iteration"] += 1
         if whole.counters["iteration"] <= 3:
             first.iteration()
-            first.counters["iteration"] += 1
     second.restore(*first.state(), "here")
     for _ in range(2):
         second.iteration()
-        second.counters["iteration"] += 1
     assert second.counters == whole.counters
     assert second.ema.updates == whole.ema.updates == 3
     (a, _), (b, _) = whole.state(), second.state()
@@ -359,7 +354,7 @@ def test_conditions_come_in_their_seeded_order_each_with_its_own_prompt(keep):
 def test_micro_batches_go_on_in_the_conditions_order():
     family = toy_family(GaussianMixture([[0.0], [1.0], [2.0]], 0.1, labels=[0, 1, 2]))
     trainer = toy_trainer(family, train={"batch_size": 4})
-    batches = [trainer.next_batch() for _ in range(3)]
+    batches = [trainer.method.next_batch() for _ in range(3)]
     assert [item for batch in batches for item in batch.items] == Order(3, 0).indices(0, 12)
     assert all(batch.condition["label"].tolist() == batch.items for batch in batches)
     assert trainer.counters["conditions"] == 12

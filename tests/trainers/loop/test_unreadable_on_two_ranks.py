@@ -23,8 +23,8 @@ def train(root: Path, batch: int, limit: float) -> dict:
     from accelerate import Accelerator
 
     from stepdistill.data import images as data
+    from stepdistill.data.streams import RealSource
     from stepdistill.trainers.loop.causes import RunStopped
-    from stepdistill.trainers.loop.trainer import RealSource
     from stepdistill.trainers.plans.build import build_trainer
     from stepdistill.trainers.plans.job import make_job
 
@@ -42,7 +42,7 @@ def train(root: Path, batch: int, limit: float) -> dict:
     }
     trainer = build_trainer(make_job(raw), None, Accelerator(cpu=True))
     seen, batch_of = [], RealSource.batch
-    trainer.real.batch = lambda *where: seen.append(batch_of(trainer.real, *where)) or seen[-1]
+    trainer.parts.real.batch = lambda *where: seen.append(batch_of(trainer.parts.real, *where)) or seen[-1]
     line = ""
     try:
         trainer.fit()
@@ -51,7 +51,7 @@ def train(root: Path, batch: int, limit: float) -> dict:
     return {
         "seen": [one.indices for one in seen],
         "line": line,
-        "unreadable": sorted(trainer.real.images.unreadable),
+        "unreadable": sorted(trainer.parts.real.images.unreadable),
         "updates": trainer.counters["student"],
     }
 

@@ -21,10 +21,11 @@ from stepdistill.data import images as data
 from stepdistill.data.images import ImageSet
 from stepdistill.data.pictures import UnreadablePicture
 from stepdistill.data.sources import load_images
+from stepdistill.data.streams import RealSource
 from stepdistill.errors import UserError
 from stepdistill.run import RunFolder, fixed_part
 from stepdistill.settings import ImagesSettings
-from stepdistill.trainers.loop.trainer import RealSource, RunStopped
+from stepdistill.trainers.methods.base import RunStopped
 from stepdistill.trainers.plans.build import build_trainer, resume
 from stepdistill.trainers.plans.job import make_job
 
@@ -286,7 +287,7 @@ def test_a_run_that_was_resumed_sees_what_one_without_a_stop_does(teachers, tmp_
             trainer = build_trainer(make_job(raw(teachers, output, {"folder": str(root)})), run)
             resume(trainer, run)
             trainer.fit()
-        assert set(trainer.real.images.unreadable) == {3}
+        assert set(trainer.parts.real.images.unreadable) == {3}
         return trainer.roles.student.state_dict()
 
     whole, parts = trained(tmp_path / "whole", None), trained(tmp_path / "parts", 40)
@@ -302,9 +303,9 @@ def test_latents_leave_out_what_cannot_be_read(teachers, tmp_path):
     job = make_job(raw(teachers, tmp_path / "run", images, "text", data=prompts))
     for _ in range(2):  # made, and read
         trainer = build_trainer(job, None)
-        batch = trainer.real.batch(0, 60)
+        batch = trainer.parts.real.batch(0, 60)
         assert set(batch.items) == {"0", "1", "2", "3", "5"}
-        assert trainer.real.latents.flatten(1).abs().sum(1).nonzero().flatten().tolist() == [0, 1, 2, 4, 5]
+        assert trainer.parts.real.latents.flatten(1).abs().sum(1).nonzero().flatten().tolist() == [0, 1, 2, 4, 5]
 
 
 def test_pairs_take_another_pair(teachers, tmp_path, monkeypatch):
@@ -322,10 +323,10 @@ def test_pairs_take_another_pair(teachers, tmp_path, monkeypatch):
     }
     del config["dmd2"]
     trainer = build_trainer(make_job(config), None)
-    seen = [index for _ in range(12) for index in trainer.next_batch().indices]
+    seen = [index for _ in range(12) for index in trainer.method.next_batch().indices]
     assert set(seen) == {0, 1, 2, 4, 5}
-    assert set(trainer.pairs.sets[1].unreadable) == {3}
-    trainer.pairs.sets[1].limit = 0
+    assert set(trainer.parts.preferences.pairs.sets[1].unreadable) == {3}
+    trainer.parts.preferences.pairs.sets[1].limit = 0
     with pytest.raises(RunStopped, match=r"pso\.pairs: .*4\.png: not a readable image"):
         trainer._maybe_stop()
 

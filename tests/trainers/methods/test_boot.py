@@ -31,9 +31,10 @@ from stepdistill.errors import UserError
 from stepdistill.families.analytic import AnalyticFamily
 from stepdistill.sampler import SignalSampler
 from stepdistill.schedule import EDMSchedule, FlowSchedule, VPSchedule
-from stepdistill.trainers.loop.trainer import Batch
 from stepdistill.trainers.methods import boot
+from stepdistill.trainers.methods.base import Batch
 from stepdistill.trainers.methods.boot import BOOT
+from stepdistill.trainers.plans.build import check_fit
 from stepdistill.trainers.plans.job import make_job
 
 F64 = torch.float64
@@ -158,7 +159,7 @@ def solve(trainer, delta=DELTA):
     zero_one = torch.stack([torch.zeros(2, 1, 1, dtype=F64), torch.ones(2, 1, 1, dtype=F64)])
     for s in reversed(range(LOW, LAST)):
         t = min(s + delta, LAST)
-        b, y = trainer.bootstrapped(made_of(zero_one), levels_at(trainer, t, 2), levels_at(trainer, s, 2))
+        b, y = trainer.method.bootstrapped(made_of(zero_one), levels_at(trainer, t, 2), levels_at(trainer, s, 2))
         K, bias = signals(trainer)
         K[s], bias[s] = (y - b)[:, 0, 0], b[:, 0, 0]
         teach(trainer, K, bias, [s])
@@ -172,7 +173,7 @@ def error(trainer, expected):
 
 def start_solved(trainer, delta=DELTA):
     """The fixed point that the trainer's targets have, from y_T = f(eps, T); its largest difference to DDIM's."""
-    expected = recursion(trainer.roles.student.schedule, trainer.settings.solver, delta)
+    expected = recursion(trainer.roles.student.schedule, trainer.method.settings.solver, delta)
     teach(trainer, *expected, [LAST])
     solve(trainer, delta)
     return error(trainer, expected).max().item()
@@ -180,7 +181,7 @@ def start_solved(trainer, delta=DELTA):
 
 def gradients(trainer, name, batch):
     """Rows of the table that the loss ``name`` reaches, and the largest gradient."""
-    _, loss = trainer.student_losses(batch)[name]
+    _, loss = trainer.method.student_losses(batch)[name]
     found = torch.autograd.grad(loss, [trainer.roles.student.network.gain, trainer.roles.student.network.bias])
     rows = {i for gradient in found for i in gradient.abs().amax(1).nonzero()[:, 0].tolist()}
     return rows, max(gradient.abs().max().item() for gradient in found)
@@ -234,11 +235,11 @@ def test_a_student_that_obeys_the_recursion_has_no_loss_and_no_gradient(name, ki
     teach(trainer, K, b)
     batch = made_of(noise_of(500))
     for loss in ("bootstrap", "boundary"):
-        assert trainer.student_losses(batch)[loss][1] < 1e-18
+        assert trainer.method.student_losses(batch)[loss][1] < 1e-18
         assert gradients(trainer, loss, batch)[1] < 1e-7
     teach(trainer, K * 1.01, b + 0.01)
     for loss in ("bootstrap", "boundary"):
-        assert trainer.student_losses(batch)[loss][1] > 1e-8
+        assert trainer.method.student_losses(batch)[loss][1] > 1e-8
         assert gradients(trainer, loss, batch)[1] > 1e-5
 
 
@@ -247,10 +248,10 @@ def test_losses_are_weighted_by_the_settings():
     torch.nn.init.normal_(trainer.roles.student.network.gain)
     batch = made_of(noise_of(200))
     state = trainer.noise.get_state()
-    losses = trainer.student_losses(batch)
+    losses = trainer.method.student_losses(batch)
     assert {name: weight for name, (weight, _) in losses.items()} == {"bootstrap": 1.0, "boundary": 0.3}
     trainer.noise.set_state(state)
-    s, t = trainer.draw_levels(200)
+    s, t = trainer.method.draw_levels(200)
     schedule = trainer.roles.student.schedule
     (alpha_s, sigma_s), (alpha_t, sigma_t) = schedule.alpha_sigma(s), schedule.alpha_sigma(t)
     weight = 1 - alpha_t * sigma_s / (sigma_t * alpha_s)
@@ -327,9 +328,9 @@ def without_the_noise_in_the_teachers_input(trainer, monkeypatch):
 
 def with_the_label_of_s(trainer, monkeypatch):
     """The teacher is told s at the point of t."""
-    ask = trainer.teacher_x0
+    ask = trainer.method.teacher_x0
     lower = lambda x, t, c: ask(x, (t - DELTA).clamp(min=0), c)  # noqa: E731
-    monkeypatch.setattr(trainer, "teacher_x0", lower)
+    monkeypatch.setattr(trainer.method, "teacher_x0", lower)
 
 
 @pytest.mark.parametrize(
@@ -352,11 +353,11 @@ def test_another_samples_noise_in_the_teachers_input_is_a_loss(monkeypatch):
     trainer = tabular("flow", "flow")
     teach(trainer, *recursion(trainer.roles.student.schedule))
     batch = made_of(noise_of(200))
-    assert trainer.student_losses(batch)["bootstrap"][1] < 1e-18
+    assert trainer.method.student_losses(batch)["bootstrap"][1] < 1e-18
     schedule = trainer.roles.student.schedule
     add_noise = schedule.add_noise
     monkeypatch.setattr(schedule, "add_noise", lambda x0, eps, t: add_noise(x0, eps.roll(1, 0), t))
-    assert trainer.student_losses(batch)["bootstrap"][1] > 0.1
+    assert trainer.method.student_losses(batch)["bootstrap"][1] > 0.1
 
 
 def test_without_the_boundary_any_start_is_a_fixed_point():
@@ -365,7 +366,7 @@ def test_without_the_boundary_any_start_is_a_fixed_point():
     K, b = recursion(schedule)
     teach(trainer, K + 0.5, b)
     solve(trainer)
-    losses = trainer.student_losses(made_of(noise_of(200)))
+    losses = trainer.method.student_losses(made_of(noise_of(200)))
     assert losses["bootstrap"][1] < 1e-18
     assert losses["boundary"][1] > 0.1
     assert error(trainer, recursion(schedule))[0] > 0.005  # and it ends elsewhere
@@ -409,7 +410,7 @@ def test_an_eps_head_read_with_its_labels_own_coefficients_would_diverge():
 
 
 def at_levels(trainer, s, t):
-    trainer.draw_levels = lambda count: (torch.full((count,), s), torch.full((count,), t))
+    trainer.method.draw_levels = lambda count: (torch.full((count,), s), torch.full((count,), t))
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -421,10 +422,10 @@ def test_target_carries_no_gradient(solver):
     batch = made_of(noise_of(50))
     assert gradients(trainer, "bootstrap", batch)[0] == {10}
     assert gradients(trainer, "boundary", batch)[0] == {LAST}
-    target = trainer.bootstrapped(batch, levels_at(trainer, 15, 50), levels_at(trainer, 10, 50))
+    target = trainer.method.bootstrapped(batch, levels_at(trainer, 15, 50), levels_at(trainer, 10, 50))
     assert not target.requires_grad
     with_graph = BOOT.bootstrapped.__wrapped__  # without its no_grad
-    trainer.bootstrapped = types.MethodType(with_graph, trainer)
+    trainer.method.bootstrapped = types.MethodType(with_graph, trainer.method)
     assert gradients(trainer, "bootstrap", batch)[0] == {10, 15}
 
 
@@ -449,13 +450,13 @@ def copied(kind, schedule, num_labels=0, **settings):
 @pytest.mark.parametrize(("kind", "schedule"), NETWORKS)
 def test_boundary_loss_of_an_untouched_student_is_exactly_zero(kind, schedule):
     trainer = copied(kind, schedule)
-    batch = trainer.next_batch()
-    losses = trainer.student_losses(batch)
+    batch = trainer.method.next_batch()
+    losses = trainer.method.student_losses(batch)
     assert losses["boundary"][1].item() == 0.0
     assert losses["bootstrap"][1] > 1e-6
     with torch.no_grad():
         trainer.roles.student.network.out.bias += 0.1
-    assert trainer.student_losses(batch)["boundary"][1] > 1e-6
+    assert trainer.method.student_losses(batch)["boundary"][1] > 1e-6
 
 
 @pytest.mark.parametrize(("kind", "schedule"), NETWORKS)
@@ -481,7 +482,7 @@ def test_signal_is_the_networks_word_on_the_starting_noise_under_another_label(k
 def test_the_teacher_gets_no_gradient(solver):
     trainer = copied("v", zero_snr(), solver=solver)
     trainer.family.network.requires_grad_(True)  # which a run does not: nothing reaches it all the same
-    trainer.total("student", trainer.student_losses(trainer.next_batch())).backward()
+    trainer.method.total("student", trainer.method.student_losses(trainer.method.next_batch())).backward()
     assert all(p.grad is None for p in trainer.family.network.parameters())
     assert all(p.grad is not None for p in trainer.trained["student"].values())
 
@@ -491,14 +492,14 @@ def test_the_teacher_gets_no_gradient(solver):
 def test_passes_are_those_of_the_plan(solver, guidance_scale):
     trainer = copied("v", zero_snr(), num_labels=2, solver=solver, guidance_scale=guidance_scale)
     trainer.fit()
-    assert trainer.passes == 3 * 16 * BOOT.passes_per_update(trainer.config, trainer.settings)
+    assert trainer.passes == 3 * 16 * BOOT.passes(trainer.config).per_update
 
 
 def test_errors_are_logged_by_span_of_labels():
     trainer = copied("v", zero_snr())
     levels = torch.tensor([0, 249, 250, 499, 500, 999])
-    trainer._log_bins(levels, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0, 11.0]))
-    assert {k: v[0].item() for k, v in trainer._logged.items()} == {
+    trainer.method._log_bins(levels, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0, 11.0]))
+    assert {k: v[0].item() for k, v in trainer.parts.journal.values.items()} == {
         "bootstrap_error/1_of_4": 2.0,
         "bootstrap_error/2_of_4": 6.0,
         "bootstrap_error/3_of_4": 9.0,
@@ -512,7 +513,7 @@ def test_errors_are_logged_by_span_of_labels():
 @pytest.mark.parametrize(("delta", "min_level"), [(50, 1), (50, 20), (1, 1), (998, 1)])
 def test_every_label_below_the_last_is_drawn(delta, min_level):
     trainer = copied("v", zero_snr(), delta=delta, min_level=min_level)
-    s, t = trainer.draw_levels(100_000)
+    s, t = trainer.method.draw_levels(100_000)
     counts = torch.bincount(s, minlength=1000)
     assert counts[:min_level].sum() == 0
     assert counts[999] == 0
@@ -539,7 +540,7 @@ def test_no_label_is_left_out_next_to_the_boundary():
         t = trainer.noise.randint(LOW + DELTA, LAST, count)
         return t - DELTA, t
 
-    trainer.draw_levels = t_first  # the paper's: labels between T - delta and T are never asked for
+    trainer.method.draw_levels = t_first  # the paper's: labels between T - delta and T are never asked for
     assert trained_rows(trainer)[0] == set(range(LOW, LAST - DELTA + 1))
 
 
@@ -548,20 +549,20 @@ def test_progressive_range_grows_from_the_noise_down():
     lowest = []
     for update in (0, 9, 49, 98, 99, 100, 1000):
         trainer.counters["student"] = update
-        s, t = trainer.draw_levels(30_000)
+        s, t = trainer.method.draw_levels(30_000)
         lowest.append(s.min().item())
         assert s.max() == 998
         assert torch.equal(t, (s + 50).clamp(max=999))
     assert lowest == [989, 900, 504, 20, 10, 10, 10]
     # with so many updates that the first ones have no level: the one below the last is theirs
     trainer = copied("v", zero_snr(), progressive=100_000)
-    assert trainer.draw_levels(50)[0].unique().tolist() == [998]
+    assert trainer.method.draw_levels(50)[0].unique().tolist() == [998]
 
 
 def test_progressive_range_in_the_loop():
     trainer = tabular("flow", "flow", updates=30, progressive=20)
-    drawn, draw = [], trainer.draw_levels
-    trainer.draw_levels = lambda count: drawn.append(draw(count)) or drawn[-1]
+    drawn, draw = [], trainer.method.draw_levels
+    trainer.method.draw_levels = lambda count: drawn.append(draw(count)) or drawn[-1]
     trainer.fit()
     lowest = [s.min().item() for s, _ in drawn]
     assert lowest[0] == 38
@@ -626,9 +627,9 @@ def test_guidance_is_in_both_losses(scale, solver):
             x_s = x_t + (S - T) * (v + (x_s - f_by_hand(x_s, s, label, scale)) / S) / 2
         return (x_s - S * eps) / (1 - S)
 
-    torch.testing.assert_close(trainer.bootstrapped(batch, t, s), target(scale), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(trainer.method.bootstrapped(batch, t, s), target(scale), rtol=1e-9, atol=1e-9)
     boundary = lambda scale: (y_T - f_by_hand(eps, torch.ones(6, dtype=F64), label, scale)).square().mean()  # noqa: E731
-    torch.testing.assert_close(trainer.student_losses(batch)["boundary"][1].detach(), boundary(scale))
+    torch.testing.assert_close(trainer.method.student_losses(batch)["boundary"][1].detach(), boundary(scale))
     other = 3.5 - scale  # and neither is the unguided teacher's where it should be guided
     assert (target(other) - target(scale)).abs().max() > 0.1
     assert abs(boundary(other) - boundary(scale)) > 0.1
@@ -640,7 +641,7 @@ def test_the_student_is_told_the_condition_alone(scale, solver, calls):
     trainer, batch = classes(guidance_scale=scale, solver=solver)
     seen, own = [], batch.condition["label"].tolist()
     trainer.roles.student.network.register_forward_pre_hook(lambda module, args: seen.append(args[2].tolist()))
-    trainer.student_losses(batch)
+    trainer.method.student_losses(batch)
     assert seen == [own] * 3
     assert trainer.family.teacher.labels == [own if scale == 1 else [2] * 6 + own] * calls
 
@@ -682,13 +683,16 @@ def test_bad_configs(changes, says):
         make_job(toy_config(method="boot", **changes))
 
 
+def check_settings(settings, family):
+    assert BOOT.check(make_job(toy_config(method="boot", boot=settings)).config, family) == []
+
+
 def test_teachers_that_do_not_fit():
-    settings = BOOT.Settings
     with pytest.raises(UserError, match="cannot be guided"):
-        BOOT.check_family(settings(guidance_scale=2.0), toy_family())
+        check_fit(make_job(toy_config(method="boot", boot={"guidance_scale": 2.0})), toy_family())
     with pytest.raises(UserError, match=r"min_level = 0"):
-        BOOT.check_family(settings(min_level=0), toy_family())
-    BOOT.check_family(settings(min_level=0), toy_family(schedule=FlowSchedule()))
+        check_settings({"min_level": 0}, toy_family())
+    check_settings({"min_level": 0}, toy_family(schedule=FlowSchedule()))
 
 
 @pytest.mark.parametrize(
@@ -697,17 +701,17 @@ def test_teachers_that_do_not_fit():
 def test_labels_are_thousandths_of_the_schedule(timesteps, low, delta):
     """The defaults, min_level 1 and delta 50; timestep 0 cannot be told to a stock scheduler."""
     trainer = copied("eps", linear_betas(timesteps))
-    s, t = trainer.draw_levels(200_000)
+    s, t = trainer.method.draw_levels(200_000)
     assert (s.min().item(), s.max().item()) == (low, timesteps - 2)
     assert torch.equal(t, (s + delta).clamp(max=timesteps - 1))
-    BOOT.check_family(trainer.settings, trainer.family)
+    assert BOOT.check(trainer.config, trainer.family) == []
     assert BOOT.make_sampler(trainer.config, trainer.family).times == (float(low),)
 
 
 def test_a_lowest_label_with_none_above_it_is_refused():
-    BOOT.check_family(BOOT.Settings(min_level=800), toy_family(schedule=linear_betas(10)))
+    check_settings({"min_level": 800}, toy_family(schedule=linear_betas(10)))
     with pytest.raises(UserError, match=r"min_level = 920: leaves no label above it among the teacher's 10 levels"):
-        BOOT.check_family(BOOT.Settings(min_level=920), toy_family(schedule=linear_betas(10)))
+        check_settings({"min_level": 920}, toy_family(schedule=linear_betas(10)))
 
 
 # -- end to end --------------------------------------------------------------------------------------------------
@@ -764,7 +768,7 @@ def test_reaches_the_learned_teachers_samples_from_the_same_noise(kind, schedule
     before = energy_distance(students_samples(trainer), truth)
     trainer.fit()
     after = energy_distance(students_samples(trainer), truth)
-    with torch.no_grad(), trainer.averaged():
+    with torch.no_grad(), trainer.exported():
         x0 = trainer.sampler.sample(trainer.roles.student, eps, {}, trainer.noise.randn_like)
     assert before > 0.2
     assert after < 0.04

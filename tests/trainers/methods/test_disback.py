@@ -16,11 +16,10 @@ from stepdistill.objectives.score_divergence import score_terms
 from stepdistill.roles.recorded import Node, NodeStore
 from stepdistill.run import RunFolder
 from stepdistill.schedule import EDMSchedule
-from stepdistill.trainers.loop.trainer import Interrupted
+from stepdistill.trainers.loop.stopping import Interrupted
 from stepdistill.trainers.methods import disback
-from stepdistill.trainers.methods.disback import DisBackSettings, candidate_updates, choose, target_index
-from stepdistill.trainers.methods.dmd2 import DMD2
-from stepdistill.trainers.plans.build import resume
+from stepdistill.trainers.methods.disback import DisBack, DisBackSettings, candidate_updates, choose, target_index
+from stepdistill.trainers.plans.build import check_fit, resume
 from stepdistill.trainers.plans.job import make_job
 
 F64 = torch.float64
@@ -77,10 +76,10 @@ def scalar_toy(monkeypatch, nodes=6, hold=300):
     points = sigma_points(2)
     z, n = (points[:, i].repeat(len(SIGMAS)).reshape(-1, 1, 1, 1) for i in (0, 1))
     t = SIGMAS.repeat_interleave(len(points))
-    trainer.make_sample = lambda batch: 2 + 0.2 * z
-    trainer.fake_score_draw = lambda x0: (t, n)
+    trainer.method.base.make_sample = lambda batch: 2 + 0.2 * z
+    trainer.method.base.fake_score_draw = lambda x0: (t, n)
     parameters = list(trainer.trained["fake_score"].values())
-    trainer.optimizers["fake_score"] = torch.optim.SGD(parameters, lr=0.005)
+    trainer.optimizers.adamw["fake_score"] = torch.optim.SGD(parameters, lr=0.005)
     return trainer
 
 
@@ -88,18 +87,18 @@ def test_recorded_path_is_the_sheets(monkeypatch):
     trainer = scalar_toy(monkeypatch)
     teacher = {k: v.clone() for k, v in trainer.family.network.state_dict().items()}
     student = {k: v.clone() for k, v in trainer.roles.student.state_dict().items()}
-    trainer.prepare()
-    assert trainer.start_loss == pytest.approx(7.835, abs=2e-3)
-    assert [node.update for node in trainer.path] == sorted(RECORDED)
-    for node in trainer.path:
-        found = trainer.store.read(node)
+    trainer.begin()
+    assert trainer.method.memory["start_loss"] == pytest.approx(7.835, abs=2e-3)
+    assert [node.update for node in trainer.method.path] == sorted(RECORDED)
+    for node in trainer.method.path:
+        found = trainer.method.store.read(node)
         mu, V, loss = RECORDED[node.update]
         assert (found["mu"].item(), found["V"].item()) == pytest.approx((mu, V), abs=1e-3)
         assert node.loss == pytest.approx(loss, abs=2e-3)
-    losses = [trainer.start_loss, *(node.loss for node in trainer.path)]
+    losses = [trainer.method.memory["start_loss"], *(node.loss for node in trainer.method.path)]
     assert losses == sorted(losses, reverse=True)
     # the fake score starts from the last node; teacher and student are as they were
-    last = trainer.store.read(trainer.path[-1])
+    last = trainer.method.store.read(trainer.method.path[-1])
     assert all(torch.equal(last[k], v) for k, v in trainer.roles.fake_score.state_dict().items())
     assert all(torch.equal(teacher[k], v) for k, v in trainer.family.network.state_dict().items())
     assert all(torch.equal(student[k], v) for k, v in trainer.roles.student.state_dict().items())
@@ -112,14 +111,19 @@ def walk(trainer, steps=300, lr=0.05):
     z, n = (points[:, i].repeat(len(SIGMAS)).reshape(-1, 1, 1, 1) for i in (0, 1))
     t = SIGMAS.repeat_interleave(len(points))
     means, indices = [], []
-    for step in range(steps * trainer.disback.nodes):
-        if trainer.switch(target_index(step, trainer.disback.nodes, steps)):
-            indices.append(trainer.target)
+    for step in range(steps * trainer.method.settings.nodes):
+        if trainer.method.walk.move_to(target_index(step, trainer.method.settings.nodes, steps), trainer.method.path):
+            indices.append(trainer.method.walk.index)
             means.append(a.item())
         x_t = 2.0 * 0 + a + b * z + t.reshape(-1, 1, 1, 1) * n
         fake = GaussianMixture([[a.item()]], b.item() ** 2).denoiser(trainer.family.schedule)
         with torch.no_grad():
-            y, _ = score_terms(trainer.roles.teacher(x_t, t, {}), fake(x_t, t, {}), x_t, "score")
+            y, _ = score_terms(
+                (trainer.method.walk.teacher.denoiser or trainer.roles.teacher)(x_t, t, {}),
+                fake(x_t, t, {}),
+                x_t,
+                "score",
+            )
         direction = t.reshape(-1, 1, 1, 1) ** 2 * y
         a, b = a - lr * direction.mean(), b - lr * (direction * z).mean()
     return means, indices, a.item(), abs(b.item())
@@ -127,19 +131,20 @@ def walk(trainer, steps=300, lr=0.05):
 
 def test_walk_visits_the_nodes_in_reverse_and_ends_at_the_teacher(monkeypatch):
     trainer = scalar_toy(monkeypatch)
-    trainer.prepare()
+    trainer.begin()
     means, indices, a, b = walk(trainer)
     assert indices == [1, 2, 3, 4, 5, 6]
     assert means[0] == 2.0
     assert means[1:] == pytest.approx([1.942, 1.651, 1.164, 0.592, 0.169], abs=2e-3)
     assert (a, b) == pytest.approx((0.0, 1.0), abs=5e-3)
-    assert trainer.roles.teacher is trainer.own_teacher
+    assert trainer.method.walk.teacher.denoiser is None
 
 
 def test_nodes_walked_in_the_recorded_order_would_not_pass(monkeypatch):
     trainer = scalar_toy(monkeypatch, hold=50)
-    trainer.prepare()
-    trainer.path = trainer.path[-2::-1] + trainer.path[-1:]
+    trainer.begin()
+    path = trainer.method.memory["path"]
+    trainer.method.memory["path"] = path[-2::-1] + path[-1:]
     means, *_ = walk(trainer, 50)
     assert means[1:] != pytest.approx([1.942, 1.651, 1.164, 0.592, 0.169], abs=0.1)
 
@@ -177,13 +182,15 @@ def test_loss_spaced_nodes_are_at_equal_steps_of_loss():
 def test_a_path_is_chosen_from_the_loss_of_the_teacher_itself():
     """The probe's loss before the first update, and not from 0 or from the first candidate's."""
     trainer = short(spacing="loss", recorded=12)
-    trainer.prepare()
+    trainer.begin()
     again = short(spacing="loss", recorded=12)
-    again.probe = again._make_probe()
-    assert trainer.start_loss == again.probe_loss()
-    assert len(trainer.candidates) > 4
-    assert trainer.path == choose(trainer.candidates, trainer.start_loss, 3)
-    assert trainer.path != choose(trainer.candidates, 0.0, 3)
+    again.method.begin_recording()
+    assert trainer.method.memory["start_loss"] == again.method.probe_loss()
+    assert len([Node(**node) for node in trainer.method.memory["candidates"]]) > 4
+    assert trainer.method.path == choose(
+        [Node(**node) for node in trainer.method.memory["candidates"]], trainer.method.memory["start_loss"], 3
+    )
+    assert trainer.method.path != choose([Node(**node) for node in trainer.method.memory["candidates"]], 0.0, 3)
 
 
 def test_chosen_nodes_keep_their_order_when_the_loss_does_not_fall():
@@ -233,22 +240,24 @@ def short(run=None, base="dmd2", updates=12, recorded=6, **disback):
 def test_the_base_asks_the_targets_in_turn_and_then_the_teacher():
     trainer = short()
     asked = []
-    compare = trainer.compare
+    compare = trainer.method.base.predict_both
 
     def note(x0, condition):
-        asked.append("teacher" if trainer.roles.teacher is trainer.own_teacher else trainer.target)
-        if trainer.target and asked[-1] != "teacher":
-            node = trainer.store.read(trainer.path[trainer.disback.nodes - trainer.target - 1])
-            now = trainer.roles.teacher.portable_state_dict()
+        asked.append(trainer.method.walk.index if trainer.method.walk.teacher.denoiser else "teacher")
+        if trainer.method.walk.index and asked[-1] != "teacher":
+            node = trainer.method.store.read(
+                trainer.method.path[trainer.method.settings.nodes - trainer.method.walk.index - 1]
+            )
+            now = trainer.method.walk.teacher.denoiser.portable_state_dict()
             assert now.keys() == node.keys()
             assert all(torch.equal(node[k], now[k]) for k in node)
-            assert not any(p.requires_grad for p in trainer.roles.teacher.network.parameters())
+            assert not any(p.requires_grad for p in trainer.method.walk.teacher.denoiser.network.parameters())
         return compare(x0, condition)
 
-    trainer.compare = note
+    trainer.method.base.predict_both = note
     trainer.fit()
     assert asked == [1, 1, 2, 2] + ["teacher"] * 8
-    assert trainer.node_teacher is None  # freed
+    assert trainer.method.walk.node_teacher is None  # freed
     assert trainer.counters["recorded"] == 6
     assert trainer.counters["student"] == 12
     assert trainer.counters["fake_score"] == 6 + trainer.counters["iteration"] - 6
@@ -257,24 +266,25 @@ def test_the_base_asks_the_targets_in_turn_and_then_the_teacher():
 def test_target_equal_to_the_fake_score_gives_no_gradient():
     """T_0 would: which is why the walk starts at T_1."""
     trainer = short()
-    trainer.prepare()
-    trainer.roles.teacher = trainer.roles.frozen_like(trainer.roles.fake_score, "target")
-    trainer.roles.teacher.load_portable_state_dict(trainer.store.read(trainer.path[-1]))
-    batch = trainer.next_batch()
-    x0 = trainer.make_sample(batch).detach()
-    assert (trainer.distribution_matching(x0, batch.condition) == 0).all()
-    trainer.switch(1)
-    assert (trainer.distribution_matching(x0, batch.condition) != 0).any()
+    trainer.begin()
+    target = trainer.roles.frozen_like(trainer.roles.fake_score, "target")
+    target.load_portable_state_dict(trainer.method.store.read(trainer.method.path[-1]))
+    trainer.method.walk.teacher.denoiser = target
+    batch = trainer.method.next_batch()
+    x0 = trainer.method.base.make_sample(batch).detach()
+    assert (trainer.method.base.distribution_matching(x0, batch.condition) == 0).all()
+    trainer.method.walk.move_to(1, trainer.method.path)
+    assert (trainer.method.base.distribution_matching(x0, batch.condition) != 0).any()
 
 
 def test_recording_trains_the_fake_score_alone():
     trainer = short()
     updated = []
-    update = trainer.update
-    trainer.update = lambda role: updated.append(role) or update(role)
-    trainer.prepare()
+    update = trainer.step
+    trainer.step = lambda role: updated.append(role) or update(role)
+    trainer.begin()
     assert updated == ["fake_score"] * 6
-    assert trainer.student_turn()  # the base method's loop starts with the student
+    assert [name for name, _ in trainer.method.updates()] == ["student", "fake_score"]  # the base starts as it does
 
 
 def test_the_probe_takes_nothing_from_the_runs_own_samples_and_noise():
@@ -291,7 +301,7 @@ def test_the_probe_takes_nothing_from_the_runs_own_samples_and_noise():
             sampler={"steps": 4},
             data={"images": {"folder": "unused"}},
         )
-        trainer.prepare()
+        trainer.begin()
         assert trainer.counters["real"] == trainer.counters["conditions"] == 8
         found.append(trainer.noise.get_state())
     assert torch.equal(*found)
@@ -308,14 +318,19 @@ def test_the_walk_begins_with_the_students_turn_however_many_updates_were_record
 
 def test_guidance_and_null_probability_are_the_nodes_own():
     trainer = short(guidance_scales=[1.0, 2.0], null_probability=0.5)
-    assert trainer.null_probability == 0.5
-    trainer.prepare()
-    assert trainer.null_probability == 0.0
+    probabilities, denoising = [], trainer.method.base.denoising
+    trainer.method.base.denoising = lambda x0, condition, probability=None: (
+        probabilities.append(probability) or denoising(x0, condition, probability)
+    )
+    trainer.begin()
+    assert probabilities == [0.5] * 6
+    trainer.iteration()
+    assert probabilities[-1] is None  # the base's own, 0
     scales = []
     for target in (1, 2, 3):
-        trainer.switch(target)
-        scales.append(trainer.teacher_scale(4))
-    assert scales == [1.0, 2.0, trainer.settings.guidance_scale]
+        trainer.method.walk.move_to(target, trainer.method.path)
+        scales.append(trainer.method.base.teacher_scale(4))
+    assert scales == [1.0, 2.0, trainer.method.base.settings.guidance_scale]
 
 
 # -- on disk -----------------------------------------------------------------------------------------------------
@@ -384,8 +399,8 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path, stop_at):
     maybe_stop = first._maybe_stop
 
     def stop():
-        if first.counters[counter] == at and (counter == "recorded" or first.path):
-            first._stop = ("stopped", 1)
+        if first.counters[counter] == at and (counter == "recorded" or first.method.path):
+            first.stopping.reason = ("stopped", 1)
         maybe_stop()
 
     first._maybe_stop = stop
@@ -393,10 +408,10 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path, stop_at):
         first.fit()
     second, run = started(tmp_path / "halves")
     assert resume(second, run)
-    assert (second.path is None) == (counter == "recorded")
+    assert (second.method.path is None) == (counter == "recorded")
     second.fit()
     assert whole.counters == second.counters
-    assert whole.path == second.path
+    assert whole.method.path == second.method.path
     a, b = state_of(whole), state_of(second)
     assert all(torch.equal(a[k], b[k]) for k in a)
     first_rows, second_rows = ((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("whole", "halves"))
@@ -407,7 +422,7 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path, stop_at):
 @pytest.mark.parametrize("harm", ["missing", "damaged", "another"])
 def test_a_node_that_is_not_what_was_written_is_refused(tmp_path, harm):
     trainer, run = started(tmp_path / "run")
-    trainer.prepare()
+    trainer.begin()
     file = run.nodes / "node-00000004.safetensors"
     if harm == "missing":
         file.unlink()
@@ -423,9 +438,9 @@ def test_a_node_that_is_not_what_was_written_is_refused(tmp_path, harm):
 
 def test_weights_of_another_shape_are_refused(tmp_path):
     trainer = short()
-    trainer.prepare()
+    trainer.begin()
     role = trainer.roles.frozen_like(trainer.roles.fake_score, "target")
-    good = trainer.store.read(trainer.path[0])
+    good = trainer.method.store.read(trainer.method.path[0])
     renamed = {f"fake_unet.{k}": v for k, v in good.items()}  # what a non-strict load would pass over
     with pytest.raises(UserError, match="do not fit this network"):
         role.load_portable_state_dict(renamed)
@@ -475,17 +490,17 @@ def test_bad_configs(changes, says):
 
 
 def test_a_teacher_without_null_is_refused_where_a_node_is_guided():
+    raw = toy_config(method="disback", disback={"nodes": 2, "updates": 2, "hold": 1, "guidance_scales": [2.0]})
     with pytest.raises(UserError, match="cannot be guided"):
-        toy_trainer(method="disback", disback={"nodes": 2, "updates": 2, "hold": 1, "guidance_scales": [2.0]})
+        check_fit(make_job(raw), toy_family())
 
 
 def test_sections_of_the_base_and_of_others():
     raw = toy_config(method="disback", disback={"nodes": 0}, dmd2={"fake_score_updates": 3}, sim={"c": 0.1})
     job = make_job(raw)
     assert job.unused == ("sim",)
-    assert job.settings.fake_score_updates == 3
-    assert issubclass(job.method, DMD2)
-    assert job.method.name == "disback"
+    assert job.config.dmd2.fake_score_updates == 3
+    assert job.method is DisBack
     assert job.config.disback.nodes == 0
 
 

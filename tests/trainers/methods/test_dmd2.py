@@ -26,10 +26,10 @@ def guided_trainer(student_mean: float, scale: float):
 def test_guided_fixed_point(scale, fixed_point):
     """The student rests at mu_null + s (mu_cond - mu_null); the other convention's 2.2 at s = 3 does not rest."""
     trainer, x0, condition = guided_trainer(fixed_point, scale)
-    assert trainer.distribution_matching(x0, condition).abs().max() < 1e-12
+    assert trainer.method.distribution_matching(x0, condition).abs().max() < 1e-12
     other = 0.7 + scale * 0.5
     trainer, x0, condition = guided_trainer(other, scale)
-    assert trainer.distribution_matching(x0, condition).abs().mean() > 0.1
+    assert trainer.method.distribution_matching(x0, condition).abs().mean() > 0.1
 
 
 def labelled_trainer(method="dmd2", **changes):
@@ -48,9 +48,9 @@ def gan_trainer(**changes):
 
 def test_student_turn_gives_gradients_to_the_student_alone():
     trainer = gan_trainer()
-    batch = trainer.next_batch()
-    x0 = trainer.make_sample(batch)
-    gradient = trainer.sample_gradient(x0.detach(), batch)
+    batch = trainer.method.next_batch()
+    x0 = trainer.method.make_sample(batch)
+    gradient = trainer.method.sample_gradient(x0.detach(), batch)
     assert gradient.abs().sum() > 0
     x0.backward(gradient)
     assert all(p.grad is not None for p in trainer.trained["student"].values())
@@ -59,19 +59,19 @@ def test_student_turn_gives_gradients_to_the_student_alone():
 
 def test_generator_term_reaches_the_sample():
     trainer = gan_trainer()
-    batch = trainer.next_batch()
-    x0 = trainer.make_sample(batch).detach().requires_grad_()
-    _, loss = trainer.student_losses(x0, batch)["generator"]
+    batch = trainer.method.next_batch()
+    x0 = trainer.method.make_sample(batch).detach().requires_grad_()
+    _, loss = trainer.method.student_losses(x0, batch)["generator"]
     (gradient,) = torch.autograd.grad(loss, x0)
     assert gradient.abs().sum() > 0
 
 
 def test_fake_score_turn_gives_gradients_to_fake_score_and_head_alone():
     trainer = gan_trainer()
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     with torch.no_grad():
-        x0 = trainer.make_sample(batch)
-    losses = trainer.fake_score_losses(x0, batch)
+        x0 = trainer.method.make_sample(batch)
+    losses = trainer.method.fake_score_losses(x0, batch)
     sum(w * loss for w, loss in losses.values()).backward()
     assert all(p.grad is None for p in trainer.trained["student"].values())
     assert all(p.grad is not None for p in trainer.trained["fake_score"].values())
@@ -80,28 +80,29 @@ def test_fake_score_turn_gives_gradients_to_fake_score_and_head_alone():
 def test_the_head_learns_in_the_fake_scores_turn_and_not_in_the_students():
     """By their optimizer's steps: after the student's update alone it is what it was."""
     trainer = gan_trainer()
-    head = trainer.extra["discriminator"]
+    head = trainer.method.networks["discriminator"]
 
     def weights():
         return {k: p.detach().clone() for k, p in head.named_parameters()}
 
     before = weights()
-    samples = trainer.update_student()
+    samples = []
+    trainer.take(("student", trainer.method.student_terms(samples)))
     assert all(torch.equal(before[k], v) for k, v in weights().items())
-    trainer.update_fake_score(samples)
+    trainer.take(("fake_score", trainer.method.fake_score_terms(samples)))
     assert all(not torch.equal(before[k], v) for k, v in weights().items())
 
 
 def test_discriminator_loss_trains_the_encoder_and_not_the_decoder():
     trainer = gan_trainer()
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     with torch.no_grad():
-        x0 = trainer.make_sample(batch)
-    trainer.fake_score_losses(x0, batch)["discriminator"][1].backward()
+        x0 = trainer.method.make_sample(batch)
+    trainer.method.fake_score_losses(x0, batch)["discriminator"][1].backward()
     fake = dict(trainer.roles.fake_score.network.named_parameters())
     assert fake["into.weight"].grad is not None
     assert fake["out.weight"].grad is None
-    assert all(p.grad is not None for p in trainer.extra["discriminator"].parameters())
+    assert all(p.grad is not None for p in trainer.method.networks["discriminator"].parameters())
 
 
 def labelled_gan_trainer(method, **gan):
@@ -109,7 +110,7 @@ def labelled_gan_trainer(method, **gan):
     own = {"gan": {"student_weight": 0.1, "discriminator_weight": 0.3, **gan}}
     trainer = labelled_trainer(method, dmd2=own)
     with torch.no_grad():
-        for parameter in trainer.extra["discriminator"].parameters():
+        for parameter in trainer.method.networks["discriminator"].parameters():
             parameter.mul_(3.0)
     return trainer
 
@@ -118,7 +119,7 @@ def logits_by_hand(trainer, x0, label, max_level=999):
     """The head on the fake score's features at a level and noise of their own, (B, 1)."""
     t = trainer.noise.randint(0, max_level, len(x0))
     x_t = trainer.family.schedule.add_noise(x0, trainer.noise.randn_like(x0), t)
-    return trainer.extra["discriminator"](trainer.roles.fake_score.features(x_t, t, {"label": label}))
+    return trainer.method.networks["discriminator"](trainer.roles.fake_score.features(x_t, t, {"label": label}))
 
 
 def cost(logits):
@@ -131,16 +132,16 @@ def cost(logits):
 def test_discriminators_loss_by_hand(method, max_level):
     """softplus(D(fake)) + softplus(-D(real)), the real pictures under labels of their own."""
     trainer = labelled_gan_trainer(method, max_level=max_level)
-    batch, x0 = trainer.next_batch(), torch.randn(8, 2, 1, 1)
+    batch, x0 = trainer.method.next_batch(), torch.randn(8, 2, 1, 1)
     state = trainer.noise.get_state()
-    weight, loss = trainer.fake_score_losses(x0, batch)["discriminator"]
+    weight, loss = trainer.method.fake_score_losses(x0, batch)["discriminator"]
     assert weight == 0.3
     assert trainer.counters["real"] == 8
 
     def by_hand(real_label, fake_label):
         trainer.noise.set_state(state)
-        trainer.fake_score_draw(x0)  # of the denoising loss
-        real = trainer.real.latents[trainer.real.order.indices(0, 8)]
+        trainer.method.fake_score_draw(x0)  # of the denoising loss
+        real = trainer.parts.real.latents[trainer.parts.real.order.indices(0, 8)]
         return [logits_by_hand(trainer, x, label, max_level) for x, label in ((real, real_label), (x0, fake_label))]
 
     ones, labels = torch.ones(8, dtype=torch.long), batch.condition["label"]
@@ -154,12 +155,12 @@ def test_discriminators_loss_by_hand(method, max_level):
 def test_generators_loss_by_hand(method):
     """softplus(-D(fake)) after the draws of the matching gradient, under the student's labels."""
     trainer = labelled_gan_trainer(method)
-    batch, x0 = trainer.next_batch(), torch.randn(8, 2, 1, 1)
+    batch, x0 = trainer.method.next_batch(), torch.randn(8, 2, 1, 1)
     state = trainer.noise.get_state()
-    weight, loss = trainer.student_losses(x0, batch)["generator"]
+    weight, loss = trainer.method.student_losses(x0, batch)["generator"]
     assert weight == 0.1
     trainer.noise.set_state(state)
-    trainer.distribution_matching(x0, batch.condition)
+    trainer.method.distribution_matching(x0, batch.condition)
     fake = logits_by_hand(trainer, x0, batch.condition["label"])
     torch.testing.assert_close(loss, cost(-fake))
     assert (cost(fake) - loss).abs() > 0.02
@@ -169,25 +170,26 @@ def test_a_discriminator_of_clean_samples_sees_them_at_the_lowest_level():
     trainer = labelled_gan_trainer("dmd2", noised=False)
     x0, labels = torch.randn(8, 2, 1, 1), torch.arange(8) % 2
     features = trainer.roles.fake_score.features(x0, torch.zeros(8, dtype=torch.long), {"label": labels})
-    torch.testing.assert_close(trainer.logits(x0, {"label": labels}), trainer.extra["discriminator"](features))
+    torch.testing.assert_close(
+        trainer.method.logits(x0, {"label": labels}), trainer.method.networks["discriminator"](features)
+    )
 
 
 @pytest.mark.parametrize("ratio", [1, 3, 5])
 def test_two_time_scales_student_first_and_counts_exact(ratio):
     trainer = toy_trainer(dmd2={"fake_score_updates": ratio}, train={"updates": 4})
     order = []
-    update = trainer.update
-    trainer.update = lambda role: (order.append(role), update(role))[1]
+    update = trainer.step
+    trainer.step = lambda role: (order.append(role), update(role))[1]
     for _ in range(3 * ratio):
         trainer.iteration()
-        trainer.counters["iteration"] += 1
     assert order == (["student"] + ["fake_score"] * ratio) * 3
 
 
 def test_fake_score_trains_on_the_samples_made_before_the_students_update():
     trainer = toy_trainer()
     seen = {}
-    losses, make = trainer.fake_score_losses, trainer.make_sample
+    losses, make = trainer.method.fake_score_losses, trainer.method.make_sample
 
     def make_and_keep(batch):
         x0 = make(batch)
@@ -198,7 +200,7 @@ def test_fake_score_trains_on_the_samples_made_before_the_students_update():
         seen["trained_on"], seen["graph"] = x0.clone(), x0.requires_grad
         return losses(x0, batch)
 
-    trainer.make_sample, trainer.fake_score_losses = make_and_keep, losses_and_keep
+    trainer.method.make_sample, trainer.method.fake_score_losses = make_and_keep, losses_and_keep
     trainer.iteration()
     assert torch.equal(seen["made"], seen["trained_on"])
     assert not seen["graph"]
@@ -208,8 +210,8 @@ def test_level_laws():
     """Levels 20..980 where student and teacher meet, 0..999 for fake score and discriminator; ends included."""
     trainer = gan_trainer(train={"batch_size": 4000})
     ranges = []
-    draw = trainer.draw_time
-    trainer.draw_time = lambda low, high, count: ranges.append((low, high)) or draw(low, high, count)
+    draw = trainer.method.draw_time
+    trainer.method.draw_time = lambda low, high, count: ranges.append((low, high)) or draw(low, high, count)
     trainer.iteration()
     # student: matching, generator; fake score: denoising, real logits, fake logits
     assert ranges == [(20, 980), (0, 999), (0, 999), (0, 999), (0, 999)]
@@ -222,9 +224,9 @@ def test_fake_score_equal_to_a_learned_teacher_gives_a_loss_of_zero():
     trainer = toy_trainer()
     family = trainer.family
     trainer.roles.teacher = trainer.roles.fake_score
-    batch = trainer.next_batch()
-    x0 = trainer.make_sample(batch).detach()
-    assert trainer.distribution_matching(x0, batch.condition).abs().max() == 0
+    batch = trainer.method.next_batch()
+    x0 = trainer.method.make_sample(batch).detach()
+    assert trainer.method.distribution_matching(x0, batch.condition).abs().max() == 0
     assert family.has_null is False
 
 
@@ -248,8 +250,8 @@ def test_exit_step_is_shared_uniform_and_the_first_input_is_the_batch_noise_itse
     trainer = steps_trainer()
     counts = dict.fromkeys(trainer.sampler.times, 0)
     for _ in range(400):
-        batch = trainer.next_batch()
-        x_t, t = trainer.student_input(batch)
+        batch = trainer.method.next_batch()
+        x_t, t = trainer.method.student_input(batch)
         assert (t == t[0]).all()
         counts[float(t[0])] += 1
         if t[0] == 999:
@@ -273,8 +275,8 @@ def test_rollout_starts_from_new_noise_and_ends_with_the_batchs():
             return prediction
 
     trainer.roles.student = Spy()
-    batch = trainer.next_batch()
-    x_t, t = trainer.student_input(batch)
+    batch = trainer.method.next_batch()
+    x_t, t = trainer.method.student_input(batch)
     (first_input, x0_hat, grad), *rest = seen
     assert not rest
     assert not grad
@@ -286,7 +288,7 @@ def test_rollout_starts_from_new_noise_and_ends_with_the_batchs():
 def at_exit(trainer, exit_index):
     """A batch whose training input is that of step ``exit_index``, and the state of the noise before it is made."""
     while True:
-        batch, state = trainer.next_batch(), trainer.noise.get_state()
+        batch, state = trainer.method.next_batch(), trainer.noise.get_state()
         if trainer.noise.shared_randint(0, trainer.sampler.steps - 1) == exit_index:
             trainer.noise.set_state(state)
             return batch, state
@@ -297,7 +299,7 @@ def test_backward_simulation_by_hand(exit_index):
     """A first noise of its own, another for every move, and the batch's for the last."""
     trainer = labelled_trainer(sampler={"steps": 4})
     batch, state = at_exit(trainer, exit_index)
-    found, t = trainer.student_input(batch)
+    found, t = trainer.method.student_input(batch)
     trainer.noise.set_state(state)
     trainer.noise.shared_randint(0, 3)
     times = [torch.full((8,), time) for time in (999, 749, 499, 249)]
@@ -315,7 +317,7 @@ def test_gradient_passes_through_one_step_only():
     trainer = steps_trainer(steps=4)
     trainer.noise.shared_randint = lambda low, high: 3
     before = trainer.roles.meter.forward, trainer.roles.meter.backward
-    x0 = trainer.make_sample(trainer.next_batch())
+    x0 = trainer.method.make_sample(trainer.method.next_batch())
     assert x0.requires_grad
     forward, backward = trainer.roles.meter.forward - before[0], trainer.roles.meter.backward - before[1]
     assert (forward, backward) == (4 * 8, 2 * 8)
@@ -331,12 +333,12 @@ def test_real_inputs_are_noised_samples_each_at_a_time_of_its_own():
         data={"images": {"folder": "unused"}},
         train={"batch_size": 64},
     )
-    batch = trainer.next_batch()
-    x_t, t = trainer.student_input(batch)
+    batch = trainer.method.next_batch()
+    x_t, t = trainer.method.student_input(batch)
     assert set(t.tolist()) == {999, 749, 499, 249}
     first = t == 999
     assert torch.equal(x_t[first], batch.noise[first])
-    real = trainer.real.latents[trainer.real.order.indices(0, 64)]
+    real = trainer.parts.real.latents[trainer.parts.real.order.indices(0, 64)]
     expected = family.schedule.add_noise(real, batch.noise, t)
     torch.testing.assert_close(x_t[~first], expected[~first])
 
@@ -345,14 +347,15 @@ def test_real_inputs_come_with_the_real_samples_labels_and_the_first_is_pure_noi
     """On a schedule whose last level is not pure noise; what is made of them is told their labels."""
     real = {"multistep_input": "real", "null_probability": 0.0}
     trainer = labelled_trainer(sampler={"steps": 4}, dmd2=real, train={"batch_size": 32})
-    batch = trainer.next_batch()
-    assert set(batch.condition["label"].tolist()) == {0, 1}
-    state = trainer.noise.get_state()
-    x0 = trainer.make_sample(batch)
+    conditions = trainer.method.next_conditions()
+    assert set(conditions.condition["label"].tolist()) == {0, 1}
+    batch = trainer.method.prepare(conditions)
     assert batch.condition["label"].tolist() == [1] * 32
+    state = trainer.noise.get_state()
+    x0 = trainer.method.make_sample(batch)
     trainer.noise.set_state(state)
     t = torch.tensor([999, 749, 499, 249])[trainer.noise.randint(0, 3, 32)]
-    pictures = trainer.real.latents[trainer.real.order.indices(0, 32)]
+    pictures = trainer.parts.real.latents[trainer.parts.real.order.indices(0, 32)]
     x_t = trainer.family.schedule.add_noise(pictures, batch.noise, t)
     first = t == 999
     assert 0 < first.sum() < 32
@@ -364,8 +367,8 @@ def test_real_inputs_come_with_the_real_samples_labels_and_the_first_is_pure_noi
 
 def test_one_step_input_is_the_noise_at_the_chosen_time():
     trainer = toy_trainer(toy_family(schedule=linear_betas(), kind="eps"), sampler={"start": 399})
-    batch = trainer.next_batch()
-    x_t, t = trainer.student_input(batch)
+    batch = trainer.method.next_batch()
+    x_t, t = trainer.method.student_input(batch)
     assert torch.equal(x_t, batch.noise)
     assert (t == 399).all()
     # x0 = (z - sigma eps) / alpha: 1.532 z - 1.161 eps at 399

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 from torch import nn
-from toys import linear_betas, toy_trainer
+from toys import linear_betas, send_backward, toy_trainer
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.families.analytic import AnalyticFamily
@@ -41,8 +41,8 @@ def test_all_but_the_first_step_are_held_to_what_the_student_was():
     values, held = trainer.roles.student.network.values, set()
     for _ in range(40):
         values.grad = None
-        batch = trainer.next_batch()
-        trainer.before_student_update([(batch, torch.randn(8, 1, 1, 1))])
+        batch = trainer.method.next_batch()
+        send_backward(trainer.method.more_student_terms([(batch, torch.randn(8, 1, 1, 1))]))
         (time,) = values.grad.nonzero()[:, 0].tolist()
         assert values.grad[time].item() == pytest.approx(0.3 * 2 * 0.5, rel=1e-5)
         held.add(time)
@@ -55,7 +55,7 @@ def test_every_step_of_every_number_of_steps_is_trained_alike(also):
     trainer = trainer_of({"steps": 4, "also_steps": also}, train_steps="all")
     counts = dict.fromkeys(TIMES, 0)
     for _ in range(700):
-        _, t = trainer.student_input(trainer.next_batch())
+        _, t = trainer.method.student_input(trainer.method.next_batch())
         assert len(t.unique()) == 1
         counts[int(t[0])] += 1
     shares = [3, 1, 2, 1] if also else [1, 1, 1, 1]
@@ -68,8 +68,8 @@ def test_a_rollout_in_two_steps_meets_its_second_input_at_its_own_time():
     trainer = trainer_of({"steps": 2}, train_steps="all")
     seen = set()
     for _ in range(20):
-        batch = trainer.next_batch()
-        x_t, t = trainer.student_input(batch)
+        batch = trainer.method.next_batch()
+        x_t, t = trainer.method.student_input(batch)
         if t[0] == 499:
             x0 = trainer.roles.student.network.values[999].detach().expand(8, 1, 1, 1)
             torch.testing.assert_close(x_t, linear_betas().add_noise(x0, batch.noise, t))
@@ -85,7 +85,7 @@ def test_the_squared_error_is_to_the_students_own_sample_as_it_was(reference_ste
     start = trainer.roles.student.network.values.detach().clone()
     move_student(trainer)
     x0 = torch.full((8, 1, 1, 1), 0.25, requires_grad=True)
-    weight, loss = trainer.student_losses(x0, trainer.next_batch())["mse"]
+    weight, loss = trainer.method.student_losses(x0, trainer.method.next_batch())["mse"]
     assert weight == 0.7
     assert loss.item() == pytest.approx((0.25 - start[time].item()) ** 2, rel=1e-5)
 
@@ -93,6 +93,6 @@ def test_the_squared_error_is_to_the_students_own_sample_as_it_was(reference_ste
 def test_a_resumed_stage_holds_to_what_the_saved_one_held_to():
     first, second = trainer_of(hold_weight=1.0), trainer_of(hold_weight=1.0)
     with torch.no_grad():
-        first.start.network.values.fill_(7.0)
+        first.method.start.network.values.fill_(7.0)
     second.restore(*first.state(), "here")
-    assert (second.start.network.values == 7.0).all()
+    assert (second.method.start.network.values == 7.0).all()

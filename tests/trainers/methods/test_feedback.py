@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from judges import Brightness
-from toys import toy_family, toy_trainer, zero_snr
+from toys import send_backward, toy_family, toy_trainer, zero_snr
 
 from stepdistill.analytic import GaussianMixture
 from stepdistill.config import merge
@@ -16,7 +16,7 @@ from stepdistill.data.teacher_pairs import PairRecipe, PairSet
 from stepdistill.errors import UserError
 from stepdistill.objectives.distribution_matching import distribution_matching_gradient
 from stepdistill.sampler import ddim_times
-from stepdistill.trainers.loop.trainer import Batch
+from stepdistill.trainers.methods.base import Batch
 from stepdistill.trainers.plans.build import build_trainer
 from stepdistill.trainers.plans.job import make_job
 
@@ -43,7 +43,7 @@ def trainer_of(teacher, tmp_path, method, **changes):
 
 
 def gradients(trainer, batch):
-    losses = trainer.student_losses(batch)
+    losses = trainer.method.student_losses(batch)
     total = sum(weight * loss for weight, loss in losses.values())
     found = torch.autograd.grad(total, list(trainer.trained["student"].values()), allow_unused=True)
     return losses, [g for g in found if g is not None]
@@ -57,7 +57,7 @@ def test_the_loss_is_the_hinge_of_the_reward_of_the_decoded_sample(teacher, tmp_
     trainer = trainer_of(
         teacher, tmp_path, "feedback", feedback={"rewards": rewards}, roles={"student_from": str(teacher)}
     )
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     losses, _ = gradients(trainer, batch)
     x0 = trainer.roles.student(batch.noise, trainer.sampler.time(0, batch.noise), batch.condition).x0
     expected = (0.4 - x0.flatten(1).mean(1)).clamp(min=0).mean()
@@ -69,8 +69,8 @@ def test_the_loss_is_the_hinge_of_the_reward_of_the_decoded_sample(teacher, tmp_
 def test_a_reward_is_told_what_each_sample_is_of(teacher, tmp_path):
     trainer = trainer_of(teacher, tmp_path, "feedback", feedback={"rewards": [{"reward": "judges:TimesLabel"}]})
     for _ in range(3):
-        batch = trainer.next_batch()
-        ((_, loss),) = trainer.student_losses(batch).values()
+        batch = trainer.method.next_batch()
+        ((_, loss),) = trainer.method.student_losses(batch).values()
         x0 = trainer.roles.student(batch.noise, trainer.sampler.time(0, batch.noise), batch.condition).x0
         factor = batch.condition["label"] + 1
         torch.testing.assert_close(loss, -(factor * x0.flatten(1).mean(1)).mean())
@@ -79,8 +79,8 @@ def test_a_reward_is_told_what_each_sample_is_of(teacher, tmp_path):
 def test_rollouts_take_the_numbers_of_steps_that_are_set(teacher, tmp_path):
     """Two in place of the sampler's four; the graded one is the second, from the first's sample."""
     trainer = trainer_of(teacher, tmp_path, "feedback", sampler={"steps": 4}, feedback={"rollout_steps": [2]})
-    batch, state = trainer.next_batch(), trainer.noise.get_state()
-    result = trainer.graded(batch)
+    batch, state = trainer.method.next_batch(), trainer.noise.get_state()
+    result = trainer.method.graded(batch)
     trainer.noise.set_state(state)
     times = [torch.full((4,), time) for time in (999, 499)]
     x0 = trainer.roles.student(batch.noise, times[0], batch.condition).x0
@@ -91,17 +91,17 @@ def test_rollouts_take_the_numbers_of_steps_that_are_set(teacher, tmp_path):
 def test_a_reward_that_is_reached_gives_no_gradient_and_one_that_is_not_is_raised(teacher, tmp_path):
     own = {"rewards": [{"reward": "judges:Brightness", "hinge": -1e4}]}
     reached = trainer_of(teacher, tmp_path, "feedback", feedback=own)
-    _, found = gradients(reached, reached.next_batch())
+    _, found = gradients(reached, reached.method.next_batch())
     assert all(g.abs().max() == 0 for g in found)
     trainer = trainer_of(
         teacher, tmp_path, "feedback", feedback={"rewards": [{"reward": "judges:Brightness", "hinge": 1e4}]}
     )
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     with torch.no_grad():
-        before = Brightness()(trainer.graded(batch), []).mean()
+        before = Brightness()(trainer.method.graded(batch), []).mean()
     trainer.fit()
     with torch.no_grad():
-        after = Brightness()(trainer.graded(batch), []).mean()
+        after = Brightness()(trainer.method.graded(batch), []).mean()
     assert after > before + 1e-3
 
 
@@ -118,7 +118,7 @@ def test_the_rollout_has_no_gradient_but_the_last_step(teacher, tmp_path):
     exits = set()
     for _ in range(12):
         calls.clear()
-        trainer.graded(trainer.next_batch())
+        trainer.method.graded(trainer.method.next_batch())
         assert [grad for _, grad in calls] == [False] * (len(calls) - 1) + [True]
         exits.add(calls[-1][0])
         assert [time for time, _ in calls] == [999.0, 749.0, 499.0, 249.0][: len(calls)]
@@ -127,10 +127,10 @@ def test_the_rollout_has_no_gradient_but_the_last_step(teacher, tmp_path):
 
 def test_numbers_of_steps_are_drawn_from_the_samplers(teacher, tmp_path):
     trainer = trainer_of(teacher, tmp_path, "feedback", sampler={"steps": 4, "also_steps": [1, 2]})
-    assert sorted(trainer.counts(trainer.config, trainer.settings)) == [1, 2, 4]
+    assert sorted(trainer.method.counts(trainer.config)) == [1, 2, 4]
     before, seen = trainer.roles.meter.forward, set()
     for _ in range(20):
-        trainer.graded(trainer.next_batch())
+        trainer.method.graded(trainer.method.next_batch())
         seen.add((trainer.roles.meter.forward - before) // 4)
         before = trainer.roles.meter.forward
     assert seen == {1, 2, 4}
@@ -149,11 +149,11 @@ def test_only_the_new_lora_is_trained(teacher, tmp_path):
 def test_merge_ratio_zero_is_the_student_below(teacher, tmp_path):
     trainer = trainer_of(teacher, tmp_path, "feedback", feedback={"merge_ratio": 0.0})
     trainer.fit()
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     t = trainer.sampler.time(0, batch.noise)
     with torch.no_grad():
         trained = trainer.roles.student(batch.noise, t, batch.condition).output
-        with trainer.averaged():
+        with trainer.exported():
             merged = trainer.roles.student(batch.noise, t, batch.condition).output
             exported = trainer.roles.student.plain_state_dict()
         below = trainer.roles.teacher(batch.noise, t, batch.condition).output
@@ -179,13 +179,13 @@ def perceptual_trainer(teacher, tmp_path, model="judges:Difference", **own):
 
 def test_the_perceptual_part_starts_from_a_noised_real_picture(teacher, tmp_path):
     trainer = perceptual_trainer(teacher, tmp_path)
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     state, counters = trainer.noise.get_state(), dict(trainer.counters)
     losses, found = gradients(trainer, batch)
     trainer.noise.set_state(state)
     trainer.counters.update(counters)
-    batch = trainer.next_real_batch()
-    assert torch.equal(batch.real, trainer.real.samples(trainer.real.order.indices(0, 4)))
+    batch = trainer.method.next_real_batch()
+    assert torch.equal(batch.real, trainer.parts.real.samples(trainer.parts.real.order.indices(0, 4)))
     t = torch.full((4,), 249)
     x_t = trainer.family.schedule.add_noise(batch.real, batch.noise, t)
     x0 = trainer.roles.student(x_t, t, batch.condition).x0
@@ -197,11 +197,11 @@ def test_the_perceptual_part_starts_from_a_noised_real_picture(teacher, tmp_path
 def test_a_real_picture_noised_further_goes_on_by_the_students_own_steps(teacher, tmp_path):
     """To one of its last three times, each move with noise of its own; a graph to the last step alone."""
     trainer, firsts = perceptual_trainer(teacher, tmp_path, noised_steps=3), set()
-    batch, times = trainer.next_real_batch(), [torch.full((4,), time) for time in (999, 749, 499, 249)]
+    batch, times = trainer.method.next_real_batch(), [torch.full((4,), time) for time in (999, 749, 499, 249)]
     schedule, student = trainer.family.schedule, trainer.roles.student
     for _ in range(12):
         state = trainer.noise.get_state()
-        result = trainer.regraded(batch)
+        result = trainer.method.regraded(batch)
         trainer.noise.set_state(state)
         first = trainer.noise.shared_randint(1, 3)
         x = schedule.add_noise(batch.real, batch.noise, times[first])
@@ -220,8 +220,8 @@ def test_a_real_picture_noised_further_goes_on_by_the_students_own_steps(teacher
 def test_the_perceptual_model_is_told_which_pictures_they_are(teacher, tmp_path):
     trainer = perceptual_trainer(teacher, tmp_path, "judges:Index")
     for start in (0, 4):
-        _, loss = trainer.student_losses(trainer.next_batch())["perceptual"]
-        assert loss.item() == pytest.approx(sum(trainer.real.order.indices(start, 4)) / 4)
+        _, loss = trainer.method.student_losses(trainer.method.next_batch())["perceptual"]
+        assert loss.item() == pytest.approx(sum(trainer.parts.real.order.indices(start, 4)) / 4)
 
 
 BAD_FEEDBACK = {
@@ -265,8 +265,8 @@ def shake(role, seed=5):
 def test_the_first_step_alone_is_trained_whatever_the_number_of_steps(teacher, tmp_path):
     trainer = enhance(teacher, tmp_path)
     for _ in range(5):
-        batch = trainer.next_batch()
-        x_t, t = trainer.student_input(batch)
+        batch = trainer.method.next_batch()
+        x_t, t = trainer.method.student_input(batch)
         assert torch.equal(x_t, batch.noise)
         assert t.tolist() == [999] * 4
 
@@ -281,7 +281,7 @@ def test_all_steps_are_trained_by_their_own_rollouts(teacher, tmp_path):
         dmd2={"fake_score_updates": 1},
         enhance={"train_steps": "all"},
     )
-    times = [int(trainer.student_input(trainer.next_batch())[1][0]) for _ in range(60)]
+    times = [int(trainer.method.student_input(trainer.method.next_batch())[1][0]) for _ in range(60)]
     assert set(times) == {999, 749, 499, 249}
     assert times.count(999) > times.count(749) > 0  # three of the seven steps are the first of theirs
     with pytest.raises(UserError, match=r"enhance\.mse_weight"):
@@ -300,19 +300,19 @@ def test_enhancement_without_its_terms_is_dmd2_of_one_step_bit_for_bit(teacher, 
 @pytest.mark.parametrize("reference", [1, 2])
 def test_the_mse_term_by_hand(teacher, tmp_path, reference):
     trainer = enhance(teacher, tmp_path, mse_weight=0.7, reference_steps=reference)
-    start = trainer.start
+    start = trainer.method.start
     shake(trainer.roles.student)
-    batch = trainer.next_batch()
-    x0 = trainer.make_sample(batch)
+    batch = trainer.method.next_batch()
+    x0 = trainer.method.make_sample(batch)
     state = trainer.noise.get_state()
-    losses = trainer.student_losses(x0, batch)
+    losses = trainer.method.student_losses(x0, batch)
     t = torch.full((4,), 999)
     aim = start(batch.noise, t, batch.condition).x0
     if reference == 2:
         seen, own = [], trainer.noise.randn_like
         trainer.noise.set_state(state)
         trainer.noise.randn_like = lambda like: seen.append(own(like)) or seen[-1]
-        trainer.student_losses(x0, batch)
+        trainer.method.student_losses(x0, batch)
         x_t = trainer.family.schedule.add_noise(aim, seen[-1], torch.full((4,), 499))
         aim = start(x_t, torch.full((4,), 499), batch.condition).x0
     weight, loss = losses["mse"]
@@ -323,34 +323,34 @@ def test_the_mse_term_by_hand(teacher, tmp_path, reference):
 
 def test_the_other_steps_are_held_to_where_the_stage_began(teacher, tmp_path):
     trainer = enhance(teacher, tmp_path, hold_weight=2.0)
-    batch = trainer.next_batch()
-    x0 = trainer.make_sample(batch).detach()
-    trainer.before_student_update([(batch, x0)])
+    batch = trainer.method.next_batch()
+    x0 = trainer.method.make_sample(batch).detach()
+    send_backward(trainer.method.more_student_terms([(batch, x0)]))
     own = trainer.trained["student"].values()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in own)  # it has not moved yet
     shake(trainer.roles.student)
-    before = {k: v.clone() for k, v in trainer.start.state_dict().items()}
-    trainer.before_student_update([(batch, x0)])
+    before = {k: v.clone() for k, v in trainer.method.start.state_dict().items()}
+    send_backward(trainer.method.more_student_terms([(batch, x0)]))
     assert max(p.grad.abs().max() for p in own if p.grad is not None) > 1e-6
     trainer.fit()
-    assert all(torch.equal(before[k], v) for k, v in trainer.start.state_dict().items())
+    assert all(torch.equal(before[k], v) for k, v in trainer.method.start.state_dict().items())
 
 
 def test_the_real_score_may_be_the_stage_before(teacher, tmp_path):
     trainer = enhance(teacher, tmp_path, teacher="previous_stage")
     shake(trainer.roles.student)
     with torch.no_grad():  # a stage before that is not the teacher
-        for parameter in trainer.start.switch.parameters("stage_start").values():
+        for parameter in trainer.method.start.switch.parameters("stage_start").values():
             parameter.add_(0.1)
     x0 = torch.randn(4, *trainer.family.sample_shape)
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     state = trainer.noise.get_state()
-    found = trainer.distribution_matching(x0, batch.condition)
+    found = trainer.method.distribution_matching(x0, batch.condition)
     trainer.noise.set_state(state)
-    t = trainer.draw_time(20, 980, 4)
+    t = trainer.method.draw_time(20, 980, 4)
     x_t = trainer.family.schedule.add_noise(x0, trainer.noise.randn_like(x0), t)
     with torch.no_grad():
-        said = [role(x_t, t, batch.condition).x0 for role in (trainer.start, trainer.roles.fake_score)]
+        said = [role(x_t, t, batch.condition).x0 for role in (trainer.method.start, trainer.roles.fake_score)]
         base = trainer.family.denoiser()(x_t, t, batch.condition).x0
     torch.testing.assert_close(found, distribution_matching_gradient(x0, *said))
     assert (said[0] - base).abs().max() > 1e-2
@@ -360,7 +360,7 @@ def test_pure_noise_under_the_label_800():
     """The dedicated one-step student: unit noise, not noise scaled for that time."""
     trainer = toy_trainer(method="enhance", sampler={"start": 800}, dmd2={"fake_score_updates": 1})
     batch = Batch({}, torch.randn(3, 2, 1, 1), [])
-    x_t, t = trainer.student_input(batch)
+    x_t, t = trainer.method.student_input(batch)
     assert torch.equal(x_t, batch.noise)
     assert t.tolist() == [800] * 3
 
@@ -399,8 +399,8 @@ def test_regression_reaches_the_teachers_deterministic_map(tmp_path):
 def test_a_batch_is_pairs_in_a_seeded_order_and_the_loss_their_squared_error(teacher, tmp_path):
     own = {"count": 10, "shard": 4, "guidance_scale": 2.0, "seed": 9}
     trainer = trainer_of(teacher, tmp_path, "regression", regression=own)
-    batches = [trainer.next_batch() for _ in range(2)]
-    assert trainer.recipe(trainer.config).seed == 9
+    batches = [trainer.method.next_batch() for _ in range(2)]
+    assert trainer.method.recipe(trainer.config).seed == 9
     pairs = PairSet(tmp_path / "run" / "pairs", trainer.family, [0, 1, 2], PairRecipe(10, 4, 3, 2.0, 9))
     order = Order(10, trainer.config.seed + 4).indices(0, 8)
     for batch, index in zip(batches, (order[:4], order[4:]), strict=True):
@@ -409,7 +409,7 @@ def test_a_batch_is_pairs_in_a_seeded_order_and_the_loss_their_squared_error(tea
         assert torch.equal(batch.real, pairs.x0[index])
         assert batch.condition["label"].tolist() == batch.items == [pairs.items[i] for i in index]
     batch = batches[1]
-    weight, loss = trainer.student_losses(batch)["regression"]
+    weight, loss = trainer.method.student_losses(batch)["regression"]
     x0 = trainer.roles.student(batch.noise, torch.full((4,), 999), batch.condition).x0
     torch.testing.assert_close(loss, (x0 - batch.real).square().mean())
     assert weight == 1.0
@@ -431,26 +431,26 @@ def test_lpips_is_of_enlarged_pictures(teacher, tmp_path, monkeypatch):
     """The network's own forward with random VGG features: its input is 3-channel and at least ``lpips_size``."""
     from torchmetrics.functional.image.lpips import _LPIPS
 
-    from stepdistill.trainers.methods import regression
+    from stepdistill.trainers.plans import build
 
     torch.manual_seed(0)
     network = _LPIPS(pretrained=True, net="vgg", pnet_rand=True).eval().requires_grad_(False)
-    monkeypatch.setattr(regression, "load_lpips", lambda: network)
+    monkeypatch.setattr(build, "load_lpips", lambda: network)
     trainer = trainer_of(
         teacher, tmp_path, "regression", regression={"distance": "lpips", "count": 4, "lpips_size": 32}
     )
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     losses, found = gradients(trainer, batch)
     x0 = trainer.roles.student(batch.noise, torch.full((4,), 999), batch.condition).x0
     enlarge = lambda x: torch.nn.functional.interpolate(x.expand(-1, 3, -1, -1), size=(32, 32), mode="bilinear")  # noqa: E731
     torch.testing.assert_close(losses["regression"][1], network(enlarge(x0), enlarge(batch.real)).mean())
     assert max(g.abs().max() for g in found) > 0
-    assert trainer._lpips(batch.real, batch.real) == 0
+    assert trainer.method._lpips(batch.real, batch.real) == 0
 
 
 def test_two_rewards_of_one_name_both_count(teacher, tmp_path):
     own = [{"reward": "judges:Brightness", "hinge": 5.0}, {"reward": "judges:Brightness", "hinge": 50.0}]
     trainer = trainer_of(teacher, tmp_path, "feedback", feedback={"rewards": own})
-    losses, _ = gradients(trainer, trainer.next_batch())
+    losses, _ = gradients(trainer, trainer.method.next_batch())
     first, second = (loss for _, loss in losses.values())
     torch.testing.assert_close(second - first, torch.tensor(45.0))

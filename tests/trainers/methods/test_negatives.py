@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -109,11 +110,10 @@ def test_each_role_is_told_its_own(weights, root):
     calls = {name: [] for name in ("student", "teacher", "fake_score")}
     for name, own in calls.items():
         spy(getattr(trainer.roles, name), own)
-    batches, next_batch = [], trainer.next_batch
-    trainer.next_batch = lambda: batches.append(next_batch()) or batches[-1]
+    batches, next_batch = [], trainer.method.next_batch
+    trainer.method.next_batch = lambda: batches.append(next_batch()) or batches[-1]
     for _ in range(6):
         trainer.iteration()
-        trainer.counters["iteration"] += 1
     null = trainer.family.null_condition(2)["text"]
     assert len(batches) == len(calls["student"]) == len(calls["teacher"]) == 6
     for batch, (_, _, told), (_, _, asked) in zip(batches, calls["student"], calls["teacher"], strict=True):
@@ -152,24 +152,24 @@ def test_only_the_students_network_is_changed(weights, own, root):
 
 def test_the_students_sample_is_nasa_and_scale_zero_its_plain_one(root):
     trainer = shaken(trainer_of(root, swiftbrush={"negatives": {"scale": [0.0, 0.0]}}))
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     assert torch.equal(batch.steering["negative_scale"], torch.zeros(2))
-    steered = trainer.make_sample(batch).detach()
-    batch.steering = {}
-    plain = trainer.make_sample(batch).detach()
+    steered = trainer.method.make_sample(batch).detach()
+    batch = replace(batch, steering={})
+    plain = trainer.method.make_sample(batch).detach()
     size = plain.abs().max()
     assert ((steered - plain).abs().max() / size) < 1e-6
     trainer = shaken(trainer_of(root, swiftbrush={"negatives": {"scale": [1.0, 1.0]}}))
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     assert torch.equal(batch.steering["negative_scale"], torch.ones(2))
-    assert ((trainer.make_sample(batch).detach() - plain).abs().max() / size) > 1e-3
+    assert ((trainer.method.make_sample(batch).detach() - plain).abs().max() / size) > 1e-3
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.6)])
 def test_a_is_uniform_and_each_samples_own(low, high, root):
     changes = {} if (low, high) == (0.0, 1.0) else {"swiftbrush": {"negatives": {"scale": [low, high]}}}
     trainer = trainer_of(root, train={"batch_size": 4000}, **changes)
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     scale = batch.steering["negative_scale"]
     assert scale.shape == (4000,)
     assert scale.dtype == torch.float32
@@ -178,7 +178,7 @@ def test_a_is_uniform_and_each_samples_own(low, high, root):
     even = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     assert (place - even).abs().max() < 1.63 / 4000**0.5  # Kolmogorov-Smirnov at 1 %
     assert len(scale.unique()) > 3900
-    again = trainer.next_batch().steering["negative_scale"]
+    again = trainer.method.next_batch().steering["negative_scale"]
     assert not torch.equal(again, scale)
     texts = batch.negative["text"].flatten(1)
     counts = texts.unique(dim=0, return_counts=True)[1]
@@ -190,12 +190,12 @@ def test_a_is_uniform_and_each_samples_own(low, high, root):
 def test_plain_batches_draw_nothing_more(root):
     """Without the section the run is what it was, draw by draw."""
     trainer = trainer_of(root, negatives=False)
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     assert batch.negative is None
     assert batch.steering == {}
     assert batch.student_condition == batch.condition
     other = trainer_of(root)
-    assert torch.equal(other.next_batch().noise, batch.noise)
+    assert torch.equal(other.method.next_batch().noise, batch.noise)
     assert not torch.equal(other.noise.get_state(), trainer.noise.get_state())
 
 
@@ -204,14 +204,14 @@ def test_gradient_by_hand(guidance, root):
     """sigma^2 (eps_T - eps_L), eps_T = T(y-) + kappa (T(y) - T(y-)), eps_L guided by null or not at all."""
     own = {"guidance_range": [0.5, 4.0], "guidance_draw": "sample", "fake_score_guidance": guidance}
     trainer = shaken(trainer_of(root, swiftbrush=own))
-    batch = trainer.next_batch()
-    x0 = trainer.make_sample(batch).detach()
+    batch = trainer.method.next_batch()
+    x0 = trainer.method.make_sample(batch).detach()
     state = trainer.noise.get_state()
-    ((_, loss),) = trainer.student_losses(leaf := x0.clone().requires_grad_(), batch).values()
+    ((_, loss),) = trainer.method.student_losses(leaf := x0.clone().requires_grad_(), batch).values()
     (got,) = torch.autograd.grad(loss, leaf)
     trainer.noise.set_state(state)
     with torch.no_grad():
-        t = trainer.draw_time(20, 980, 2)
+        t = trainer.method.draw_time(20, 980, 2)
         eps = trainer.noise.randn_like(x0)
         kappa = (0.5 + 3.5 * trainer.noise.uniform(2)).reshape(-1, 1, 1, 1)
         schedule = trainer.family.schedule
@@ -229,7 +229,7 @@ def test_gradient_by_hand(guidance, root):
         from_null = teacher(x_t, t, null).eps
         other = sigma**2 * (from_null + kappa * (to - from_null) - eps_fake)
     trainer.noise.set_state(state)
-    score = trainer.variational_score(x0, batch.condition, batch.negative)
+    score = trainer.method.variational_score(x0, batch.condition, batch.negative)
     torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-5)
     assert (other - expected).abs().max() > 1e-2  # the null prompt in its place is another gradient
     torch.testing.assert_close(got / got.norm(), expected / expected.norm(), rtol=1e-3, atol=1e-5)
@@ -243,10 +243,10 @@ def test_gradients_of_the_student_come_through_both_branches(root):
     gradients = []
     for steered in (True, False):
         trainer = shaken(trainer_of(root, weights="full", swiftbrush={"negatives": {"scale": [1.0, 1.0]}}))
-        batch = trainer.next_batch()
+        batch = trainer.method.next_batch()
         if not steered:
-            batch.steering = {}
-        trainer.make_sample(batch).backward(torch.ones_like(batch.noise))
+            batch = replace(batch, steering={})
+        trainer.method.make_sample(batch).backward(torch.ones_like(batch.noise))
         network = trainer.roles.student.network
         gradients.append(network.mid_block.attentions[0].transformer_blocks[0].attn2.to_v.weight.grad)
     assert all(g.abs().sum() > 0 for g in gradients)
@@ -258,7 +258,7 @@ def test_gradient_checkpointing_changes_no_gradient(root):
     for checkpointing in (False, True):
         trainer = shaken(trainer_of(root, weights="shared", train={"gradient_checkpointing": checkpointing}))
         taken = {}
-        trainer.update = lambda role, taken=taken, trainer=trainer: taken.update(
+        trainer.step = lambda role, taken=taken, trainer=trainer: taken.update(
             {f"{role}/{k}": p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}
         )
         trainer.iteration()
@@ -272,7 +272,7 @@ def test_bf16_samples_are_close_to_float32s(root):
     samples = []
     for precision in ("float32", "bf16"):
         trainer = shaken(trainer_of(root, train={"precision": precision}))
-        samples.append(trainer.make_sample(trainer.next_batch()).detach())
+        samples.append(trainer.method.make_sample(trainer.method.next_batch()).detach())
     assert samples[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*(s.flatten() for s in samples), 0) > 0.99
 
@@ -282,11 +282,11 @@ def test_a_teacher_in_half_precision_is_steered_too(root, dtype):
     for weights in ("full", "shared"):
         job = make_job(raw(root, "unused", weights, train={"precision": "bf16"}, teacher={"dtype": dtype}))
         trainer = shaken(build_trainer(job, None))
-        batch = trainer.next_batch()
-        steered = trainer.make_sample(batch).detach()
+        batch = trainer.method.next_batch()
+        steered = trainer.method.make_sample(batch).detach()
         assert steered.isfinite().all()
-        batch.steering = {}
-        assert (steered - trainer.make_sample(batch).detach()).abs().max() > 1e-3
+        batch = replace(batch, steering={})
+        assert (steered - trainer.method.make_sample(batch).detach()).abs().max() > 1e-3
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------
@@ -334,9 +334,9 @@ def test_one_and_one_update_are_two_and_the_export_is_stock(weights, root, tmp_p
     assert facts["attention"] == "native"
 
     # the exported student, steered by NegativePrompts, is the student that was trained
-    batch = whole.next_batch()
+    batch = whole.method.next_batch()
     negative = NegativePrompts(pipe)
-    items = whole.negatives.family.encode_conditions(["blurry"])["text"]
+    items = whole.parts.negatives.family.encode_conditions(["blurry"])["text"]
     steering = family.steering({"text": items.expand(2, -1, -1)}, torch.tensor([0.4, 0.9]))
     with torch.no_grad():
         expected = sampler.sample(role, batch.noise, batch.condition | steering, torch.randn_like)
@@ -353,7 +353,7 @@ def test_four_steps_are_steered_at_each(root):
     calls = []
     spy(trainer.roles.student, calls)
     trainer.noise.shared_randint = lambda low, high: high  # the last step of the rollout
-    trainer.make_sample(trainer.next_batch())
+    trainer.method.make_sample(trainer.method.next_batch())
     assert len(calls) == 4
     for _, _, condition in calls:
         assert condition.keys() == {"text", "negative_text", "negative_scale"}

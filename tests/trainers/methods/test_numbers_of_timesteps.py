@@ -58,9 +58,9 @@ def test_thousandths_share_out_all_levels_of_a_long_schedule():
 @pytest.mark.parametrize("count", DRAWN)
 def test_times_are_drawn_over_the_whole_range(count):
     trainer = toy_trainer(toy_family(schedule=linear_betas(count)))
-    t = trainer.draw_time(20, 980, 200_000)
+    t = trainer.method.draw_time(20, 980, 200_000)
     assert t.unique().tolist() == list(range(DRAWN[count][0], DRAWN[count][1] + 1))
-    t = trainer.fake_score_draw(torch.zeros(200_000, 2, 1, 1))[0]
+    t = trainer.method.fake_score_draw(torch.zeros(200_000, 2, 1, 1))[0]
     assert t.unique().tolist() == list(range(count))
 
 

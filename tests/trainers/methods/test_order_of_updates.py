@@ -15,9 +15,10 @@ def watched(first="student", k=1, method="dmd2", **changes):
     ("update", role)."""
     trainer = toy_trainer(method=method, **{method: {"first": first, "fake_score_updates": k}}, **changes)
     events = []
-    make, student, fake_score, update = (
-        getattr(trainer, name) for name in ("make_sample", "sample_gradient", "fake_score_losses", "update")
+    make, student, fake_score = (
+        getattr(trainer.method, name) for name in ("make_sample", "sample_gradient", "fake_score_losses")
     )
+    update = trainer.step
 
     def making(batch):
         x0 = make(batch)
@@ -37,15 +38,14 @@ def watched(first="student", k=1, method="dmd2", **changes):
         events.append(("update", role))
         return update(role)
 
-    trainer.make_sample, trainer.sample_gradient = making, comparing
-    trainer.fake_score_losses, trainer.update = denoising, updating
+    trainer.method.make_sample, trainer.method.sample_gradient = making, comparing
+    trainer.method.fake_score_losses, trainer.step = denoising, updating
     return trainer, events
 
 
 def run(trainer, iterations):
     for _ in range(iterations):
         trainer.iteration()
-        trainer.counters["iteration"] += 1
 
 
 def updates(events):
@@ -108,7 +108,7 @@ def test_fake_score_first_compares_the_student_with_the_fake_score_just_updated(
         family.teacher_denoiser = lambda: None
         trainer = toy_trainer(family, dmd2={"first": first, "fake_score_updates": 1})
         run(trainer, 1)
-        norms[first] = float(trainer._logged["sample_grad/distribution_matching"][0])
+        norms[first] = float(trainer.parts.journal.values["sample_grad/distribution_matching"][0])
     assert norms["student"] == 0
     assert norms["fake_score"] > 0
 
@@ -141,16 +141,16 @@ def test_the_plans_passes_are_those_that_fake_score_first_makes(method, changes,
     run(trainer, 3)
     assert trainer.counters["student"] == 1
     assert trainer.passes == 8 * expected
-    assert trainer.passes_per_update(trainer.config, trainer.settings) == expected
+    assert trainer.method.passes(trainer.config).per_update == expected
 
 
 def test_the_fake_scores_levels_are_uniform_in_its_own_range():
     trainer = toy_trainer(dmd2={"fake_score_min_level": 20, "fake_score_max_level": 979})
-    t, eps = trainer.fake_score_draw(torch.zeros(200_000, 1, 1, 1))
+    t, eps = trainer.method.fake_score_draw(torch.zeros(200_000, 1, 1, 1))
     assert (t.min(), t.max()) == (20, 979)
     assert t.double().mean().item() == pytest.approx(499.5, abs=3)
     assert eps.std().item() == pytest.approx(1, abs=0.02)
-    t, _ = toy_trainer().fake_score_draw(torch.zeros(200_000, 1, 1, 1))
+    t, _ = toy_trainer().method.fake_score_draw(torch.zeros(200_000, 1, 1, 1))
     assert (t.min(), t.max()) == (0, 999)
 
 

@@ -17,13 +17,14 @@ from toys import fit_to_teacher, students_samples, toy_family, toy_trainer, zero
 from stepdistill.analytic import GaussianMixture
 from stepdistill.config import merge
 from stepdistill.data.images import ImageSet
+from stepdistill.data.streams import RealSource
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.judges.rewards import Sharpness
 from stepdistill.objectives.preference import gaussian_log_prob
 from stepdistill.sampler import FewStepSampler
-from stepdistill.trainers.loop.trainer import RealSource
-from stepdistill.trainers.methods.pso import PairBatch
+from stepdistill.trainers.methods.base import planned_passes
+from stepdistill.trainers.methods.pso.pairs import PairBatch
 from stepdistill.trainers.plans.build import build_trainer
 from stepdistill.trainers.plans.job import make_job
 
@@ -107,7 +108,7 @@ def shaken(trainer, size=0.05):
 
 
 def gradients(trainer, batch):
-    losses = trainer.student_losses(batch)
+    losses = trainer.method.student_losses(batch)
     total = sum(weight * loss for weight, loss in losses.values())
     found = torch.autograd.grad(total, list(trainer.trained["student"].values()), allow_unused=True)
     return total, [g for g in found if g is not None]
@@ -145,7 +146,7 @@ def test_at_first_the_student_is_the_reference_and_has_something_to_learn(teache
     student, reference = outputs(trainer.roles.student), outputs(trainer.roles.teacher)
     rounding = 0 if weights == "shared" else 1e-6  # a copy lies elsewhere in memory, and some processors' sums see that
     torch.testing.assert_close(student, reference, rtol=0, atol=rounding)
-    loss, found = gradients(trainer, trainer.next_batch())
+    loss, found = gradients(trainer, trainer.method.next_batch())
     assert loss.item() == pytest.approx(math.log(2), abs=rounding or 1e-7)
     assert max(g.abs().max() for g in found) > 1e-4
     assert not torch.equal(outputs(trainer.roles.teacher), outputs(trainer.roles.teacher, label=2))
@@ -163,9 +164,9 @@ def test_the_reference_stays_the_base_bit_for_bit(teacher, tmp_path, weights):
 @pytest.mark.parametrize("weights", ["shared", "full"])
 def test_reference_and_stored_states_get_no_gradient(teacher, tmp_path, weights):
     trainer = shaken(trainer_of(teacher, tmp_path, roles={"weights": weights}))
-    kept, own = [], trainer.roll_out
-    trainer.roll_out = lambda *given: kept.append(own(*given)) or kept[-1]
-    loss = trainer.total("student", trainer.student_losses(trainer.next_batch()))
+    kept, own = [], trainer.method.roll_out
+    trainer.method.roll_out = lambda *given: kept.append(own(*given)) or kept[-1]
+    loss = trainer.method.total("student", trainer.method.student_losses(trainer.method.next_batch()))
     loss.backward()
     ((moves, x0),) = kept
     assert not any(part.requires_grad for part in (*(p for m in moves for p in (m.x_t, m.following)), x0))
@@ -184,15 +185,15 @@ def test_reference_and_stored_states_get_no_gradient(teacher, tmp_path, weights)
 def test_a_moves_density_at_the_rollouts_weights_is_that_of_its_noise(teacher, tmp_path, monkeypatch, transition):
     trainer = shaken(trainer_of(teacher, tmp_path, pso={"rollout_transition": transition}))
     assert trainer.sampler.transition == "renoise"
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     normal, _ = drawn(trainer, monkeypatch)
-    moves, _ = trainer.roll_out(trainer.roles.student, batch.noise, batch.condition, trainer.noise.randn_like)
+    moves, _ = trainer.method.roll_out(trainer.roles.student, batch.noise, batch.condition, trainer.noise.randn_like)
     assert len(normal) == 3
     for move, noise in zip(moves, normal, strict=True):
         t = torch.full((4,), TIMES[move.index])
         with torch.no_grad():
             x0 = trainer.roles.student(move.x_t, t, batch.condition).x0
-        mean, std = trainer.rollout.transition_kernel(x0, move.x_t, move.index)
+        mean, std = trainer.method.rollout.transition_kernel(x0, move.x_t, move.index)
         spread = std.float()[:, None, None, None]
         stored = (-0.5 * noise**2 - spread.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
         found = gaussian_log_prob(move.following, mean, std)
@@ -201,25 +202,25 @@ def test_a_moves_density_at_the_rollouts_weights_is_that_of_its_noise(teacher, t
 
 def test_the_last_move_has_no_density_and_is_left_out(teacher, tmp_path, monkeypatch):
     trainer = shaken(trainer_of(teacher, tmp_path))
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     normal, _ = drawn(trainer, monkeypatch)
-    moves, x0 = trainer.roll_out(trainer.roles.student, batch.noise, batch.condition, trainer.noise.randn_like)
+    moves, x0 = trainer.method.roll_out(trainer.roles.student, batch.noise, batch.condition, trainer.noise.randn_like)
     assert [move.index for move in moves] == [0, 1, 2]
-    assert trainer.move_ratios(moves, batch.condition).shape == (4, 3)
+    assert trainer.method.move_ratios(moves, batch.condition).shape == (4, 3)
     assert torch.equal(moves[0].x_t, batch.noise)
     assert all(torch.equal(move.following, after.x_t) for move, after in pairwise(moves))
     replay = iter(list(normal))
     own = trainer.sampler.sample(trainer.roles.student, batch.noise, batch.condition, lambda _: next(replay))
     torch.testing.assert_close(x0, own, rtol=1e-5, atol=1e-5)
-    winner, loser, _ = trainer.online(batch)
+    winner, loser, _ = trainer.method.log_ratios(batch)
     assert winner.shape == loser.shape == (4, 3)
 
 
 def test_a_moves_ratio_is_that_of_the_two_models_densities(teacher, tmp_path):
     trainer = shaken(trainer_of(teacher, tmp_path, pso={"reduction": "sum"}))
-    batch = trainer.next_batch()
-    moves, _ = trainer.roll_out(trainer.roles.student, batch.noise, batch.condition, trainer.noise.randn_like)
-    found = trainer.move_ratios(moves, batch.condition)
+    batch = trainer.method.next_batch()
+    moves, _ = trainer.method.roll_out(trainer.roles.student, batch.noise, batch.condition, trainer.noise.randn_like)
+    found = trainer.method.move_ratios(moves, batch.condition)
     for index, move in enumerate(moves):
         alpha, sigma = coefficients(trainer, torch.full((4,), TIMES[index + 1]))
         said = [
@@ -233,9 +234,9 @@ def test_a_moves_ratio_is_that_of_the_two_models_densities(teacher, tmp_path):
 
 def test_every_sample_of_both_rollouts_is_renoised_by_itself(teacher, tmp_path):
     trainer = trainer_of(teacher, tmp_path)
-    kept, own = [], trainer.roll_out
-    trainer.roll_out = lambda *given: kept.append((given, own(*given))) or kept[-1][1]
-    trainer.online(trainer.next_batch())
+    kept, own = [], trainer.method.roll_out
+    trainer.method.roll_out = lambda *given: kept.append((given, own(*given))) or kept[-1][1]
+    trainer.method.log_ratios(trainer.method.next_batch())
     (((role, _, condition, _), (moves, _)),) = kept
     assert len(moves) == 3
     for move in moves:
@@ -248,10 +249,10 @@ def test_every_sample_of_both_rollouts_is_renoised_by_itself(teacher, tmp_path):
 @pytest.mark.parametrize("shared", [False, True])
 def test_both_rollouts_start_apart_or_together_and_end_apart(teacher, tmp_path, shared):
     trainer = trainer_of(teacher, tmp_path, pso={"shared_start": shared})
-    kept, own = [], trainer.roll_out
-    trainer.roll_out = lambda *given: kept.append(own(*given)) or kept[-1]
-    batch = trainer.next_batch()
-    trainer.online(batch)
+    kept, own = [], trainer.method.roll_out
+    trainer.method.roll_out = lambda *given: kept.append(own(*given)) or kept[-1]
+    batch = trainer.method.next_batch()
+    trainer.method.log_ratios(batch)
     ((moves, x0),) = kept
     first, second = moves[0].x_t.chunk(2)
     assert torch.equal(first, batch.noise)
@@ -265,7 +266,7 @@ def test_both_rollouts_start_apart_or_together_and_end_apart(teacher, tmp_path, 
 
 def test_a_constant_judge_teaches_nothing(teacher, tmp_path):
     trainer = shaken(trainer_of(teacher, tmp_path, pso={"rewards": [{"reward": "judges:Constant"}]}))
-    loss, found = gradients(trainer, trainer.next_batch())
+    loss, found = gradients(trainer, trainer.method.next_batch())
     assert loss.item() == 0
     assert found
     assert max(g.abs().max() for g in found) == 0
@@ -286,12 +287,12 @@ def test_adding_a_constant_to_all_rewards_changes_nothing(teacher, tmp_path):
 
 def test_a_reward_and_its_negative_give_opposite_logits(teacher, tmp_path):
     trainer = shaken(trainer_of(teacher, tmp_path, pso={"clamp": None}))
-    batch, state = trainer.next_batch(), trainer.noise.get_state()
-    winner, loser, counts = trainer.online(batch)
+    batch, state = trainer.method.next_batch(), trainer.noise.get_state()
+    winner, loser, counts = trainer.method.log_ratios(batch)
     trainer.noise.set_state(state)
-    own = trainer.judge
-    trainer.judge = lambda *given: -own(*given)
-    turned = trainer.online(batch)
+    own = trainer.method.judge
+    trainer.method.judge = lambda *given: -own(*given)
+    turned = trainer.method.log_ratios(batch)
     assert torch.equal(turned[0], loser)
     assert torch.equal(turned[1], winner)
     assert counts.all()
@@ -306,9 +307,9 @@ def test_the_loss_is_that_of_the_released_code(teacher, tmp_path, monkeypatch, s
     generator = torch.Generator().manual_seed(3)
     logp, ref = (-1.3 + spread * torch.randn(32, 3, generator=generator) for _ in range(2))
     scores = torch.randn(32, generator=generator)
-    monkeypatch.setattr(trainer, "move_ratios", lambda moves, condition: logp - ref)
-    monkeypatch.setattr(trainer, "judge", lambda pixels, items: scores)
-    (weight, loss), *_ = trainer.student_losses(trainer.next_batch()).values()
+    monkeypatch.setattr(trainer.method, "move_ratios", lambda moves, condition: logp - ref)
+    monkeypatch.setattr(trainer.method, "judge", lambda pixels, items: scores)
+    (weight, loss), *_ = trainer.method.student_losses(trainer.method.next_batch()).values()
     h = torch.where(scores[:16] > scores[16:], 1.0, -1.0)
     each = []
     for step in range(3):
@@ -327,15 +328,17 @@ def test_two_rewards_judge_by_their_weighted_sum(teacher, tmp_path):
     trainer = trainer_of(teacher, tmp_path, pso={"rewards": own})
     pixels = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     wanted = 2 * pixels[:, 0, 0, 0] + 0.5 * pixels.mean(dim=(1, 2, 3))
-    torch.testing.assert_close(trainer.judge(pixels, [0] * 5), wanted)
+    torch.testing.assert_close(trainer.method.judge(pixels, [0] * 5), wanted)
 
 
 def test_the_judge_is_told_the_pairs_conditions_and_sees_both_rollouts(teacher, tmp_path, monkeypatch):
     trainer, seen = trainer_of(teacher, tmp_path), []
-    own = trainer.judge
-    monkeypatch.setattr(trainer, "judge", lambda pixels, items: seen.append((pixels, items)) or own(pixels, items))
-    batch = trainer.next_batch()
-    trainer.online(batch)
+    own = trainer.method.judge
+    monkeypatch.setattr(
+        trainer.method, "judge", lambda pixels, items: seen.append((pixels, items)) or own(pixels, items)
+    )
+    batch = trainer.method.next_batch()
+    trainer.method.log_ratios(batch)
     ((pixels, items),) = seen
     assert items == [*batch.items, *batch.items]
     assert pixels.shape == (8, 1, 8, 8)
@@ -358,7 +361,7 @@ def errors_by_hand(trainer, x0, noise, t, condition, kind="v"):
 
 def test_targets_against_own_samples_by_hand(teacher, tmp_path, monkeypatch, images):
     trainer = shaken(targets_trainer(teacher, tmp_path, images))
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     normal, whole = drawn(trainer, monkeypatch)
     loss, found = gradients(trainer, batch)
     *renoising, noise = normal
@@ -384,11 +387,11 @@ def test_targets_against_own_samples_by_hand(teacher, tmp_path, monkeypatch, ima
 
 def test_every_step_of_the_student_is_drawn(teacher, tmp_path, images):
     trainer = targets_trainer(teacher, tmp_path, images)
-    (steps,) = trainer.draw_steps(200)
+    (steps,) = trainer.method.draw_steps(200)
     assert torch.bincount(steps).min() > 25
-    assert trainer.times(torch.arange(4), torch.zeros(1, 1, 8, 8), trainer.sampler).tolist() == TIMES
+    assert trainer.method.times(torch.arange(4), torch.zeros(1, 1, 8, 8), trainer.sampler).tolist() == TIMES
     one = targets_trainer(teacher, tmp_path, images, sampler={"steps": 1})
-    assert torch.cat(one.draw_steps(50)).unique().tolist() == [0]
+    assert torch.cat(one.method.draw_steps(50)).unique().tolist() == [0]
 
 
 def test_pairs_of_pictures_by_hand(teacher, tmp_path, monkeypatch, pairs):
@@ -406,10 +409,14 @@ def test_pairs_of_pictures_by_hand(teacher, tmp_path, monkeypatch, pairs):
             },
         )
     )
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     assert isinstance(batch, PairBatch)
     torch.testing.assert_close(batch.real - batch.loser, torch.full((4, 1, 8, 8), 100 / 127.5))
-    assert batch.condition["label"].tolist() == batch.items == [trainer.pairs.labels[i] for i in batch.indices]
+    assert (
+        batch.condition["label"].tolist()
+        == batch.items
+        == [trainer.parts.preferences.pairs.labels[i] for i in batch.indices]
+    )
     normal, _ = drawn(trainer, monkeypatch)
     loss, found = gradients(trainer, batch)
     assert len(normal) == 4
@@ -431,9 +438,9 @@ def test_all_pairs_come_once_an_epoch_with_their_own_pictures(teacher, tmp_path,
         pso={"mode": "pairs", "pairs": {"folder": str(pairs)}},
         train={"batch_size": 3},
     )
-    batches = [trainer.next_batch() for _ in range(2)]
+    batches = [trainer.method.next_batch() for _ in range(2)]
     assert sorted(index for batch in batches for index in batch.indices) == list(range(6))
-    whole = trainer.pairs.sets[0].batch(list(range(6)))
+    whole = trainer.parts.preferences.pairs.sets[0].batch(list(range(6)))
     for batch in batches:
         assert torch.equal(batch.real, whole[list(batch.indices)])
 
@@ -441,7 +448,7 @@ def test_all_pairs_come_once_an_epoch_with_their_own_pictures(teacher, tmp_path,
 def test_targets_against_moves_by_hand(teacher, tmp_path, monkeypatch, images):
     """The target's errors count 1 and the moves of own samples their densities, averaged over dimensions alike."""
     trainer = shaken(targets_trainer(teacher, tmp_path, images, likelihood="transition"))
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     normal, _ = drawn(trainer, monkeypatch)
     loss, found = gradients(trainer, batch)
     assert len(normal) == 6
@@ -466,9 +473,9 @@ def test_a_smaller_error_on_targets_and_a_less_likely_sample_lower_the_loss(teac
 
     def loss(error, ratio):
         said = {"student": error, "teacher": 0.5}
-        monkeypatch.setattr(trainer, "errors", lambda role, x0, *_: torch.full((len(x0),), said[role.name]))
-        monkeypatch.setattr(trainer, "move_ratios", lambda moves, _: torch.full((4, len(moves)), ratio))
-        ((_, found),) = trainer.student_losses(trainer.next_batch()).values()
+        monkeypatch.setattr(trainer.method, "errors", lambda role, x0, *_: torch.full((len(x0),), said[role.name]))
+        monkeypatch.setattr(trainer.method, "move_ratios", lambda moves, _: torch.full((4, len(moves)), ratio))
+        ((_, found),) = trainer.method.student_losses(trainer.method.next_batch()).values()
         return found.item()
 
     assert loss(0.5, 0.0) == pytest.approx(math.log(2), rel=1e-6)
@@ -481,9 +488,9 @@ def test_own_samples_are_the_untuned_models_or_the_tuned_ones(teacher, tmp_path,
     found = {}
     for whose in ("untuned", "tuned"):
         trainer = shaken(targets_trainer(teacher, tmp_path, images, reference_samples=whose))
-        batch = trainer.next_batch()
+        batch = trainer.method.next_batch()
         state = trainer.noise.get_state()
-        found[whose] = trainer.own_samples(batch)
+        found[whose] = trainer.method.samples(batch)
         trainer.noise.set_state(state)
         role = trainer.roles.teacher if whose == "untuned" else trainer.roles.student
         own = trainer.sampler.sample(role, batch.noise, batch.condition, trainer.noise.randn_like)
@@ -495,9 +502,9 @@ def test_own_samples_are_the_untuned_models_or_the_tuned_ones(teacher, tmp_path,
 @pytest.mark.parametrize("over_steps", ["step", "sum"])
 def test_the_diffusion_loss_is_the_denoising_error_of_the_targets(teacher, tmp_path, monkeypatch, images, over_steps):
     trainer = shaken(targets_trainer(teacher, tmp_path, images, loss="diffusion", over_steps=over_steps))
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     normal, whole = drawn(trainer, monkeypatch)
-    losses = trainer.student_losses(batch)
+    losses = trainer.method.student_losses(batch)
     times = [torch.tensor(TIMES)[whole[0]]] if over_steps == "step" else [torch.full((4,), t) for t in TIMES]
     each = [
         errors_by_hand(trainer, batch.real, noise, t, batch.condition)[0]
@@ -514,13 +521,13 @@ def test_the_diffusion_loss_is_the_denoising_error_of_the_targets(teacher, tmp_p
 
 def test_the_best_targets_are_the_top_share_of_each_label(teacher, tmp_path, images):
     trainer = targets_trainer(teacher, tmp_path, images, best=0.5, rewards=[{"reward": "judges:FirstValue"}])
-    assert trainer.real.subset == [1, 3, 6, 7, 8, 10]
-    seen = {i for _ in range(3) for i in trainer.next_batch().indices}
+    assert trainer.parts.real.subset == [1, 3, 6, 7, 8, 10]
+    seen = {i for _ in range(3) for i in trainer.method.next_batch().indices}
     assert seen == {1, 3, 6, 7, 8, 10}
     least = targets_trainer(teacher, tmp_path, images, best=0.1, rewards=[{"reward": "judges:FirstValue"}])
-    assert least.real.subset == [1, 6, 10]
+    assert least.parts.real.subset == [1, 6, 10]
     everything = targets_trainer(teacher, tmp_path, images)
-    assert everything.real.subset == list(range(12))
+    assert everything.parts.real.subset == list(range(12))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
@@ -573,7 +580,7 @@ def test_the_transition_likelihood_needs_stochastic_moves_too(teacher, tmp_path,
 def test_a_one_step_model_is_tuned_through_a_longer_rollout(teacher, tmp_path):
     trainer = trainer_of(teacher, tmp_path, sampler={"steps": 1}, pso={"rollout_steps": 4})
     assert list(trainer.sampler.times) == [999]
-    assert list(trainer.rollout.times) == TIMES
+    assert list(trainer.method.rollout.times) == TIMES
     trainer.fit()
     assert trainer.counters["student"] == 3
 
@@ -588,14 +595,15 @@ def test_sharpness_by_hand():
 
 def test_the_probe_logs_reward_distance_and_sharpness_of_each_number_of_steps(teacher, tmp_path):
     trainer = trainer_of(teacher, tmp_path, sampler={"steps": 4, "also_steps": [1, 2]})
-    trainer.prepare()
+    trainer.begin()
     wanted = {f"probe/{what}@{steps}" for what in ("reward", "distance", "sharpness") for steps in (1, 2, 4)}
-    assert {name for name in trainer._logged if name.startswith("probe")} == wanted
-    assert [trainer._logged[f"probe/distance@{steps}"][0].item() for steps in (1, 2, 4)] == [0.0] * 3
-    shaken(trainer).probe()
+    assert {name for name in trainer.parts.journal.values if name.startswith("probe")} == wanted
+    assert [trainer.parts.journal.values[f"probe/distance@{steps}"][0].item() for steps in (1, 2, 4)] == [0.0] * 3
+    shaken(trainer).method.probe()
     for steps, times in ((1, [999]), (2, [999, 499]), (4, TIMES)):
         found = {
-            what: trainer._logged[f"probe/{what}@{steps}"][1].item() for what in ("reward", "distance", "sharpness")
+            what: trainer.parts.journal.values[f"probe/{what}@{steps}"][1].item()
+            for what in ("reward", "distance", "sharpness")
         }
         condition, sampled = {"label": torch.tensor([0, 1, 2])}, []
         for role in (trainer.roles.student, trainer.roles.teacher):
@@ -614,8 +622,8 @@ def test_probing_changes_neither_the_run_nor_its_count_of_passes(teacher, tmp_pa
     runs, probes = [], []
     for every in (1, 1000):
         trainer = trainer_of(teacher, tmp_path, train={"sample_every": every})
-        own = trainer.probe
-        trainer.probe = lambda own=own, every=every: probes.append(every) or own()
+        own = trainer.method.probe
+        trainer.method.probe = lambda own=own, every=every: probes.append(every) or own()
         trainer.fit()
         runs.append(trainer)
     assert (probes.count(1), probes.count(1000)) == (4, 1)
@@ -654,7 +662,7 @@ def test_the_passes_made_are_those_planned(name, teacher, tmp_path, images, pair
         changes = merge(changes, {"data": {"images": {"npz": str(images)}}})
     trainer = trainer_of(teacher, tmp_path, **merge(changes, {"train": {"updates": 1}}))
     trainer.fit()
-    assert trainer.passes == type(trainer).planned_passes(trainer.config) > 0
+    assert trainer.passes == planned_passes(type(trainer.method), trainer.config) > 0
 
 
 # -- what it does ------------------------------------------------------------------------------------------

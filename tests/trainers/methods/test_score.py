@@ -12,7 +12,7 @@ from toys import linear_betas, toy_trainer
 from stepdistill.denoiser import Prediction
 from stepdistill.families.analytic import AnalyticFamily
 from stepdistill.run import RunFolder
-from stepdistill.trainers.loop.trainer import Batch
+from stepdistill.trainers.methods.base import Batch, Phase
 
 F64 = torch.float64
 LEVEL = 300
@@ -55,7 +55,8 @@ def batch() -> Batch:
 
 def sample_gradient(trainer) -> torch.Tensor:
     """The gradient (4, 2) of the student's losses in ``SAMPLES``, times their number of elements."""
-    return 8 * trainer.sample_gradient(SAMPLES.reshape(4, 2, 1, 1).clone(), batch())[..., 0, 0]
+    method = getattr(trainer.method, "base", trainer.method)  # of DisBack
+    return 8 * method.sample_gradient(SAMPLES.reshape(4, 2, 1, 1).clone(), batch())[..., 0, 0]
 
 
 def guided(values: torch.Tensor, scale: float) -> torch.Tensor:
@@ -140,7 +141,7 @@ def test_swiftbrush_reads_eps_off_networks_of_any_kind(kind):
     state = trainer.noise.get_state()
     found = sample_gradient(trainer)
     trainer.noise.set_state(state)
-    trainer.draw_time(LEVEL, LEVEL, 4)
+    trainer.method.draw_time(LEVEL, LEVEL, 4)
     x_t = alpha * SAMPLES + sigma * trainer.noise.randn(4, 2, 1, 1, dtype=F64)[..., 0, 0]
     fake_score = sigma * x_t + alpha * FAKE_SCORE[LABELS] if kind == "v" else FAKE_SCORE[LABELS]
     teacher = (x_t - alpha * TEACHER[LABELS]) / sigma
@@ -153,7 +154,7 @@ def test_swiftbrush_leads_away_from_negatives_in_place_of_the_teachers_null_cond
     trainer = trainer_of("swiftbrush", swiftbrush=at_level(guidance_scale=3.0), roles={"weights": "full"})
     negative = torch.tensor([1, 0, 0, 1])
     x0, condition = SAMPLES.reshape(4, 2, 1, 1), {"label": LABELS}
-    result = trainer.variational_score(x0, condition, {"label": negative})[..., 0, 0]
+    result = trainer.method.variational_score(x0, condition, {"label": negative})[..., 0, 0]
     teacher = TEACHER[negative] + 3.0 * (TEACHER[LABELS] - TEACHER[negative])
     torch.testing.assert_close(result, alpha * sigma * (guided(FAKE_SCORE, 3.0) - teacher))
 
@@ -176,7 +177,7 @@ def test_a_deterministic_students_rollout_begins_with_the_batchs_noise(method):
     times = [torch.full((4,), time) for time in (999, 749, 499, 249)]
     for _ in range(20):
         made = batch()
-        x_t, t = trainer.student_input(made)
+        x_t, t = trainer.method.student_input(made)
         x = made.noise
         for now, following in pairwise(times):
             if now[0] <= t[0]:
@@ -212,11 +213,11 @@ def test_disback_leads_from_the_fake_score_to_each_target_in_turn(base):
     )
     with torch.no_grad():
         trainer.roles.student.network.values.add_(1.0)  # what the recorded weights go to
-    trainer.prepare()
-    nodes = [trainer.store.read(node)["values"].double() for node in trainer.path]
+    trainer.begin()
+    nodes = [trainer.method.store.read(node)["values"].double() for node in trainer.method.path]
     assert all((later - sooner)[:2].abs().min() > 0.01 for sooner, later in pairwise(nodes))
     for index, target in enumerate([nodes[1], nodes[0], TEACHER], 1):
-        trainer.switch(index)
+        trainer.method.walk.move_to(index, trainer.method.path)
         torch.testing.assert_close(sample_gradient(trainer), expected(nodes[2][LABELS], target[LABELS]))
 
 
@@ -234,7 +235,7 @@ def test_enhancement_may_lead_to_the_stage_before_in_place_of_the_teacher(train_
 def fake_score_gradient(trainer) -> torch.Tensor:
     """Of the fake score's values, (3, 2); the student gets none."""
     x0 = SAMPLES.reshape(4, 2, 1, 1).clone()
-    trainer.total("fake_score", trainer.fake_score_losses(x0, batch())).backward()
+    trainer.method.total("fake_score", trainer.method.fake_score_losses(x0, batch())).backward()
     assert trainer.roles.student.network.values.grad is None
     return trainer.roles.fake_score.network.values.grad.double()
 
@@ -285,7 +286,7 @@ def test_gathered_micro_batches_count_as_one_batch(accumulation, tmp_path):
     student = torch.tensor([[-0.5, 0.25], [2.0, 1.0]], dtype=F64)
     with torch.no_grad():
         trainer.roles.student.network.values[:2].copy_(student)
-    trainer.repeat("dmd2", "student", 1, trainer.iteration, trainer.write_row)
+    trainer.repeat(Phase("dmd2", "student", 1, trainer.method.updates), lambda bar, _: trainer.recorder.write_row(bar))
     (row,) = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     teacher, fake_score = TEACHER[:2], FAKE_SCORE[:2]
     gradient = (fake_score - teacher) / (student - teacher).abs().mean(1, keepdim=True)
@@ -309,7 +310,9 @@ def test_enhancement_holds_the_other_steps_in_the_students_update(accumulation, 
     student = torch.tensor([[-0.5, 0.25], [2.0, 1.0]], dtype=F64)
     with torch.no_grad():
         trainer.roles.student.network.values[:2].copy_(student)
-    trainer.repeat("enhance", "student", 1, trainer.iteration, trainer.write_row)
+    trainer.repeat(
+        Phase("enhance", "student", 1, trainer.method.updates), lambda bar, _: trainer.recorder.write_row(bar)
+    )
     (row,) = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     teacher, start = TEACHER[:2], FAKE_SCORE[:2]
     gradient = (start - teacher) / (student - teacher).abs().mean(1, keepdim=True) / 4 + 0.3 * (student - start) / 2
@@ -331,9 +334,9 @@ def test_gathered_micro_batches_of_a_recording_count_as_one_batch(accumulation, 
     student = torch.tensor([[-0.5, 0.25], [2.0, 1.0]], dtype=F64)
     with torch.no_grad():
         trainer.roles.student.network.values[:2].copy_(student)
-    trainer.prepare()
+    trainer.begin()
     (row,) = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert row["grad_norm/fake_score"] == pytest.approx(((FAKE_SCORE[:2] - student) / 2).norm().item(), rel=1e-5)
     error = (FAKE_SCORE[:2] - student).square().mean().item()
     assert row["loss/degradation"] == pytest.approx(error, rel=1e-5)
-    assert trainer.start_loss == pytest.approx(error, rel=1e-5)  # of 16 samples, eight at a time
+    assert trainer.method.memory["start_loss"] == pytest.approx(error, rel=1e-5)  # of 16 samples, eight at a time

@@ -26,7 +26,7 @@ def on_a_line(**sim):
     trainer = toy_trainer(family, method="sim", sim={"distance": "squared_l2", "space": "score", **sim})
     trainer.roles.fake_score = GaussianMixture([[0.7]], 0.25).denoiser(schedule)
     trainer.roles.student.schedule = schedule
-    trainer.draw_time = lambda low, high, count: torch.ones(count, dtype=F64)
+    trainer.method.draw_time = lambda low, high, count: torch.ones(count, dtype=F64)
     trainer.noise.randn_like = lambda like: POINTS[:, 1].reshape(-1, 1, 1, 1)
     z = POINTS[:, 0].reshape(-1, 1, 1, 1)
     return trainer, 0.7 + 0.5 * z, z
@@ -34,7 +34,7 @@ def on_a_line(**sim):
 
 def vector(trainer, x0, z):
     """(d_a, d_b) of the trainer's loss; exact, as the loss is quadratic in (z, n)."""
-    gradient = trainer.sample_gradient(x0.clone(), trainer.next_batch())
+    gradient = trainer.method.sample_gradient(x0.clone(), trainer.method.next_batch())
     return gradient.sum().item(), (gradient * z).sum().item()
 
 
@@ -54,24 +54,24 @@ def test_the_trainers_gradient_is_the_closed_form(sim, expected):
 @pytest.mark.parametrize(("sim", "expected"), VECTORS)
 def test_networks_under_no_grad_would_not_pass(sim, expected):
     trainer, x0, z = on_a_line(**sim)
-    compare = trainer.compare
-    trainer.compare = torch.no_grad()(compare)
+    compare = trainer.method.predict_both
+    trainer.method.predict_both = torch.no_grad()(compare)
     assert vector(trainer, x0, z) != pytest.approx(expected, abs=1e-2)
 
 
 def test_distance_space_weight_and_mean_are_those_of_the_settings():
     trainer = toy_trainer(toy_family(dtype=F64), method="sim", sim={"c": 0.3, "weight": "sid"})
-    batch = trainer.next_batch()
-    x0 = trainer.make_sample(batch).detach()
+    batch = trainer.method.next_batch()
+    x0 = trainer.method.make_sample(batch).detach()
     state = trainer.noise.get_state()
-    ((weight, loss),) = trainer.student_losses(x0, batch).values()
+    ((weight, loss),) = trainer.method.student_losses(x0, batch).values()
     trainer.noise.set_state(state)
-    said = trainer.compare(x0, batch.condition)
+    said = trainer.method.predict_both(x0, batch.condition)
     own = sim_loss(*score_terms(said.teacher, said.fake_score, x0, "x0"), PseudoHuber(0.3))
     torch.testing.assert_close(weight * loss, (own * sid_weight(x0, said.teacher.x0)).mean() / 2)
-    assert trainer.distance == PseudoHuber(0.3)
-    assert toy_trainer(method="sim", sim={"distance": "squared_l2"}).distance == SquaredL2()
-    assert toy_trainer(method="sim").distance == PseudoHuber(0.00054 * 2**0.5)
+    assert trainer.method.distance == PseudoHuber(0.3)
+    assert toy_trainer(method="sim", sim={"distance": "squared_l2"}).method.distance == SquaredL2()
+    assert toy_trainer(method="sim").method.distance == PseudoHuber(0.00054 * 2**0.5)
 
 
 def test_gradients_pass_through_both_networks_and_stay_out_of_their_weights():
@@ -91,9 +91,9 @@ def test_gradients_pass_through_both_networks_and_stay_out_of_their_weights():
 
         spied = type("Spied", (), {"__call__": lambda self, *a, spy=spy: spy(*a), "schedule": role.schedule})()
         setattr(trainer.roles, name, spied)
-    batch = trainer.next_batch()
-    x0 = trainer.make_sample(batch)
-    x0.backward(trainer.sample_gradient(x0.detach(), batch))
+    batch = trainer.method.next_batch()
+    x0 = trainer.method.make_sample(batch)
+    x0.backward(trainer.method.sample_gradient(x0.detach(), batch))
     assert reached == {"teacher": True, "fake_score": True}
     assert all(p.grad is not None for p in trainer.trained["student"].values())
     assert all(p.grad is None for p in trainer.trained["fake_score"].values())
@@ -105,10 +105,10 @@ def test_student_and_fake_score_have_time_laws_of_their_own():
     teacher = GaussianMixture([[0.0]], 1.0).denoiser(schedule)
     family = AnalyticFamily(teacher, MLP(1, 8), "x0", (1, 1, 1))
     trainer = toy_trainer(family, method="sim", sim={"fake_score_law": {"mean": -1.2, "std": 1.2}})
-    t, eps = trainer.fake_score_draw(torch.zeros(100_000, 1, 1, 1))
+    t, eps = trainer.method.fake_score_draw(torch.zeros(100_000, 1, 1, 1))
     assert (t.log().mean().item(), t.log().std().item()) == pytest.approx((-1.2, 1.2), abs=0.02)
     assert eps.std().item() == pytest.approx(1, abs=0.02)
-    student = trainer.draw_time(trainer.settings.min_level, trainer.settings.max_level, 100_000)
+    student = trainer.method.draw_time(trainer.method.settings.min_level, trainer.method.settings.max_level, 100_000)
     # SiD: u uniform in [0, 0.8] on Karras' grid from 0.002, so sigma up to 24.41 with median 0.97
     assert student.max().item() == pytest.approx(24.41, rel=0.01)
     assert student.median().item() == pytest.approx(0.97, rel=0.03)
@@ -120,8 +120,8 @@ def test_init_sigma_is_the_generators_input():
     teacher = GaussianMixture([[0.0]], 1.0).denoiser(schedule)
     family = AnalyticFamily(teacher, MLP(1, 8), "x0", (1, 1, 1))
     trainer = toy_trainer(family, method="sim", sampler={"init_sigma": 2.5})
-    batch = trainer.next_batch()
-    x_t, t = trainer.student_input(batch)
+    batch = trainer.method.next_batch()
+    x_t, t = trainer.method.student_input(batch)
     torch.testing.assert_close(x_t, 2.5 * batch.noise)
     assert (t == 2.5).all()
     # on Stable Diffusion's schedule sigma/alpha = 2.5 is timestep 625, SiD-LSG's
@@ -159,4 +159,4 @@ def test_sid_reaches_it_too():
 
 
 def test_the_method_is_registered_as_itself():
-    assert type(toy_trainer(method="sim")) is SIM
+    assert type(toy_trainer(method="sim").method) is SIM

@@ -1,5 +1,7 @@
 """SwiftBrush through its real trainer: fixed points under both guidances, random guidance, CLIP, routing, arrival."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toys import MLP, ByLabel, assert_reaches_the_mixture, linear_betas, toy_config, toy_family, toy_trainer, zero_snr
@@ -8,6 +10,7 @@ from stepdistill.analytic import GaussianMixture
 from stepdistill.errors import UserError
 from stepdistill.families.analytic import AnalyticFamily
 from stepdistill.judges.clip import ClipScorer
+from stepdistill.trainers.plans.build import check_fit
 from stepdistill.trainers.plans.job import make_job
 
 F64 = torch.float64
@@ -29,7 +32,7 @@ def guided_trainer(fake_means, **swiftbrush):
 def gradient(fake_means, seed=7, **swiftbrush):
     trainer, x0, condition = guided_trainer(fake_means, **swiftbrush)
     trainer.noise.generator.manual_seed(seed)
-    return trainer.variational_score(x0, condition)
+    return trainer.method.variational_score(x0, condition)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 4.5, 7.5])
@@ -64,7 +67,7 @@ def test_random_guidance_is_in_expectation_the_mean_scale(draw):
         trainer.noise.generator.manual_seed(7)
         trainer.noise.shared_uniform = lambda place=place: place
         trainer.noise.uniform = lambda count, place=place: torch.full((count,), place, dtype=F64)
-        at.append(trainer.variational_score(x0, condition))
+        at.append(trainer.method.variational_score(x0, condition))
     torch.testing.assert_close((at[0] + at[1]) / 2, gradient([0.9, 0.3], guidance_scale=2.25))
 
 
@@ -75,11 +78,11 @@ def test_random_guidance_is_the_same_draw_for_both_networks():
 
 def test_random_guidance_law():
     trainer, *_ = guided_trainer([0.7, 0.2], guidance_range=[0.5, 4.0], guidance_draw="sample")
-    scales = trainer.teacher_scale(100_000)
+    scales = trainer.method.teacher_scale(100_000)
     assert (scales.min().item(), scales.max().item()) == pytest.approx((0.5, 4.0), abs=1e-3)
     assert scales.mean().item() == pytest.approx(2.25, abs=0.01)
     trainer, *_ = guided_trainer([0.7, 0.2], guidance_range=[0.5, 4.0])
-    draws = [trainer.teacher_scale(8) for _ in range(200)]
+    draws = [trainer.method.teacher_scale(8) for _ in range(200)]
     assert all(isinstance(scale, float) and 0.5 <= scale <= 4 for scale in draws)
     assert len(set(draws)) == 200
 
@@ -108,26 +111,26 @@ def test_the_fake_score_is_a_lora_on_the_teacher_by_default():
 def test_zero_adapters_give_zero_under_shared_guidance_and_not_under_the_other():
     for guidance, zero in (("shared", True), ("none", False)):
         trainer = learned(swiftbrush={"fake_score_guidance": guidance})
-        batch = trainer.next_batch()
-        x0 = trainer.make_sample(batch).detach()
-        assert bool((trainer.variational_score(x0, batch.condition) == 0).all()) is zero
+        batch = trainer.method.next_batch()
+        x0 = trainer.method.make_sample(batch).detach()
+        assert bool((trainer.method.variational_score(x0, batch.condition) == 0).all()) is zero
 
 
 def test_routing():
     trainer = learned()
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     with torch.no_grad():
         for parameter in trainer.roles.fake_score.parameters().values():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    x0 = trainer.make_sample(batch)
+    x0 = trainer.method.make_sample(batch)
     assert x0.dtype == torch.float32
-    x0.backward(trainer.sample_gradient(x0.detach(), batch))
+    x0.backward(trainer.method.sample_gradient(x0.detach(), batch))
     assert any(p.grad.abs().sum() > 0 for p in trainer.trained["student"].values() if p.grad is not None)
     assert all(p.grad is None for p in trainer.trained["fake_score"].values())
     assert all(p.grad is None for p in trainer.family.network.parameters())
     for parameter in trainer.trained["student"].values():
         parameter.grad = None
-    ((_, loss),) = trainer.fake_score_losses(x0.detach(), batch).values()
+    ((_, loss),) = trainer.method.fake_score_losses(x0.detach(), batch).values()
     loss.backward()
     assert all(p.grad is None for p in trainer.trained["student"].values())
     assert all(p.grad is not None for p in trainer.trained["fake_score"].values())
@@ -139,12 +142,12 @@ def test_fake_scores_loss_is_the_alpha_weighted_eps_error():
     """mean |alpha_t (eps_fake - eps)|^2 of version 1's code; unweighted where asked."""
     for weighted in (True, False):
         trainer = learned(swiftbrush={"alpha_weight": weighted, "null_probability": 0.0})
-        batch = trainer.next_batch()
-        x0 = trainer.make_sample(batch).detach()
+        batch = trainer.method.next_batch()
+        x0 = trainer.method.make_sample(batch).detach()
         state = trainer.noise.get_state()
-        loss = trainer.denoising(x0, batch.condition)
+        loss = trainer.method.denoising(x0, batch.condition)
         trainer.noise.set_state(state)
-        t, eps = trainer.fake_score_draw(x0)
+        t, eps = trainer.method.fake_score_draw(x0)
         alpha = trainer.family.schedule.alpha_sigma(t)[0].float().reshape(-1, 1, 1, 1) if weighted else 1.0
         prediction = trainer.roles.fake_score(trainer.family.schedule.add_noise(x0, eps, t), t, batch.condition)
         torch.testing.assert_close(loss, (alpha * (prediction.eps - eps)).square().mean())
@@ -152,12 +155,12 @@ def test_fake_scores_loss_is_the_alpha_weighted_eps_error():
 
 def test_null_prompt_is_one_coin_for_the_whole_batch():
     trainer = learned(swiftbrush={"null_probability": 0.25})
-    batch = trainer.next_batch()
-    x0 = trainer.make_sample(batch).detach()
+    batch = trainer.method.next_batch()
+    x0 = trainer.method.make_sample(batch).detach()
     seen = []
-    trainer.denoising_at = lambda x0, condition, t, eps: seen.append(condition["label"]) or x0.sum()
+    trainer.method.denoising_at = lambda x0, condition, t, eps: seen.append(condition["label"]) or x0.sum()
     for _ in range(400):
-        trainer.denoising(x0, batch.condition)
+        trainer.method.denoising(x0, batch.condition)
     null = [bool((label == 2).all()) for label in seen]
     assert all(n or torch.equal(label, batch.condition["label"]) for n, label in zip(null, seen, strict=True))
     assert 70 < sum(null) < 130
@@ -166,8 +169,8 @@ def test_null_prompt_is_one_coin_for_the_whole_batch():
 def test_level_laws():
     trainer = learned()
     ranges = []
-    draw = trainer.draw_time
-    trainer.draw_time = lambda low, high, count: ranges.append((low, high)) or draw(low, high, count)
+    draw = trainer.method.draw_time
+    trainer.method.draw_time = lambda low, high, count: ranges.append((low, high)) or draw(low, high, count)
     trainer.iteration()
     assert ranges == [(20, 980), (0, 999)]
 
@@ -200,14 +203,13 @@ def scorer():
 
 
 @pytest.fixture
-def clip_trainer(monkeypatch):
-    monkeypatch.setattr("stepdistill.trainers.methods.swiftbrush.load_clip", lambda settings, device: scorer())
-
+def clip_trainer():
     def make(**clip):
         return toy_trainer(
             method="swiftbrush",
             swiftbrush={"guidance_scale": 1.0, "null_probability": 0.0, "clip": {"model": "some:thing", **clip}},
             data={"prompts": "unused"},
+            clip=scorer(),
             train={"updates": 10},
         )
 
@@ -216,11 +218,10 @@ def clip_trainer(monkeypatch):
 
 def test_clip_loss_reaches_the_sample_and_is_clamped_per_sample(clip_trainer):
     trainer = clip_trainer(tau=0.35)
-    batch = trainer.next_batch()
-    batch.items = ["light"] * 4 + ["dark"] * 4
+    batch = replace(trainer.method.next_batch(), items=["light"] * 4 + ["dark"] * 4)
     x0 = torch.full((8, 1, 6, 6), 0.9, requires_grad=True)  # bright pictures: the first half fits its prompt
-    trainer.variational_score = lambda x0, condition, negative: torch.zeros_like(x0)
-    weight, loss = trainer.student_losses(x0, batch)["clip"]
+    trainer.method.variational_score = lambda x0, condition, negative: torch.zeros_like(x0)
+    weight, loss = trainer.method.student_losses(x0, batch)["clip"]
     (got,) = torch.autograd.grad(loss, x0)
     assert weight == 0.1
     assert (got[:4] == 0).all()
@@ -235,7 +236,7 @@ def test_clip_weight_decays_over_the_run(clip_trainer, decay, expected):
     found = []
     for done in (0, 5, 9):
         trainer.counters["student"] = done
-        found.append(trainer.clip_weight())
+        found.append(trainer.method.clip_weight())
     assert found == pytest.approx(expected)
 
 
@@ -245,7 +246,7 @@ def test_clip_needs_prompts():
         make_job(toy_config(**raw))
     job = make_job(toy_config(**raw, data={"prompts": "unused"}))
     with pytest.raises(UserError, match="takes no prompts"):
-        job.method.check_family(job.settings, toy_family(GaussianMixture([[0.0]], 1.0, labels=[0])))
+        job.method.check(job.config, toy_family(GaussianMixture([[0.0]], 1.0, labels=[0])))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_settings_that_do_not_go_together(swiftbrush, says):
 def test_a_teacher_without_null_is_refused():
     job = make_job(toy_config(method="swiftbrush"))
     with pytest.raises(UserError, match="no labels"):
-        job.method.check_family(job.settings, toy_family(schedule=zero_snr()))
+        check_fit(job, toy_family(schedule=zero_snr()))
 
 
 # -- end to end ------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from toys import (
     fit_to_teacher,
     linear_betas,
     students_samples,
+    take_all,
     toy_family,
     toy_trainer,
     zero_snr,
@@ -52,7 +53,7 @@ from stepdistill.trainers.methods.tscd import TSCD
 @pytest.mark.parametrize(("end", "segments"), [("start", 4), ("random", 4), ("random", 1), ("random", 40)])
 def test_points_are_uniform_and_their_ends_lie_in_their_own_segment(end, segments):
     trainer = trainer_of(segments=segments, end=end)
-    u, where = trainer.draw_points(200_000)
+    u, where = trainer.method.draw_points(200_000)
     counts = torch.bincount(u, minlength=41)
     assert counts[0] == 0
     assert len(counts) == 41
@@ -78,8 +79,8 @@ def test_points_are_uniform_and_their_ends_lie_in_their_own_segment(end, segment
 
 def test_the_batch_is_real_samples_with_fresh_noise():
     trainer = trainer_of(train={"batch_size": 64})
-    first, second = trainer.next_batch(), trainer.next_batch()
-    latents = trainer.real.latents
+    first, second = trainer.method.next_batch(), trainer.method.next_batch()
+    latents = trainer.parts.real.latents
     for batch in (first, second):
         assert torch.equal(batch.real, latents[list(batch.indices)])
         assert sorted(batch.indices) == list(range(64))
@@ -91,7 +92,8 @@ def test_the_batch_is_real_samples_with_fresh_noise():
 def test_offset_noise_is_one_constant_a_channel():
     family = UNet2DFamily(tiny.unet(channels=2), tiny.scheduler("v"))
     whole = [
-        trainer_of(family, offset_noise=offset, train={"batch_size": 32}).next_batch().noise for offset in (0.0, 0.5)
+        trainer_of(family, offset_noise=offset, train={"batch_size": 32}).method.next_batch().noise
+        for offset in (0.0, 0.5)
     ]
     added = whole[1] - whole[0]
     torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added), atol=1e-6, rtol=0)
@@ -110,10 +112,10 @@ def test_one_segment_to_its_start_is_plain_consistency_distillation(name, distan
     family = toy_family(schedule=schedule, kind="x0" if name == "edm" else "v")
     trainer = trainer_of(family, sampler={"transition": "renoise"}, target_decay=0.9, **distance)
     double(trainer)
-    shake(trainer.target)
+    shake(trainer.method.target)
     u, _ = point_at(trainer, [1, 2, 3, 10, 20, 30, 39, 40], [0] * 8)
     batch = batch_of()
-    ((weight, loss),) = trainer.student_losses(batch).values()
+    ((weight, loss),) = trainer.method.student_losses(batch).values()
 
     times = few_step_times(schedule, 40)[::-1]
     t, below = (torch.tensor([times[max(1, int(i)) - 1] for i in at], dtype=F64) for at in (u, u - 1))
@@ -122,7 +124,7 @@ def test_one_segment_to_its_start_is_plain_consistency_distillation(name, distan
     with torch.no_grad():
         teacher = family.teacher(x_t, t, {}).x0
         x_below = torch.where(scale(u == 1), teacher, schedule.step(teacher, x_t, t, below))
-        aim = torch.where(scale(u == 1), teacher, trainer.target(x_below, below, {}).x0)
+        aim = torch.where(scale(u == 1), teacher, trainer.method.target(x_below, below, {}).x0)
     squared = (trainer.roles.student(x_t, t, {}).x0 - aim) ** 2
     c = distance.get("huber_c")
     expected = squared.mean() if c is None else ((squared + c**2).sqrt() - c).mean()
@@ -131,21 +133,23 @@ def test_one_segment_to_its_start_is_plain_consistency_distillation(name, distan
     found, wanted = gradients(trainer, loss), gradients(trainer, expected)
     for key in found:
         torch.testing.assert_close(found[key], wanted[key], rtol=1e-8, atol=1e-12)
-    assert trainer.total("student", {"consistency": (weight, loss)}).item() == pytest.approx(weight * loss.item())
+    assert trainer.method.total("student", {"consistency": (weight, loss)}).item() == pytest.approx(
+        weight * loss.item()
+    )
 
 
 def test_as_many_segments_as_points_ask_for_the_teachers_ddim():
     """loss = |Psi(x, student, u - 1) - x_(u-1)|^2, and exactly 0 while the student is the teacher."""
     trainer = self_taught(segments=40)
     for _ in range(4):
-        ((_, loss),) = trainer.student_losses(trainer.next_batch()).values()
+        ((_, loss),) = trainer.method.student_losses(trainer.method.next_batch()).values()
         assert loss.item() == 0
     shake(trainer.roles.student)
-    batch = trainer.next_batch()
+    batch = trainer.method.next_batch()
     state = trainer.noise.get_state()
-    ((_, loss),) = trainer.student_losses(batch).values()
+    ((_, loss),) = trainer.method.student_losses(batch).values()
     trainer.noise.set_state(state)
-    u, end = trainer.draw_points(8)
+    u, end = trainer.method.draw_points(8)
     assert torch.equal(end, u - 1)
     times = torch.tensor([0, *few_step_times(trainer.family.schedule, 40)[::-1]]).long()
     x_u = trainer.family.schedule.add_noise(batch.real, batch.noise, times[u])
@@ -167,7 +171,7 @@ def test_before_training_the_student_samples_as_the_teachers_ddim_bit_for_bit(se
         found = trainer.sampler.sample(trainer.roles.student, noise, {}, None)
         wanted = ode_sample(lambda x, t: trainer.roles.teacher(x, t, {}).x0, trainer.family.schedule, times, noise)
     assert torch.equal(found, wanted)
-    grid = trainer.grid
+    grid = trainer.method.grid
     assert trainer.sampler.times == tuple(grid.time[grid.edges[1:]].flip(0).tolist())
 
 
@@ -177,11 +181,11 @@ def test_at_a_segments_first_point_the_target_is_the_teachers_step_and_no_networ
     """The gradient is that of one-step regression on the teacher; a target of NaN changes nothing there."""
     trainer = trainer_of(segments=segments, end=end)
     double(trainer)
-    shake(trainer.target)
+    shake(trainer.method.target)
     trainer.noise.randint = lambda low, high, count: torch.full((count,), u)
-    batch, grid = batch_of(), trainer.grid
-    assert torch.equal(trainer.draw_points(8)[1], torch.full((8,), u - 1))
-    ((_, loss),) = trainer.student_losses(batch).values()
+    batch, grid = batch_of(), trainer.method.grid
+    assert torch.equal(trainer.method.draw_points(8)[1], torch.full((8,), u - 1))
+    ((_, loss),) = trainer.method.student_losses(batch).values()
     at, below = torch.full((8,), u), torch.full((8,), u - 1)
     x_u = grid.add_noise(batch.real, batch.noise, at)
     teacher, student = trainer.roles.teacher(x_u, grid.time[at], {}), trainer.roles.student(x_u, grid.time[at], {})
@@ -191,18 +195,18 @@ def test_at_a_segments_first_point_the_target_is_the_teachers_step_and_no_networ
     found, wanted = gradients(trainer, loss), gradients(trainer, expected)
     for key in found:
         torch.testing.assert_close(found[key], wanted[key], rtol=1e-9, atol=1e-14)
-    for parameter in trainer.target.network.parameters():
+    for parameter in trainer.method.target.network.parameters():
         parameter.fill_(math.nan)
-    assert_same(found, gradients(trainer, trainer.student_losses(batch)["consistency"][1]))
+    assert_same(found, gradients(trainer, trainer.method.student_losses(batch)["consistency"][1]))
 
 
 def test_at_a_later_point_the_target_network_is_asked():
     trainer = trainer_of(segments=8)
     point_at(trainer, 7, 5)
-    batch = trainer.next_batch()
-    before = trainer.student_losses(batch)["consistency"][1].item()
-    shake(trainer.target)
-    assert trainer.student_losses(batch)["consistency"][1].item() != pytest.approx(before, rel=1e-3)
+    batch = trainer.method.next_batch()
+    before = trainer.method.student_losses(batch)["consistency"][1].item()
+    shake(trainer.method.target)
+    assert trainer.method.student_losses(batch)["consistency"][1].item() != pytest.approx(before, rel=1e-3)
 
 
 @pytest.mark.parametrize("transition", ["ode", "tcd"])
@@ -226,7 +230,7 @@ def test_a_student_that_agrees_with_itself_has_no_loss_whichever_end_is_drawn(tr
         for u in range(1, 9):
             for end in range(u):
                 point_at(trainer, u, end)
-                found[u, end] = trainer.student_losses(batch)["consistency"][1].item()
+                found[u, end] = trainer.method.student_losses(batch)["consistency"][1].item()
         return found
 
     double(trainer)
@@ -243,7 +247,7 @@ def test_gathered_batches_count_as_one():
     """The mean of their losses, each on real samples and noise of its own, in one step."""
     trainer = trainer_of(train={"gradient_accumulation": 3})
     losses, kept = [], {}
-    student_losses, update = trainer.student_losses, trainer.update
+    student_losses, update = trainer.method.student_losses, trainer.step
 
     def noting(batch):
         found = student_losses(batch)
@@ -254,9 +258,9 @@ def test_gathered_batches_count_as_one():
         kept.update({k: p.grad.clone() for k, p in trainer.trained[role].items()})
         return update(role)
 
-    trainer.student_losses, trainer.update = noting, keeping
+    trainer.method.student_losses, trainer.step = noting, keeping
     u = torch.tensor([2, 5, 9, 14, 20, 28, 35, 40])
-    trainer.draw_points = lambda count: (u, torch.zeros_like(u))
+    trainer.method.draw_points = lambda count: (u, torch.zeros_like(u))
     trainer.iteration()
     assert trainer.counters["real"] == 24
     assert trainer.counters["student"] == 1
@@ -270,11 +274,11 @@ def test_gathered_batches_count_as_one():
 
 def test_without_decay_the_target_is_the_student_itself_and_no_gradient_passes_it():
     trainer = trainer_of(target_decay=0.0)
-    assert trainer.target is trainer.roles.student
+    assert trainer.method.target is trainer.roles.student
     trainer.roles.student.network.double()
     u, end = point_at(trainer, 20, 0)
-    batch, grid = batch_of(), trainer.grid
-    ((_, loss),) = trainer.student_losses(batch).values()
+    batch, grid = batch_of(), trainer.method.grid
+    ((_, loss),) = trainer.method.student_losses(batch).values()
     x_u = grid.add_noise(batch.real, batch.noise, u)
     with torch.no_grad():
         teacher = trainer.roles.teacher(x_u, grid.time[u], {})
@@ -300,7 +304,7 @@ def test_without_decay_the_target_is_the_student_itself_and_no_gradient_passes_i
 @pytest.mark.parametrize("weights", ["full", "shared"])
 def test_the_target_is_the_students_moving_average(weights):
     trainer = unets(weights, {"lr": 1e-2}, target_decay=0.9)
-    student, target = trainer.roles.student, trainer.target
+    student, target = trainer.roles.student, trainer.method.target
     assert_same(target.portable_state_dict(), student.portable_state_dict())
     for _ in range(3):
         before = {k: v.clone() for k, v in target.portable_state_dict().items()}
@@ -324,21 +328,23 @@ def own_weights(role):
 def test_gradients_reach_the_student_alone(weights, teacher):
     trainer = unets(weights, {"lr": 1e-2}, teacher=teacher, adversarial={"weight": 0.1})
     shake(trainer.roles.student)
-    trained, others = trainer.trained["student"], (trainer.roles.teacher, trainer.solver, trainer.target)
+    trained, others = trainer.trained["student"], (trainer.roles.teacher, trainer.method.solver, trainer.method.target)
     frozen = [own_weights(role) for role in others]
-    trainer.total("student", trainer.student_losses(trainer.next_batch())).backward()
+    trainer.method.total("student", trainer.method.student_losses(trainer.method.next_batch())).backward()
     everything = [p for role in (trainer.roles.student, *others) for p in role.network.parameters()]
     reached = {id(p) for p in everything if p.grad is not None}
     assert reached == {id(p) for p in trained.values()}
     assert sum(p.grad.abs().sum() for p in trained.values()) > 0
-    assert all(p.grad is None for p in trainer.extra["discriminator"].parameters())
+    assert all(p.grad is None for p in trainer.method.networks["discriminator"].parameters())
     assert all((".student." in key) == (weights == "shared") for key in trained)
-    trainer.update("student")
-    trainer.after_student()
+    trainer.step("student")
+    take_all(trainer, trainer.method.other_updates())
     for role, before in zip(others[:2], frozen, strict=False):
         assert_same(own_weights(role), before)
-    assert any(not torch.equal(v, frozen[2][k]) for k, v in trainer.target.state_dict().items())
-    assert not any(p.requires_grad for key, p in trainer.target.network.named_parameters() if "student" not in key)
+    assert any(not torch.equal(v, frozen[2][k]) for k, v in trainer.method.target.state_dict().items())
+    assert not any(
+        p.requires_grad for key, p in trainer.method.target.network.named_parameters() if "student" not in key
+    )
 
 
 @pytest.mark.parametrize("weights", ["full", "shared"])
@@ -352,17 +358,17 @@ def test_target_and_previous_stage_start_as_the_student_and_the_latter_stays(wei
 
     monkeypatch.setattr("toys.Roles", elsewhere)
     trainer = unets(weights, {"lr": 1e-2}, teacher="previous_stage", target_decay=0.5)
-    student, others = trainer.roles.student, (trainer.roles.teacher, trainer.roles.student, trainer.target)
-    assert trainer.solver not in others
+    student, others = trainer.roles.student, (trainer.roles.teacher, trainer.roles.student, trainer.method.target)
+    assert trainer.method.solver not in others
     start = {k: v.clone() for k, v in student.portable_state_dict().items()}
-    assert_same(start, trainer.solver.portable_state_dict())
-    assert_same(start, trainer.target.portable_state_dict())
+    assert_same(start, trainer.method.solver.portable_state_dict())
+    assert_same(start, trainer.method.target.portable_state_dict())
     trainer.iteration()
-    assert_same(start, trainer.solver.portable_state_dict())
-    for role in (student, trainer.target):
+    assert_same(start, trainer.method.solver.portable_state_dict())
+    for role in (student, trainer.method.target):
         assert any(not torch.equal(v, start[k]) for k, v in role.portable_state_dict().items())
     base = unets(weights)
-    assert base.solver is base.roles.teacher
+    assert base.method.solver is base.roles.teacher
 
 
 # -- guidance ----------------------------------------------------------------------------------------------------
@@ -384,23 +390,23 @@ def guided_trainer(**own):
             asked.append(condition["label"].tolist())
             return teacher(x_t, t, condition)
 
-    trainer.solver = Spy()
+    trainer.method.solver = Spy()
     return trainer, teacher, asked
 
 
 def scale_of(trainer, teacher, batch, u):
     """The guidance scale of each sample, read off the aim; w = omega + 1."""
-    grid = trainer.grid
+    grid = trainer.method.grid
     x_u = grid.add_noise(batch.real, batch.noise, u)
     said, null = (teacher(x_u, grid.time[u], {"label": torch.full((8,), label)}) for label in (0, 1))
     end = [grid.add_noise(p.x0, p.eps, u - 1) for p in (null, said)]
-    return ((trainer.aim(x_u, u, u - 1, batch) - end[0]) / (end[1] - end[0])).flatten()
+    return ((trainer.method.target_jump(x_u, u, u - 1, batch) - end[0]) / (end[1] - end[0])).flatten()
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 3.0, 7.5])
 def test_the_teachers_step_is_guided_by_the_lcm_convention(w):
     trainer, teacher, asked = guided_trainer(guidance_scale=w)
-    u, grid = torch.tensor([1, 2, 3, 9, 20, 30, 39, 40]), trainer.grid
+    u, grid = torch.tensor([1, 2, 3, 9, 20, 30, 39, 40]), trainer.method.grid
     batch = batch_of(dim=1, condition={"label": torch.zeros(8, dtype=torch.long)})
     torch.testing.assert_close(
         scale_of(trainer, teacher, batch, u), torch.full((8,), w, dtype=F64), rtol=1e-6, atol=1e-6
@@ -411,7 +417,7 @@ def test_the_teachers_step_is_guided_by_the_lcm_convention(w):
     x0 = said.x0 + (w - 1) * (said.x0 - null.x0)
     eps = said.eps + (w - 1) * (said.eps - null.eps)
     by_hand = grid.add_noise(x0, eps, u - 1)
-    torch.testing.assert_close(trainer.aim(x_u, u, u - 1, batch), by_hand, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(trainer.method.target_jump(x_u, u, u - 1, batch), by_hand, rtol=1e-9, atol=1e-9)
 
 
 def test_one_scale_is_drawn_a_batch_uniform_in_its_range():
@@ -425,7 +431,7 @@ def test_one_scale_is_drawn_a_batch_uniform_in_its_range():
         found.append(scales[0].item())
     assert len(set(found)) == 5
     assert asked == [[1] * 8 + [0] * 8] * 5
-    draws = torch.tensor([trainer.draw_scale(8) for _ in range(4000)])
+    draws = torch.tensor([trainer.method.draw_scale(8) for _ in range(4000)])
     assert draws.min() >= 2
     assert draws.max() < 14
     assert scipy.stats.kstest(draws.numpy(), "uniform", (2, 12)).pvalue > 1e-3
@@ -433,7 +439,7 @@ def test_one_scale_is_drawn_a_batch_uniform_in_its_range():
 
 def test_student_and_target_are_asked_for_the_condition_alone():
     trainer, _, _ = guided_trainer(guidance_scale=5.0)
-    trainer.grid = grid_of(trainer.family.schedule, 40, 4)
+    trainer.method.grid = grid_of(trainer.family.schedule, 40, 4)
     asked, forward = [], trainer.family.forward
 
     def noting(network, x, time, condition):
@@ -441,16 +447,21 @@ def test_student_and_target_are_asked_for_the_condition_alone():
         return forward(network, x, time, condition)
 
     trainer.family.forward = noting
-    trainer.student_losses(batch_of(dim=1, condition={"label": torch.zeros(8, dtype=torch.long)}))
+    trainer.method.student_losses(batch_of(dim=1, condition={"label": torch.zeros(8, dtype=torch.long)}))
     assert asked == [(True, [0] * 8), (False, [0] * 8)]
+
+
+def check_null(trainer):
+    if TSCD.needs(trainer.config).null_condition:
+        trainer.family.null_condition(1)
 
 
 @pytest.mark.parametrize("own", [{"guidance_scale": 2.0}, {"guidance_range": [1.0, 4.0]}])
 def test_a_teacher_without_null_is_refused_where_it_would_be_guided(own):
     trainer = trainer_of(**own)
     with pytest.raises(UserError, match="cannot be guided"):
-        TSCD.check_family(trainer.settings, trainer.family)
-    TSCD.check_family(trainer_of().settings, trainer.family)
+        check_null(trainer)
+    check_null(trainer_of())
 
 
 # -- config ------------------------------------------------------------------------------------------------------
@@ -496,7 +507,7 @@ def test_data_and_weights_that_do_not_do():
     one_line(r"set data\.images", toy_trainer, **own)
     images = {"data": {"images": {"folder": "unused"}}}
     one_line(r"roles\.weights = mixed", toy_trainer, **own, **images, roles={"weights": "mixed"})
-    assert TSCD.wants_images(toy_trainer(**own, **images).settings)
+    assert TSCD.needs(toy_trainer(**own, **images).config).images
 
 
 @pytest.mark.parametrize(
@@ -512,8 +523,8 @@ def test_data_and_weights_that_do_not_do():
 )
 def test_samplers_on_the_grid_with_every_edge_are_taken(segments, points, sampler):
     trainer = trainer_of(toy_family(schedule=linear_betas()), segments, points, sampler=sampler)
-    assert trainer.grid.time[-1] == trainer.sampler.times[0]
-    assert set(trainer.sampler.times) <= set(trainer.grid.time.tolist())
+    assert trainer.method.grid.time[-1] == trainer.sampler.times[0]
+    assert set(trainer.sampler.times) <= set(trainer.method.grid.time.tolist())
 
 
 @pytest.mark.parametrize("name", ["flow", "flow_shift", "edm"])
@@ -523,11 +534,13 @@ def test_a_grid_that_the_segments_divide_is_taken_on_schedules_without_timesteps
     schedule = {"flow": FlowSchedule(), "flow_shift": FlowSchedule(3.0), "edm": EDMSchedule()}[name]
     family = toy_family(schedule=schedule, kind="x0" if name == "edm" else "v")
     trainer = trainer_of(family, segments, points)
-    assert trainer.sampler.times == pytest.approx(trainer.grid.time[trainer.grid.edges[1:]].flip(0).tolist())
+    assert trainer.sampler.times == pytest.approx(
+        trainer.method.grid.time[trainer.method.grid.edges[1:]].flip(0).tolist()
+    )
 
 
 def test_the_method_is_registered_as_itself():
-    assert type(trainer_of()) is TSCD
+    assert type(trainer_of().method) is TSCD
 
 
 # -- going on ----------------------------------------------------------------------------------------------------
@@ -547,13 +560,12 @@ def test_two_and_two_updates_are_four_bit_for_bit(weights):
     def fit(trainer, updates):
         while trainer.counters["student"] < updates:
             trainer.iteration()
-            trainer.counters["iteration"] += 1
         return trainer
 
     whole, first, second = (unets(weights, **own) for _ in range(3))
     for trainer in (whole, first):  # a student that began elsewhere
         shake(trainer.roles.student)
-        shake(trainer.solver, seed=2)
+        shake(trainer.method.solver, seed=2)
     fit(whole, 4)
     tensors, meta = state_of(fit(first, 2))
     assert {"student", "consistency_target", "previous_stage", "discriminator"} <= tensors.keys()
@@ -574,7 +586,7 @@ def test_a_checkpoint_without_its_target_is_refused():
     trainer = trainer_of()
     tensors, meta = state_of(trainer)
     del tensors["consistency_target"]
-    one_line("saved weights do not fit", trainer.restore, tensors=tensors, meta=meta, where="here")
+    one_line("consistency_target is missing", trainer.restore, tensors=tensors, meta=meta, where="here")
     assert trainer_of(target_decay=0.0).state()[0].keys() == tensors.keys()
 
 
@@ -608,7 +620,7 @@ def test_four_stages_in_turn_reach_the_teachers_samples_in_fewer_and_fewer_steps
         before = students_samples(trainer)
         trainer.fit()
         after = students_samples(trainer)
-        with trainer.averaged():
+        with trainer.exported():
             last = {k: v.clone() for k, v in trainer.roles.student.state_dict().items()}
         rmse = [(x - wanted).square().mean().sqrt().item() for x in (before, after)]
         found[segments] = (*rmse, energy_distance(before, truth), energy_distance(after, truth))

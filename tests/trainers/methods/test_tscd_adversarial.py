@@ -4,13 +4,13 @@ import pytest
 import scipy.stats
 import torch
 from segmented import assert_same, gradients, scale, self_taught, shake, trainer_of, unets
-from toys import toy_family
+from toys import take_all, toy_family
 
 from stepdistill.errors import UserError
 from stepdistill.roles.discriminator import DiscriminatorHead, MapHeads
 from stepdistill.sampler import few_step_times
-from stepdistill.trainers.loop.trainer import Batch
 from stepdistill.trainers.methods import tscd as module
+from stepdistill.trainers.methods.base import Batch
 from stepdistill.trainers.methods.tscd import TSCD
 
 
@@ -23,9 +23,9 @@ def test_without_weight_no_discriminator_is_made_or_called(monkeypatch):
     trainer = self_taught(segments=4)
     trainer.roles.teacher.features = refuse
     trainer.fit()
-    assert trainer.extra == {}
-    assert set(trainer.optimizers) == {"student"}
-    assert trainer.student_losses(trainer.next_batch()).keys() == {"consistency"}
+    assert trainer.method.networks == {}
+    assert trainer.optimizers.adamw.keys() == {"student"}
+    assert trainer.method.student_losses(trainer.method.next_batch()).keys() == {"consistency"}
     with pytest.raises(AssertionError, match="called"):
         self_taught(segments=4, adversarial={"weight": 0.1})
 
@@ -34,7 +34,7 @@ def test_without_weight_no_discriminator_is_made_or_called(monkeypatch):
 def test_the_discriminators_width(conditional, times):
     adversarial = {"weight": 0.1, "conditional": conditional}
     for trainer, features in ((self_taught(adversarial=adversarial), 64), (unets(adversarial=adversarial), 8)):
-        head = trainer.extra["discriminator"]
+        head = trainer.method.networks["discriminator"]
         assert isinstance(head, DiscriminatorHead)
         assert head.layers[0].in_channels == times * features
         assert trainer.roles.meter.total == 0
@@ -50,7 +50,7 @@ def test_making_the_discriminator_draws_from_the_seed_alone():
         family.teacher_denoiser = lambda: None
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        made.append(trainer_of(family, adversarial={"weight": 0.1}).extra["discriminator"].state_dict())
+        made.append(trainer_of(family, adversarial={"weight": 0.1}).method.networks["discriminator"].state_dict())
         assert torch.equal(torch.get_rng_state(), state)
     assert_same(*made)
 
@@ -75,8 +75,8 @@ def watched(trainer):
 def adversarial_trainer(conditional=True, **own):
     trainer = self_taught(segments=4, adversarial={"weight": 0.3, "conditional": conditional}, **own)
     shake(trainer.roles.student)
-    shake(trainer.target, seed=2)
-    shake(trainer.extra["discriminator"], 0.3)
+    shake(trainer.method.target, seed=2)
+    shake(trainer.method.networks["discriminator"], 0.3)
     return trainer
 
 
@@ -85,17 +85,17 @@ def adversarial_trainer(conditional=True, **own):
 def test_candidates_and_both_losses_by_hand(end, conditional):
     trainer = adversarial_trainer(conditional, end=end)
     asked, features = watched(trainer)
-    batch, state = trainer.next_batch(), trainer.noise.get_state()
-    losses = trainer.student_losses(batch)
+    batch, state = trainer.method.next_batch(), trainer.noise.get_state()
+    losses = trainer.method.student_losses(batch)
     assert losses.keys() == {"consistency", "generator"}
     assert losses["generator"][0] == 0.3
 
     trainer.noise.set_state(state)
-    grid, times = trainer.grid, torch.tensor([0, *few_step_times(trainer.family.schedule, 40)[::-1]]).long()
-    u, e = trainer.draw_points(8)
+    grid, times = trainer.method.grid, torch.tensor([0, *few_step_times(trainer.family.schedule, 40)[::-1]]).long()
+    u, e = trainer.method.draw_points(8)
     x_u = trainer.family.schedule.add_noise(batch.real, batch.noise, times[u])
     said = trainer.roles.student(x_u, times[u], {})
-    jump_, aim = grid.add_noise(said.x0, said.eps, e), trainer.aim(x_u, u, e, batch)
+    jump_, aim = grid.add_noise(said.x0, said.eps, e), trainer.method.target_jump(x_u, u, e, batch)
     high = (u + 9) // 10 * 10
     look = e + 1 + torch.floor(trainer.noise.uniform(8) * (high - e)).long()
     ratio = grid.alpha[look] / grid.alpha[e]
@@ -111,7 +111,7 @@ def test_candidates_and_both_losses_by_hand(end, conditional):
         torch.testing.assert_close(x, x_.detach(), rtol=1e-4, atol=1e-5)
         assert torch.equal(t, t_)
         assert grad == grad_
-    head = trainer.extra["discriminator"]
+    head = trainer.method.networks["discriminator"]
     seen = [features(x, times[look], {}) for x in (fake, real)]
     if conditional:
         seen = [torch.cat([x, features(x_u, times[u], {})], 1) for x in seen]
@@ -123,16 +123,16 @@ def test_candidates_and_both_losses_by_hand(end, conditional):
     assert max(x.abs().max() for x in found.values()) > 1e-6
 
     kept = {}
-    trainer.update = lambda role: kept.update({k: p.grad.clone() for k, p in trainer.trained[role].items()})
-    trainer.after_student()
-    (logged,) = trainer._logged["loss/discriminator"]
+    trainer.step = lambda role: kept.update({k: p.grad.clone() for k, p in trainer.trained[role].items()})
+    take_all(trainer, trainer.method.other_updates())
+    (logged,) = trainer.parts.journal.values["loss/discriminator"]
     seen = [x.detach() for x in seen]
     wanted = torch.log1p(torch.exp(head(seen[0]))).mean() + torch.log1p(torch.exp(-head(seen[1]))).mean()
     torch.testing.assert_close(logged, wanted.detach(), rtol=1e-4, atol=1e-5)
     own = dict(head.named_parameters())
     for (key, _), value in zip(own.items(), torch.autograd.grad(wanted, list(own.values())), strict=True):
         torch.testing.assert_close(kept[key], value, rtol=1e-3, atol=1e-5)
-    assert trainer.looked_at == []
+    assert trainer.method.candidates == []
 
 
 @pytest.mark.parametrize("point", [11, 13, 20])
@@ -142,15 +142,15 @@ def test_both_candidates_are_taken_to_one_point_above_their_end_and_inside_the_s
     trainer = adversarial_trainer(False, end=end)
     asked, _ = watched(trainer)
     trainer.noise.randint = lambda low, high, count: torch.full((count,), point)
-    draw, ends = trainer.draw_points, []
+    draw, ends = trainer.method.draw_points, []
 
     def noting(count):
         u, where = draw(count)
         ends.append(where)
         return u, where
 
-    trainer.draw_points = noting
-    trainer.student_losses(Batch({}, torch.randn(20_000, 2, 1, 1), [], torch.zeros(20_000, 2, 1, 1)))
+    trainer.method.draw_points = noting
+    trainer.method.student_losses(Batch({}, torch.randn(20_000, 2, 1, 1), [], torch.zeros(20_000, 2, 1, 1)))
     (_, fake_time, _), (_, real_time, _) = asked
     assert torch.equal(fake_time, real_time)
     look, where = (fake_time + 1) // 25, ends[0]
@@ -163,44 +163,44 @@ def test_both_candidates_are_taken_to_one_point_above_their_end_and_inside_the_s
 
 def test_the_students_turn_trains_no_discriminator_and_its_own_turn_no_student():
     trainer = adversarial_trainer(mse_weight=0.0, target_decay=0.5)
-    head, student = trainer.extra["discriminator"], trainer.trained["student"]
-    losses = trainer.student_losses(trainer.next_batch())
+    head, student = trainer.method.networks["discriminator"], trainer.trained["student"]
+    losses = trainer.method.student_losses(trainer.method.next_batch())
     assert losses.keys() == {"generator"}
-    trainer.total("student", losses).backward()
+    trainer.method.total("student", losses).backward()
     assert sum(p.grad.abs().sum() for p in student.values()) > 0
     assert all(p.grad is None for p in head.parameters())
     assert all(p.grad is None for p in trainer.family.network.parameters())
-    trainer.update("student")
-    updates, reached = trainer.update, {}
+    trainer.step("student")
+    updates, reached = trainer.step, {}
 
     def noting(role):
         reached[role] = all(p.grad is not None for p in trainer.trained[role].values())
         reached["student_too"] = any(p.grad is not None for p in student.values())
         return updates(role)
 
-    trainer.update = noting
-    trainer.after_student()
+    trainer.step = noting
+    take_all(trainer, trainer.method.other_updates())
     assert reached == {"discriminator": True, "student_too": False}
     assert all(p.grad is None for p in trainer.family.network.parameters())
 
 
 def test_the_discriminator_takes_the_mean_of_a_gathered_updates_batches():
     trainer = adversarial_trainer(train={"gradient_accumulation": 3})
-    head, kept, update = trainer.extra["discriminator"], {}, trainer.update
+    head, kept, update = trainer.method.networks["discriminator"], {}, trainer.step
 
     def noting(role):
         if role == "discriminator":
-            looked = list(trainer.looked_at)
+            looked = list(trainer.method.candidates)
             kept["found"] = [p.grad.clone() for p in head.parameters()]
             losses = [
-                module.discriminator_loss(head(torch.cat([real, x], 1)), head(torch.cat([fake, x], 1)))
-                for fake, real, x in looked
+                module.discriminator_loss(head(torch.cat([c.real, c.start], 1)), head(torch.cat([c.fake, c.start], 1)))
+                for c in looked
             ]
             kept["wanted"] = torch.autograd.grad(sum(losses) / 3, list(head.parameters()))
             kept["batches"] = len(looked)
         return update(role)
 
-    trainer.update = noting
+    trainer.step = noting
     trainer.iteration()
     assert kept["batches"] == 3
     for a, b in zip(kept["found"], kept["wanted"], strict=True):
@@ -219,7 +219,7 @@ def test_the_discriminator_takes_the_mean_of_a_gathered_updates_batches():
 )
 def test_the_plans_passes_are_those_that_a_run_makes(own, passes):
     trainer = unets(**own)
-    assert TSCD.passes_per_update(trainer.config, trainer.settings) == passes
+    assert TSCD.passes(trainer.config).per_update == passes
     trainer.iteration()
     assert trainer.passes == passes * 8
 
@@ -232,7 +232,7 @@ def phased(conditional=False, **own):
     adversarial = {"weight": 0.3, "loss": "hinge", "features": "all", "heads": 2, "conditional": conditional}
     trainer = unets(adversarial=adversarial, **own)
     shake(trainer.roles.student)
-    shake(trainer.extra["discriminator"])
+    shake(trainer.method.networks["discriminator"])
     return trainer
 
 
@@ -240,7 +240,7 @@ def phased(conditional=False, **own):
 def test_all_maps_by_hand(conditional):
     """Both losses are hinges of the heads on what the teacher's blocks put out, down, middle and up."""
     trainer = phased(conditional)
-    discriminator, network = trainer.extra["discriminator"], trainer.family.network
+    discriminator, network = trainer.method.networks["discriminator"], trainer.family.network
     assert isinstance(discriminator, MapHeads)
     assert len(discriminator.maps) == 5
     blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]
@@ -259,7 +259,7 @@ def test_all_maps_by_hand(conditional):
         return maps
 
     trainer.roles.teacher.feature_maps = noting
-    _, loss = trainer.student_losses(trainer.next_batch())["generator"]
+    _, loss = trainer.method.student_losses(trainer.method.next_batch())["generator"]
     *beside, fake, real = seen
     assert len(beside) == conditional
 
@@ -279,9 +279,9 @@ def test_all_maps_by_hand(conditional):
         ]
     ).mean()
     reached = {}
-    trainer.update = lambda role: reached.update({role: [p.grad.clone() for p in trainer.trained[role].values()]})
-    trainer.after_student()
-    (logged,) = trainer._logged["loss/discriminator"]
+    trainer.step = lambda role: reached.update({role: [p.grad.clone() for p in trainer.trained[role].values()]})
+    take_all(trainer, trainer.method.other_updates())
+    (logged,) = trainer.parts.journal.values["loss/discriminator"]
     torch.testing.assert_close(logged, expected.detach())
     by_parameter = torch.autograd.grad(expected, list(discriminator.parameters()))
     for gradient, value in zip(reached["discriminator"], by_parameter, strict=True):
@@ -293,12 +293,14 @@ def test_hinge_on_the_mid_block_alone_is_another_loss_on_the_same_logits():
     losses = {}
     for kind in ("softplus", "hinge"):
         trainer = self_taught(segments=4, adversarial={"weight": 0.3, "loss": kind})
-        shake(trainer.extra["discriminator"], 0.3)
-        assert isinstance(trainer.extra["discriminator"], DiscriminatorHead)
-        batch = trainer.next_batch()
+        shake(trainer.method.networks["discriminator"], 0.3)
+        assert isinstance(trainer.method.networks["discriminator"], DiscriminatorHead)
+        batch = trainer.method.next_batch()
         logits = []
-        trainer.extra["discriminator"].register_forward_hook(lambda _m, _i, out, logits=logits: logits.append(out))
-        losses[kind] = trainer.student_losses(batch)["generator"][1], logits[0]
+        trainer.method.networks["discriminator"].register_forward_hook(
+            lambda _m, _i, out, logits=logits: logits.append(out)
+        )
+        losses[kind] = trainer.method.student_losses(batch)["generator"][1], logits[0]
     (soft, a), (hinge, b) = losses["softplus"], losses["hinge"]
     assert torch.equal(a, b)
     torch.testing.assert_close(soft, torch.nn.functional.softplus(-a).mean())
@@ -308,7 +310,7 @@ def test_hinge_on_the_mid_block_alone_is_another_loss_on_the_same_logits():
 def test_a_network_of_one_block_has_one_map():
     adversarial = {"weight": 0.1, "features": "all", "heads": 1, "conditional": False}
     trainer = self_taught(adversarial=adversarial)
-    assert len(trainer.extra["discriminator"].maps) == 1
+    assert len(trainer.method.networks["discriminator"].maps) == 1
     trainer.iteration()
     assert trainer.counters["discriminator"] == 1
 
@@ -329,7 +331,7 @@ def test_a_scale_for_all_or_one_a_sample(draw):
         module.guided = ask
     scales = torch.as_tensor(seen[0])
     assert scales.shape == ((8,) if draw == "sample" else ())
-    many = torch.cat([torch.as_tensor(trainer.draw_scale(1000)).reshape(-1) for _ in range(50)])
+    many = torch.cat([torch.as_tensor(trainer.method.draw_scale(1000)).reshape(-1) for _ in range(50)])
     assert (many >= 2).all()
     assert (many < 5).all()
     assert many.double().mean().item() == pytest.approx(3.5, abs=0.05 if draw == "sample" else 0.6)

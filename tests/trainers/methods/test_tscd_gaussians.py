@@ -10,7 +10,7 @@ from stepdistill.analytic import GaussianMixture
 from stepdistill.families.analytic import AnalyticFamily
 from stepdistill.sampler import FewStepSampler
 from stepdistill.schedule import FlowSchedule
-from stepdistill.trainers.loop.trainer import Batch
+from stepdistill.trainers.methods.base import Batch
 
 F64 = torch.float64
 POINTS = sigma_points(2)
@@ -65,15 +65,15 @@ def gaussian_trainer(schedule, points=40, segments=1, c=1.0, mean=0.0, transitio
         train={"updates": 4, "batch_size": 4 * points, "log_every": 10**6, **(train or {})},
         optimizer={"student": {"lr": points / 2, "clip": 1e9, **own.get("optimizer", {})}},
     )
-    trainer.grid = grid
+    trainer.method.grid = grid
     double(trainer)
-    trainer.optimizers["student"] = torch.optim.SGD(list(trainer.trained["student"].values()), lr=1.0)
+    trainer.optimizers.adamw["student"] = torch.optim.SGD(list(trainer.trained["student"].values()), lr=1.0)
 
     def next_batch(copies=points):
         z, n = (POINTS[:, i].repeat(copies).reshape(-1, 1, 1, 1) for i in (0, 1))
         return Batch({}, n, [], mean + c * z)
 
-    trainer.next_batch = next_batch
+    trainer.method.next_batch = next_batch
     trainer.noise.randint = lambda low, high, count: torch.arange(low, high + 1).repeat_interleave(4)
     return trainer
 
@@ -113,7 +113,7 @@ LAWS = {"start": products, "random": averages}
 
 def set_gains(trainer, gain):
     with torch.no_grad():
-        for role in {trainer.roles.student, trainer.target}:
+        for role in {trainer.roles.student, trainer.method.target}:
             role.network.raw.copy_(gain / role.network.unit)
 
 
@@ -137,29 +137,29 @@ def test_the_loop_ends_where_every_jump_to_a_segments_start_is_the_teachers_step
     trainer.fit()
     assert trainer.counters["student"] == updates
     gain = trainer.roles.student.network.gain.detach()
-    wanted = products(trainer.grid, c)
+    wanted = products(trainer.method.grid, c)
     torch.testing.assert_close(gain[1:], wanted[1:], rtol=0, atol=1e-5)
     u = torch.arange(1, points + 1)
-    step = multiplier(trainer.grid, c)
-    start = trainer.grid.start(u)
+    step = multiplier(trainer.method.grid, c)
+    start = trainer.method.grid.start(u)
     teachers = torch.stack([step[b:t].prod() for b, t in zip(start, u, strict=True)])
-    torch.testing.assert_close(jump(trainer.grid, gain, u, start), teachers, rtol=0, atol=1e-5)
+    torch.testing.assert_close(jump(trainer.method.grid, gain, u, start), teachers, rtol=0, atol=1e-5)
     if own["target_decay"]:
-        target = trainer.target.network.gain.detach()
+        target = trainer.method.target.network.gain.detach()
         torch.testing.assert_close(target[1:], wanted[1:], rtol=0, atol=1e-5)
 
 
 def expected_gradients(trainer):
     """d loss / d gain at each point, in expectation over u, its end and the data: exact, by enumeration."""
-    grid = trainer.grid
+    grid = trainer.method.grid
     total = torch.zeros(grid.points + 1, dtype=F64)
     for point in range(1, grid.points + 1):
         at = torch.tensor([point])
-        choices = int(at - grid.start(at)) if trainer.settings.end == "random" else 1
+        choices = int(at - grid.start(at)) if trainer.method.settings.end == "random" else 1
         trainer.noise.randint = lambda low, high, count, at=at: at.repeat(count)
         places = ((torch.arange(choices) + 0.5) / choices).repeat_interleave(4)
         trainer.noise.uniform = lambda count, places=places: places
-        ((_, loss),) = trainer.student_losses(trainer.next_batch(choices)).values()
+        ((_, loss),) = trainer.method.student_losses(trainer.method.next_batch(choices)).values()
         (found,) = gradients(trainer, loss).values()
         total += found / grid.points
     return total[1:]
@@ -171,12 +171,12 @@ def test_the_loss_is_stationary_at_its_own_law_and_not_at_the_others(segments, c
     schedule = linear_betas()
     trainer = gaussian_trainer(schedule, 50, segments, c, 0.7, transition, end=law, target_decay=0.0)
     for name, gains in LAWS.items():
-        set_gains(trainer, gains(trainer.grid, c))
+        set_gains(trainer, gains(trainer.method.grid, c))
         found = expected_gradients(trainer).abs()
         if name == law:
             assert found.max() < 1e-12
         else:
-            start = trainer.grid.start(torch.arange(1, 51))
+            start = trainer.method.grid.start(torch.arange(1, 51))
             first = torch.arange(1, 51) - start == 1
             assert found[first].max() < 1e-12  # there the two laws are one
             assert (found[~first] > 1e-9).all()
@@ -184,7 +184,7 @@ def test_the_loss_is_stationary_at_its_own_law_and_not_at_the_others(segments, c
 
 def total_gain(trainer):
     """What unit noise becomes in one step a segment, through the sampler itself: the std of its samples."""
-    grid = trainer.grid
+    grid = trainer.method.grid
     times = tuple(grid.time[grid.edges[1:]].flip(0).tolist())
     sampler = FewStepSampler(trainer.family.schedule, times, "tcd", 0.0)
     return sampler.sample(trainer.roles.student, torch.ones(1, 1, 1, 1, dtype=F64), {}, None).item()
@@ -206,7 +206,7 @@ def test_the_sheets_table_of_deviations(c, end):
     schedule, found = linear_betas(), []
     for segments in SEGMENTS:
         trainer = gaussian_trainer(schedule, 50, segments, c, transition="tcd", end=end)
-        set_gains(trainer, LAWS[end](trainer.grid, c))
+        set_gains(trainer, LAWS[end](trainer.method.grid, c))
         found.append(total_gain(trainer))
     assert found == pytest.approx(TABLE[c, end], abs=6e-4)
 
@@ -231,9 +231,9 @@ def test_a_later_stage_taught_by_the_one_before_keeps_the_first_teachers_traject
     trainer.fit()
     step, gain = multiplier(fine, c), trainer.roles.student.network.gain.detach()
     u = torch.arange(1, 9)
-    start = trainer.grid.start(u)
+    start = trainer.method.grid.start(u)
     wanted = torch.stack([step[5 * b : 5 * t].prod() for b, t in zip(start, u, strict=True)])
-    torch.testing.assert_close(jump(trainer.grid, gain, u, start), wanted, rtol=0, atol=1e-5)
-    base = products(trainer.grid, c)  # what eight steps of the teacher itself would have taught
+    torch.testing.assert_close(jump(trainer.method.grid, gain, u, start), wanted, rtol=0, atol=1e-5)
+    base = products(trainer.method.grid, c)  # what eight steps of the teacher itself would have taught
     assert (base - gain)[1:].abs().max() > 0.01
-    torch.testing.assert_close(trainer.solver.network.gain, known, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainer.method.solver.network.gain, known, rtol=0, atol=1e-5)

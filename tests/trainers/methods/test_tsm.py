@@ -24,14 +24,14 @@ def trainer_of(own_teacher=False, **tsm):
 def test_the_loss_by_hand(scale):
     """The squared error of v at noised real samples, to the teacher's v under each sample's own label, guided."""
     trainer = trainer_of(guidance_scale=scale, min_level=300, max_level=400)
-    batch = trainer.next_batch()
-    index = trainer.real.order.indices(0, 8)
+    batch = trainer.method.next_batch()
+    index = trainer.parts.real.order.indices(0, 8)
     labels = torch.tensor([LABELS[i] for i in index])
-    assert torch.equal(batch.real, trainer.real.latents[index])
+    assert torch.equal(batch.real, trainer.parts.real.latents[index])
     assert torch.equal(batch.condition["label"], labels)
     assert set(labels.tolist()) == {0, 1}
     state = trainer.noise.get_state()
-    ((weight, loss),) = trainer.student_losses(batch).values()
+    ((weight, loss),) = trainer.method.student_losses(batch).values()
     trainer.noise.set_state(state)
     t = trainer.noise.randint(300, 400, 8)
     alpha, sigma = (c.float().reshape(-1, 1, 1, 1) for c in trainer.family.schedule.alpha_sigma(t))
@@ -48,7 +48,7 @@ def test_the_loss_by_hand(scale):
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn():
     trainer = trainer_of(own_teacher=True)
-    ((_, loss),) = trainer.student_losses(trainer.next_batch()).values()
+    ((_, loss),) = trainer.method.student_losses(trainer.method.next_batch()).values()
     assert loss.item() == pytest.approx(0, abs=1e-10)
     loss.backward()
     assert all(p.grad is None for p in trainer.family.network.parameters())

@@ -15,10 +15,11 @@ from toys import toy_family, toy_trainer
 from stepdistill.analytic import GaussianMixture
 from stepdistill.config import merge, read_yaml
 from stepdistill.data.images import ImageSet
+from stepdistill.data.streams import RealSource
 from stepdistill.eval.show.curves import curves_table, distance_at
 from stepdistill.eval.show.grid import GAP, HEADER, TITLE
 from stepdistill.run import RunFolder
-from stepdistill.trainers.loop.trainer import RealSource
+from stepdistill.trainers.methods.base import Phase, planned_updates
 from stepdistill.trainers.plans.compared import peak_memory
 from stepdistill.trainers.plans.comparison_settings import ComparisonSettings
 from stepdistill.trainers.plans.comparison_table import cost_cells
@@ -206,16 +207,17 @@ def test_passes_of_an_update_are_what_the_readme_and_the_plan_say(method, settin
     family.teacher_denoiser = lambda: None  # the network is the teacher, so its passes count
     sections = {method: {"fake_score_updates": k, **settings}}
     trainer = toy_trainer(family, method=method, train={"updates": 3}, **sections)
-    trainer.repeat("test", "student", 1, trainer.iteration, lambda bar: None)
+    trainer.repeat(Phase("test", "student", 1, trainer.method.updates), lambda *_: None)
     for _ in range(k - 1):  # the fake score's other updates, until the student's next turn
         trainer.iteration()
-        trainer.counters["iteration"] += 1
     assert trainer.passes == 8 * expected
-    assert trainer.passes_per_update(trainer.config, trainer.settings) == expected
-    assert trainer.planned_updates(trainer.config) == 3
+    assert trainer.method.passes(trainer.config).per_update == expected
+    assert planned_updates(type(trainer.method), trainer.config) == 3
     for passes, world, planned in ((1, 1, 1), (2 * trainer.passes, 1, 2), (2 * trainer.passes, 2, 1), (10**9, 1, 3)):
         short = trainer.config.train.model_copy(update={"max_passes": passes})
-        assert trainer.planned_updates(trainer.config.model_copy(update={"train": short}), world) == planned
+        assert (
+            planned_updates(type(trainer.method), trainer.config.model_copy(update={"train": short}), world) == planned
+        )
 
 
 @pytest.mark.parametrize(
@@ -249,11 +251,11 @@ def test_passes_of_the_methods_without_a_fake_score(method, changes, expected, t
     if method == "regression":
         changes = merge({"output": str(tmp_path / "run"), "teacher": {"steps": 2}}, changes)
     trainer = toy_trainer(family, real, method=method, train={"updates": 3}, **changes)
-    trainer.prepare()
+    trainer.begin()
     before = trainer.passes
     trainer.iteration()
     assert trainer.passes - before == 8 * expected
-    assert trainer.passes_per_update(trainer.config, trainer.settings) == expected
+    assert trainer.method.passes(trainer.config).per_update == expected
 
 
 @pytest.mark.parametrize(

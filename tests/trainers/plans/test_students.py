@@ -23,12 +23,13 @@ from stepdistill import checkpoint
 from stepdistill.config import merge
 from stepdistill.data import teacher_pairs as pairs
 from stepdistill.data.router import Router
+from stepdistill.data.streams import RealSource
 from stepdistill.errors import UserError
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.families import load_family
 from stepdistill.readers import digest_tensors
 from stepdistill.roles.role import Role
-from stepdistill.trainers.loop.trainer import RealSource, Trainer
+from stepdistill.trainers.loop.trainer import Trainer
 from stepdistill.trainers.methods.regression import Regression
 from stepdistill.trainers.plans import finish
 from stepdistill.trainers.plans.build import build_trainer, check_fit, load_teacher, resume
@@ -217,7 +218,7 @@ def test_regression_pairs_are_the_same_for_all_and_made_once(root, tmp_path, mon
         return own_write(*arguments)
 
     def spied_batch(self):
-        batches.append((self.run.path.name, own_batch(self), self.pairs))
+        batches.append((Path(self.config.output).name, own_batch(self), self.parts.teacher_pairs.pairs))
         return batches[-1][1]
 
     monkeypatch.setattr(pairs, "_write", spied_write)
@@ -242,7 +243,7 @@ def test_score_matching_sees_all_images_unless_asked_for_its_own(images, parts, 
     raw = raw_config(root, tmp_path, method="tsm", tsm={"images": images}, train={"batch_size": 4}, msd=TABLE)
     for labels, student in zip(parts, students_of(raw).students, strict=True):
         trainer = build_trainer(student.job, None)
-        batches = [trainer.next_batch() for _ in range(4)]
+        batches = [trainer.method.next_batch() for _ in range(4)]
         index = [i for batch in batches for i in batch.indices]
         assert set(index) == {i for i in range(16) if i % LABELS in labels}
         assert {label for batch in batches for label in batch.condition["label"].tolist()} == set(labels)
@@ -253,7 +254,7 @@ def test_images_of_no_own_condition_are_refused(root, tmp_path):
     np.savez(tmp_path / "zeros.npz", images=np.zeros((4, 8, 8), np.uint8), labels=[0, 3, 0, 3])
     raw = raw_config(root, tmp_path / "out", data={"images": {"npz": str(tmp_path / "zeros.npz")}}, msd=TABLE)
     several = students_of(raw)
-    assert build_trainer(several.students[0].job, None).real.subset == [0, 1, 2, 3]
+    assert build_trainer(several.students[0].job, None).parts.real.subset == [0, 1, 2, 3]
     with pytest.raises(UserError, match=r"data\.images: none of its images is of student 1's conditions"):
         build_trainer(several.students[1].job, None)
 
@@ -356,8 +357,8 @@ def test_a_run_stopped_in_the_second_student_goes_on_to_the_same_weights(root, i
     path = write(tmp_path, raw_config(root, tmp_path / "out", msd=TABLE, train={"updates": 3}))
     after = Trainer._after_update
 
-    def stop(self, bar):
-        after(self, bar)
+    def stop(self, bar, counter):
+        after(self, bar, counter)
         if self.run.path.name == "student-1":
             signal.raise_signal(signal.SIGTERM)
 

@@ -290,21 +290,21 @@ def tsm_trainer(root, output, kind: str, **changes):
 
 def spied(trainer, monkeypatch) -> list[torch.Tensor]:
     """The times that the trainer draws."""
-    times, draw_time = [], trainer.draw_time
+    times, draw_time = [], trainer.method.draw_time
 
     def spied_draw(*arguments):
         times.append(draw_time(*arguments))
         return times[-1]
 
-    monkeypatch.setattr(trainer, "draw_time", spied_draw)
+    monkeypatch.setattr(trainer.method, "draw_time", spied_draw)
     return times
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "edm"])
 def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(kind, root, tmp_path):
     trainer = tsm_trainer(root, tmp_path, kind)
-    batch = trainer.next_batch()
-    loss = trainer.total("student", trainer.student_losses(batch))
+    batch = trainer.method.next_batch()
+    loss = trainer.method.total("student", trainer.method.student_losses(batch))
     loss.backward()
     parameters = trainer.roles.student.parameters().values()
     largest = max(p.grad.abs().max().item() for p in parameters)
@@ -313,7 +313,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(kind, root, t
         for parameter in parameters:
             parameter.add_(0.1)
             parameter.grad = None
-    other = trainer.total("student", trainer.student_losses(batch))
+    other = trainer.method.total("student", trainer.method.student_losses(batch))
     other.backward()
     assert loss.item() < 1e-12 * other.item()  # float32 rounds what is converted to v
     assert largest < 1e-5 * max(p.grad.abs().max().item() for p in parameters)
@@ -327,8 +327,8 @@ def test_the_loss_is_the_distance_to_the_teacher_weighted_as_its_own_training(ki
     changes = {"tsm": {"guidance_scale": scale, "min_level": 100, "max_level": 700}}
     trainer = tsm_trainer(root, tmp_path, kind, roles={"network": {"block_out_channels": [4, 8]}}, **changes)
     times = spied(trainer, monkeypatch)
-    batch = trainer.next_batch()
-    loss = trainer.student_losses(batch)["score_matching"][1]
+    batch = trainer.method.next_batch()
+    loss = trainer.method.student_losses(batch)["score_matching"][1]
     (t,) = times
     levels = [trainer.family.schedule.level(torch.tensor(n)) for n in (100, 700)]
     assert levels[0] <= t.min() < t.max() <= levels[1]
