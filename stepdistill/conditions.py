@@ -152,7 +152,7 @@ class Captions(str):
         caption.every = every
         return caption
 
-    def __getnewargs__(self) -> tuple:
+    def __getnewargs__(self) -> tuple[tuple[str, ...]]:
         return (self.every,)
 
 

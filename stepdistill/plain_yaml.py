@@ -74,7 +74,7 @@ class _Open:
     value: Any
     anchor: str | None
     key: Any = None
-    merged: list[dict] = field(default_factory=list)
+    merged: list[dict[str, Any]] = field(default_factory=list)
     size: int = 1
     depth: int = 0
 
@@ -184,7 +184,7 @@ class _Builder:
             parent.value[parent.key] = value
             parent.key = None
 
-    def mappings(self, event: yaml.Event, value: Any) -> list[dict]:
+    def mappings(self, event: yaml.Event, value: Any) -> list[dict[str, Any]]:
         """What ``<<`` merges in."""
         mappings = value if isinstance(value, list) else [value]
         if not all(isinstance(mapping, dict) for mapping in mappings):

@@ -8,6 +8,7 @@ half-precision weights computes in bfloat16, on a CPU as on a GPU, since its cal
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def autocast_dtype(network: nn.Module, requested: torch.dtype | None = None) -> 
     return requested
 
 
-def computing(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+def computing(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     """A context for one call of a network that computes in ``dtype``, as :func:`autocast_dtype` gives it.
 
     One for each call: a cast that a call without gradients has cached must not serve a call with gradients.

@@ -7,6 +7,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -53,7 +54,7 @@ def read_array_images(
     return ImageSet(source, read, len(pixels), values, fingerprint, hint=hint)
 
 
-def _checked_labels(labels: np.ndarray, count: int, source: str) -> list:
+def _checked_labels(labels: np.ndarray, count: int, source: str) -> list[Any]:
     if labels.ndim != 1 or labels.dtype.kind not in "iuU":
         raise UserError(
             f"{source}: labels must be integers or captions of shape (N,), not {labels.dtype} {labels.shape}"

@@ -119,6 +119,6 @@ def _squared_distances(x: Tensor, centres: Tensor) -> Tensor:
     return torch.cdist(x, centres).square()
 
 
-def _as_float32(values: Tensor) -> list:
+def _as_float32(values: Tensor) -> list[Any]:
     """Nested lists of numbers rounded to float32."""
     return values.float().tolist()

@@ -46,12 +46,12 @@ def _check_column(dataset: Any, column: str, name: str) -> None:
         raise UserError(f"dataset {name!r} has no column {column!r}; it has {', '.join(dataset.column_names)}")
 
 
-def _read_column(dataset: Any, column: str, name: str) -> list:
+def _read_column(dataset: Any, column: str, name: str) -> list[Any]:
     _check_column(dataset, column, name)
     return list(dataset[column])
 
 
-def read_column(name: str, column: str, split: str = "train", revision: str | None = None) -> list:
+def read_column(name: str, column: str, split: str = "train", revision: str | None = None) -> list[Any]:
     """One column of a Hugging Face dataset."""
     return _read_column(open_dataset(name, split, revision), column, name)
 
@@ -127,7 +127,7 @@ def read_dataset(
     return images
 
 
-def _read_labels(dataset: Any, column: str, name: str) -> tuple[list, dict[str, int] | None]:
+def _read_labels(dataset: Any, column: str, name: str) -> tuple[list[Any], dict[str, int] | None]:
     """Class labels, or names of classes with their labels where the dataset states these; None: a row has none."""
     values = _read_column(dataset, column, name)
     for row, value in enumerate(values):

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -121,7 +122,7 @@ def _read_labels(listing: Listing, column: str | None, key: str) -> tuple[Sequen
     return [parts[0] for parts in inside], number_classes(listing.folders, f"{key}: {source}")
 
 
-def _require_label(values: list, file: Path) -> int | str:
+def _require_label(values: list[Any], file: Path) -> int | str:
     """A picture's label by its metadata."""
     stated = {value for value in values if value is not None}
     if len(stated) != 1 or not isinstance(label := stated.pop(), int | str):
@@ -152,7 +153,7 @@ def _read_captions(listing: Listing, column: str | None, key: str, notes: list[s
     return _require_captions(listing, captions)
 
 
-def _merge_captions(values: list, file: Path) -> str | None:
+def _merge_captions(values: list[Any], file: Path) -> str | None:
     """One caption of all that several rows of metadata say of a picture; None: nothing."""
     captions = [as_caption(value, str(file)) for value in values]
     texts = [text for caption in captions if caption for text in getattr(caption, "every", (caption,))]
@@ -176,7 +177,7 @@ def _require_captions(listing: Listing, captions: list[str | None]) -> list[str]
 
 def _read_metadata(
     listing: Listing, column: str | None, key: str, required: bool, notes: list[str] | None = None
-) -> list[list] | None:
+) -> list[list[Any]] | None:
     """The values of a column of metadata for each picture, one a row of it; None where no file has the column.
 
     Args:
@@ -185,7 +186,7 @@ def _read_metadata(
     """
     if not listing.metadata:
         raise UserError(f"{key} = {column}: {listing.root} has no {METADATA[0]} or {METADATA[1]} to read it from")
-    values: dict[Path, list] = {}
+    values: dict[Path, list[Any]] = {}
     for file in listing.metadata:
         twins = [other for other in listing.metadata if other.parent == file.parent]
         if len(twins) > 1:

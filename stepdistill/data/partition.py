@@ -49,7 +49,7 @@ class PartitionSettings(Section):
         return self
 
 
-def make_router(settings: PartitionSettings, items: list, kind: str, encoder: Any = None) -> Router:
+def make_router(settings: PartitionSettings, items: list[Any], kind: str, encoder: Any = None) -> Router:
     """The router of labels or prompts ``items``; a function of its arguments alone.
 
     Args:

@@ -14,7 +14,7 @@ from stepdistill.errors import UserError
 
 from .columns import read_column, read_dataset
 from .folders import read_folder
-from .images import ImageSet
+from .images import ImageSet, Label
 from .latents import Posterior
 from .listing import list_pictures
 from .pictures import Colour, Shape
@@ -75,7 +75,7 @@ class PreferencePairs:
 
     sets: tuple[ImageSet, ImageSet]
     order: list[tuple[tuple[int, int], tuple[int, int]]]
-    labels: list | None
+    labels: list[Label] | None
 
     def __len__(self) -> int:
         return len(self.order)

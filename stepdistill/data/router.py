@@ -93,7 +93,7 @@ class Router:
         write_json(file, routes)
         return routes
 
-    def route(self, items: Sequence, embed: Embed | None, batch: int = 64) -> list[int]:
+    def route(self, items: Sequence[Any], embed: Embed | None, batch: int = 64) -> list[int]:
         """The student of each label or prompt; a prompt's does not depend on the others.
 
         Raises:

@@ -43,7 +43,7 @@ class PairRecipe:
     guidance_scale: float
     seed: int
 
-    def fingerprint(self, family: Family, items: list) -> str:
+    def fingerprint(self, family: Family, items: list[Any]) -> str:
         """SHA-256 over these settings (but ``count``: a folder may grow), the teacher's weights and the conditions."""
         facts: list[Any] = [self.shard, self.steps, self.guidance_scale, self.seed, family.sample_shape, items]
         if family.clipping is not None:
@@ -68,7 +68,7 @@ def _file(folder: Path, index: int) -> Path:
 
 def make_pairs(
     family: Family,
-    items: list,
+    items: list[Any],
     recipe: PairRecipe,
     folder: Path,
     batch: int,
@@ -120,7 +120,7 @@ def _is_whole(file: Path, fingerprint: str, recipe: PairRecipe, index: int) -> b
     return bool(shape) and shape[0] >= recipe.size(index)
 
 
-def _choose_items(items: list, recipe: PairRecipe, index: int) -> list:
+def _choose_items(items: list[Any], recipe: PairRecipe, index: int) -> list[Any]:
     """The conditions of shard ``index``."""
     order = Order(max(1, len(items)), recipe.seed).indices(index * recipe.shard, recipe.size(index))
     return [items[i] for i in order] if items else []
@@ -129,12 +129,12 @@ def _choose_items(items: list, recipe: PairRecipe, index: int) -> list:
 @torch.no_grad()
 def _sample(
     family: Family,
-    items: list,
+    items: list[Any],
     recipe: PairRecipe,
     index: int,
     batch: int,
     autocast_dtype: torch.dtype | None,
-    bar: tqdm,
+    bar: tqdm[Any],
 ) -> tuple[Tensor, Tensor]:
     """Noise and samples (n, C, H, W) of shard ``index``, on the CPU; ``items`` are its conditions.
 
@@ -180,14 +180,14 @@ def shard_seeds(seed: int) -> DistinctSeeds:
 class PairSet:
     """All pairs of a folder: ``noise``, ``x0`` (N, C, H, W) on the CPU and ``items``."""
 
-    def __init__(self, folder: Path, family: Family, items: list, recipe: PairRecipe):
+    def __init__(self, folder: Path, family: Family, items: list[Any], recipe: PairRecipe):
         """Read the shards of ``recipe``.
 
         Raises:
             UserError: shards are missing, damaged or of other settings.
         """
         fingerprint, noise, x0 = recipe.fingerprint(family, items), [], []
-        self.items: list = []
+        self.items: list[Any] = []
         for index in range(recipe.shards):
             file = _file(folder, index)
             if not _is_whole(file, fingerprint, recipe, index):

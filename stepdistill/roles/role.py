@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class Role:
         self.schedule, self.kind = family.schedule, family.kind
         self._denoiser = NetworkDenoiser(self._forward, self.schedule, self.kind, family.combine)
 
-    def active(self) -> contextlib.AbstractContextManager:
+    def active(self) -> contextlib.AbstractContextManager[Any]:
         """The role's adapter on within the block."""
         return contextlib.nullcontext() if self.switch is None else self.switch.using(self.adapter)
 

@@ -12,6 +12,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -56,7 +57,7 @@ def split_pairs(pairs: list[tuple[str, str]], share: float = HELD_OUT) -> list[s
     return [split_of(pair) for pair in pairs]
 
 
-def _read_documents(source: Path, names: list[str], option: str, package: str) -> dict[str, dict]:
+def _read_documents(source: Path, names: list[str], option: str, package: str) -> dict[str, dict[str, Any]]:
     """The JSON files at the paths ``names`` of an npm package.
 
     Raises:
@@ -68,14 +69,14 @@ def _read_documents(source: Path, names: list[str], option: str, package: str) -
         raise unreadable(source, option, package, error) from None
 
 
-def read_sets(source: Path) -> dict[str, dict]:
+def read_sets(source: Path) -> dict[str, dict[str, Any]]:
     """Iconify's documents of the sets in :data:`STYLES`, by prefix."""
     paths = {prefix: f"json/{prefix}.json" for prefix in STYLES}
     documents = _read_documents(source, list(paths.values()), "icons", ICONS_PACKAGE)
     return {prefix: documents[path] for prefix, path in paths.items()}
 
 
-def collect_credits(sets: dict[str, dict]) -> list[dict[str, str]]:
+def collect_credits(sets: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     """The author of each style, and its licence."""
     credits = []
     for prefix, document in sets.items():
@@ -93,7 +94,7 @@ def collect_credits(sets: dict[str, dict]) -> list[dict[str, str]]:
     return credits
 
 
-def collect_icons(sets: dict[str, dict]) -> dict[tuple[str, str], str]:
+def collect_icons(sets: dict[str, dict[str, Any]]) -> dict[tuple[str, str], str]:
     """SVG by (name, style) of all sets; hidden icons, aliases and skin tones are left out."""
     icons: dict[tuple[str, str], str] = {}
     spelled: dict[str, str] = {}

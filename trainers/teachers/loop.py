@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -52,7 +52,7 @@ def check_multiples(key: str, channels: list[int], factor: int) -> None:
         raise ValueError(f"{key}: {odd[0]} is not a multiple of {factor}")
 
 
-def autocast(bf16: bool, device: str) -> contextlib.AbstractContextManager:
+def autocast(bf16: bool, device: str) -> contextlib.AbstractContextManager[Any]:
     """A context for the forward passes of training: bfloat16, or nothing; weights stay float32."""
     return computing(torch.device(device), torch.bfloat16 if bf16 else None)
 
@@ -170,7 +170,7 @@ def _resume(
             raise UserError(f"{path}: saved by a training of another network; {remedy}") from None
         for name in ema:
             ema[name].copy_(tensors[f"ema.{name}"])
-        state: dict[int, dict] = {}
+        state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".", 2)
