@@ -73,9 +73,9 @@ def evaluate_runs(runs: list[Path], samples: int | None) -> None:
     Raises:
         UserError: a run that another process writes, that has no student, or settings that do not fit.
     """
-    processes = Processes.launched()
+    processes = Processes.join()
     for run in runs:
-        with processes.locked(Lock(run)):
+        with processes.hold(Lock(run)):
             text = evaluate_run(run, processes.device, samples, processes)
         if processes.main:
             print(text)
@@ -99,7 +99,7 @@ def evaluate_pipelines(
     check_picture(picture)
     protocol = make_protocol(preset, settings, overrides)
     parsed = [Target.parse(target) for target in targets]
-    processes = Processes.launched()
+    processes = Processes.join()
     rows = evaluate(parsed, protocol, output, processes.device, processes, keep_samples, same_protocol=True)
     if processes.main:
         print(describe_results(output_file(output), rows))

@@ -116,4 +116,4 @@ class FeatureNetwork(CalibratedFeatures):
         remedy = "make one with a config like configs/train_teachers/fashion_mnist_features.yaml"
         tensors, metadata = read_tensors(path, "stepdistill.FeatureNetwork", "feature network", remedy)
         with reading(path, remedy, "not a whole feature network"):
-            return cls.rebuilt(tensors, metadata)
+            return cls.rebuild(tensors, metadata)

@@ -32,7 +32,7 @@ from .results import check_replaceable, output_file, read_earlier, write_results
 from .sampling import draw_share, has_pictures, load_features
 from .settings import Protocol
 from .targets import Target
-from .tools import Tools, describe_protocol, load_tools
+from .tools import Tools, load_tools, record_protocol
 
 
 def evaluate(
@@ -67,7 +67,7 @@ def evaluate(
     check_replaceable(file)
     processes = processes or Processes(device=torch.device(device))
     work = file.with_name(f"{file.stem}.work")
-    with processes.locked(Lock(work, remedy="or name another --output")):
+    with processes.hold(Lock(work, remedy="or name another --output")):
         tools = load_tools(protocol, torch.device(device), processes, file.parent, work, keep_samples)
         rows = _evaluate(targets, tools, file, same_protocol)
     if processes.main:
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def _evaluate(targets: list[Target], tools: Tools, file: Path, same_protocol: bool) -> list[dict[str, Any]]:
-    processes, record = tools.processes, describe_protocol(tools)
+    processes, record = tools.processes, record_protocol(tools)
     earlier_record, earlier_rows = read_earlier(file)
     if same_protocol and earlier_rows:
         require_same(earlier_record, record, str(file), "give another --output, or delete the file")

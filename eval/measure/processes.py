@@ -32,7 +32,7 @@ class Processes:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def launched(cls) -> Processes:
+    def join(cls) -> Processes:
         """As the environment has it; joins the group where there are several."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -61,7 +61,7 @@ class Processes:
         return value if self.world == 1 else broadcast_object_list([value])[0]
 
     @contextlib.contextmanager
-    def locked(self, lock: Lock) -> Iterator[None]:
+    def hold(self, lock: Lock) -> Iterator[None]:
         """A folder's lock, which the first process holds for all.
 
         Raises:

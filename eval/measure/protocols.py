@@ -37,7 +37,7 @@ def list_notes(record: dict[str, Any]) -> list[str]:
     return [note for note in notes if note is not None]
 
 
-def protocol_line(record: dict[str, Any]) -> str:
+def format_protocol(record: dict[str, Any]) -> str:
     """``metric: extractor and hash; n; crop; resize filters; reference and hash; CLIP model and prefix; seeds``."""
     settings, reference = record.get("settings") or {}, record.get("reference") or {}
     seeds = record.get("seeds") or [settings.get("seed", "?")]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from stepdistill import files
 from stepdistill.errors import UserError, reading
-from stepdistill.eval.speed.latency import counted_passes
+from stepdistill.eval.speed.latency import count_passes
 from stepdistill.eval.stock_pipeline import StockPipeline
 from stepdistill.eval.tensor_files import read_tensors
 from stepdistill.finiteness import first_not_finite
@@ -102,7 +102,7 @@ def draw_share(
         title += f", 1 of {processes.world} processes"
     finished = total - sum(len(indices) for _, indices in missing)
     bar = tqdm(total=total, initial=finished, desc=title, unit="img", disable=not processes.main)
-    with counted_passes(stock) as passed, bar:
+    with count_passes(stock) as passed, bar:
         for batch, indices in missing:
             before, started = passed[0], time.perf_counter()
             conditions = select_conditions(stock, indices, tools.prompts, protocol.labels)

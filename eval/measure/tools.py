@@ -21,7 +21,7 @@ from stepdistill.judges.rewards import Reward, load_rewards
 
 from .preprocessing import Preprocessing
 from .processes import Processes
-from .protocols import list_notes, protocol_line
+from .protocols import format_protocol, list_notes
 from .reference_statistics import ReferenceStatistics
 from .references import load_reference
 from .settings import Protocol
@@ -111,8 +111,8 @@ def read_prompts(protocol: Protocol, notes: list[str] | None = None) -> list[str
     return prompts and [str(prompt) for prompt in prompts]
 
 
-def describe_protocol(tools: Tools) -> dict[str, Any]:
-    """All that the numbers depend on but the target, with :func:`protocol_line` and :func:`list_notes` of it."""
+def record_protocol(tools: Tools) -> dict[str, Any]:
+    """All that the numbers depend on but the target, with :func:`format_protocol` and :func:`list_notes` of it."""
     reference, prompts, protocol = tools.reference, tools.prompts, tools.protocol
     record = {
         "metric": tools.extractor.metric,
@@ -138,4 +138,4 @@ def describe_protocol(tools: Tools) -> dict[str, Any]:
         "device": device_name(tools.device),
         "versions": tools.versions,
     }
-    return {**record, "line": protocol_line(record), "notes": list_notes(record)}
+    return {**record, "line": format_protocol(record), "notes": list_notes(record)}

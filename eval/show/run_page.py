@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError
-from stepdistill.eval.measure.protocols import protocol_line
+from stepdistill.eval.measure.protocols import format_protocol
 from stepdistill.eval.measure.results import read_results
 from stepdistill.run_record import PartRecord, RunRecord
 
@@ -138,7 +138,7 @@ def show_results(protocol: dict[str, Any], rows: list[dict[str, Any]], date: str
     """The rows as a table, the protocol's line and notes below."""
     table = Table(results_table(rows, str(protocol.get("metric", "frechet"))))
     spread = ", ± over seeds" if any(row.get("std") for row in rows) else ""
-    facts = [protocol.get("line") or protocol_line(protocol), f"on {protocol.get('device', '?')}", date]
+    facts = [protocol.get("line") or format_protocol(protocol), f"on {protocol.get('device', '?')}", date]
     text = f"Lower is better; ratio and speed are against the first row{spread}. {'; '.join(filter(None, facts))}."
     return [table, Note(text), *(Note(f"Note: {note}.") for note in protocol.get("notes") or [])]
 

@@ -54,7 +54,7 @@ class Clock:
         return time.perf_counter()
 
     @contextlib.contextmanager
-    def watching(self, parts: dict[str, list[nn.Module]]) -> Iterator[None]:
+    def watch(self, parts: dict[str, list[nn.Module]]) -> Iterator[None]:
         """Hooks on every module of ``parts`` while the block runs."""
         handles = []
         for part, modules in parts.items():
@@ -74,7 +74,7 @@ class Clock:
         self.seconds[part] += self.now() - self._started.pop(id(module))
 
 
-def parts_of(stock: StockPipeline) -> dict[str, list[nn.Module]]:
+def find_parts(stock: StockPipeline) -> dict[str, list[nn.Module]]:
     """The pipeline's modules by part.  A VAE is entered through ``decode``, so its decoder is the one watched."""
     encoders = stock.calls.text_encoders
     if isinstance(stock.pipeline, MSDPipeline):
@@ -88,7 +88,7 @@ def parts_of(stock: StockPipeline) -> dict[str, list[nn.Module]]:
 
 
 @contextlib.contextmanager
-def counted_passes(stock: StockPipeline) -> Iterator[list[int]]:
+def count_passes(stock: StockPipeline) -> Iterator[list[int]]:
     """A list whose one number is how many pictures have gone through the pipeline's networks since the start."""
     passed = [0]
 
@@ -133,7 +133,7 @@ def measure_latency(
     for _ in range(warmup):
         call()
     seconds = statistics.median(call() for _ in range(repeats))
-    with clock.watching(parts_of(stock)), counted_passes(stock) as passed:
+    with clock.watch(find_parts(stock)), count_passes(stock) as passed:
         watched = sum(call() for _ in range(repeats))
     inside = sum(clock.seconds.values())
     clock.seconds["rest"] = max(0.0, watched - inside)

@@ -55,7 +55,7 @@ class CalibratedFeatures(nn.Module):
         return (self.raw_feature(images) - self.center) * self.scale
 
     @classmethod
-    def rebuilt(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Self:
+    def rebuild(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Self:
         """The network that a file's tensors and metadata say, frozen, float32, in eval mode.
 
         Nothing is allocated before all tensors are known to fit.
@@ -161,7 +161,7 @@ class MatchingNetwork(CalibratedFeatures):
         )
         return self.log_scale.clamp(max=4.6).exp() * picture @ caption.T
 
-    def scorer(self, device: str | torch.device = "cpu") -> ClipScorer:
+    def make_scorer(self, device: str | torch.device = "cpu") -> ClipScorer:
         """As what ``clip`` settings and losses take."""
 
         def transform(picture: Image.Image) -> Tensor:
@@ -185,7 +185,7 @@ class MatchingNetwork(CalibratedFeatures):
         if metadata.get("kind") != KIND:
             raise UserError(f"{path}: no matching network of stepdistill's; {remedy}")
         with reading(path, remedy, "not a whole matching network"):
-            return cls.rebuilt(tensors, metadata)
+            return cls.rebuild(tensors, metadata)
 
     def metadata(self) -> dict[str, str]:
         """What a file of this network says of it."""

@@ -56,7 +56,7 @@ def _freeze(model: Any) -> Any:
 
 
 def _load_matching_network(settings: ClipSettings, device: str | torch.device) -> ClipScorer:
-    scorer = MatchingNetwork.load(assets.resolve(settings.model)).to(device).scorer(device)
+    scorer = MatchingNetwork.load(assets.resolve(settings.model)).to(device).make_scorer(device)
     print(f"CLIP: {scorer.tag}")
     return scorer
 

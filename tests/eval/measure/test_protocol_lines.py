@@ -6,7 +6,7 @@ import pytest
 from console import stepdistill
 
 from stepdistill.errors import UserError
-from stepdistill.eval.measure.protocols import comparable_part, protocol_line, require_same
+from stepdistill.eval.measure.protocols import comparable_part, format_protocol, require_same
 
 PROTOCOL = {
     "metric": "FID",
@@ -44,13 +44,13 @@ def changed(key, value):
 
 
 def test_the_line_says_everything_that_a_number_needs():
-    assert protocol_line(PROTOCOL) == (
+    assert format_protocol(PROTOCOL) == (
         "preset coco30k; FID: extractor inception aaaaaaaaaaaa; n 30000 a seed, 16 at a time; crop centre; "
         "resize PIL lanczos to 256x256, the extractor's clean-fid clean; reference val2014 bbbbbbbbbbbb, 40504 "
         "pictures; precision and recall of 10000 and 10000 features, k 3; CLIP ViT-g-14 weights.bin, prefix 'A photo "
         "depicts ', picture PIL lanczos to 256x256; seeds 1, 2"
     )
-    assert protocol_line({"metric": "FID"}).startswith("FID: extractor ?")  # of an older file, what there is
+    assert format_protocol({"metric": "FID"}).startswith("FID: extractor ?")  # of an older file, what there is
 
 
 @pytest.mark.parametrize(

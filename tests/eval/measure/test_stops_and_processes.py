@@ -127,7 +127,7 @@ def test_pictures_are_kept_where_asked(tmp_path, label_folder, settings, generat
 def child(root: Path) -> None:
     """One of two processes: an evaluation, and one whose second process draws what is no number."""
     torch.set_num_threads(1)
-    processes = Processes.launched()
+    processes = Processes.join()
     stock_generate, calls = StockPipeline.generate, []
 
     def generate(self, conditions, noise, *arguments):
