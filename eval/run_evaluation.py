@@ -21,7 +21,7 @@ from stepdistill.eval.show.grid import draw_grid
 from stepdistill.eval.show.tables import Row, results_table, text_table
 from stepdistill.families import claiming_family
 from stepdistill.pipelines.msd import is_msd_folder
-from stepdistill.readers import read_json
+from stepdistill.plain_files import read_json
 from stepdistill.run_record import RunRecord
 from stepdistill.settings import DataSettings, JudgeSettings, RunSettings, SamplerSettings, TeacherSettings
 from stepdistill.stock.folders import hub_folder, is_whole

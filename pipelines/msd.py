@@ -32,7 +32,7 @@ from stepdistill.data.router import FILE, Router
 from stepdistill.digests import check_folder, write_record
 from stepdistill.errors import UserError, reading
 from stepdistill.families import Family, calls_of, claiming_family
-from stepdistill.readers import read_json, regular
+from stepdistill.plain_files import read_json, regular
 from stepdistill.seeds import SEEDS
 from stepdistill.seeds import generator as seeded
 from stepdistill.stock.folders import MANIFEST, check_replaceable, find_missing, is_whole

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import files
 from .errors import UserError, reading
-from .readers import DIGEST, read_json, regular
+from .plain_files import read_json, regular
+from .readers import DIGEST
 
 STATE = "state.json"
 

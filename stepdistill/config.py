@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 
 from . import plain_yaml
 from .errors import UserError, first_line, reading, shown
-from .readers import read_text
+from .plain_files import read_text
 
 INHERITS = "inherits"
 MOST_BYTES = 2**20
@@ -123,6 +123,15 @@ def section_of(raw: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     if section is not None and not isinstance(section, dict):
         raise UserError(f"{where}: {key} = {shown(section)}: should be a mapping of keys to values")
     return section or {}
+
+
+def read_config(path: str | Path, overrides: Iterable[str] | None = None) -> dict[str, Any]:
+    """The raw config of a file, with what it inherits and with overrides.
+
+    Raises:
+        UserError: as :func:`read_yaml` and :func:`apply_overrides`.
+    """
+    return apply_overrides(read_yaml(path), list(overrides or []))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from . import files
 from .errors import UserError, reading
-from .readers import check_extent, read_json
+from .plain_files import read_json
+from .readers import check_extent
 
 RECORD = "stepdistill.json"
 WEIGHTS = (".safetensors", ".bin")

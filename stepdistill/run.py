@@ -36,7 +36,7 @@ from .config import dump_yaml, read_mapping
 from .digests import Digests
 from .errors import UserError, reading, shown, writing
 from .locks import Lock
-from .readers import read_json
+from .plain_files import read_json
 
 PACKAGES = ("stepdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 LONGEST_NAME = 200

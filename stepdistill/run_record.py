@@ -11,7 +11,7 @@ from . import files
 from .config import Section, check
 from .errors import UserError, reading
 from .judges.rewards import RewardSettings
-from .readers import read_json
+from .plain_files import read_json
 
 FILE = "record.json"
 

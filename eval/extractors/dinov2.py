@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError, reading, shown
-from stepdistill.readers import read_json, read_weights
+from stepdistill.plain_files import read_json
+from stepdistill.readers import read_weights
 from stepdistill.stock.loading import load_network
 
 from .base import Extractor, module_fingerprint

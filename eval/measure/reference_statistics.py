@@ -20,7 +20,8 @@ from stepdistill.eval.extractors.base import Extractor
 from stepdistill.eval.tensor_files import read_tensors
 from stepdistill.files import write_tensors
 from stepdistill.finiteness import first_not_finite
-from stepdistill.readers import parse_json, read_arrays
+from stepdistill.plain_files import parse_json
+from stepdistill.readers import read_arrays
 from stepdistill.seeds import generator
 
 from .distances import frechet_distance, kernel_distance, mean_and_covariance

@@ -10,7 +10,7 @@ from typing import Any
 
 from stepdistill import files
 from stepdistill.errors import UserError, reading, writing
-from stepdistill.readers import MOST_TEXT, read_bytes, read_json
+from stepdistill.plain_files import MOST_TEXT, read_bytes, read_json
 
 
 def output_file(out: str | Path) -> Path:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from stepdistill import files
 from stepdistill.errors import UserError
-from stepdistill.readers import parse_json, read_text
+from stepdistill.plain_files import parse_json, read_text
 from stepdistill.run import differences
 
 from .plots import style_axes, use_logarithm, use_thousands

@@ -8,7 +8,7 @@ from typing import Any
 
 from stepdistill.config import read_mapping
 from stepdistill.errors import UserError
-from stepdistill.readers import parse_json, read_bytes
+from stepdistill.plain_files import parse_json, read_bytes
 
 MOST_BYTES = 2**30
 """Of a file that a page is made of."""

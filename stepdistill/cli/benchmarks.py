@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Overrides
+from .options import Overrides, check_readable
 
 app = typer.Typer(help="Measure what a step costs.", no_args_is_help=True)
 
@@ -20,6 +20,8 @@ def step(
     random_size: Annotated[str | None, typer.Option(help="random weights instead: sd-small, sd15")] = None,
 ) -> None:
     """What an update costs over its floor: the same networks' passes alone, timed in the same run."""
+    check_readable(config, overrides)
+
     from stepdistill.trainers.loop.cost import measure_step
     from stepdistill.trainers.plans.resolve import read_job
 

@@ -9,7 +9,7 @@ import typer
 
 from stepdistill.errors import UserError
 
-from .options import Overrides
+from .options import Overrides, check_readable
 
 app = typer.Typer()
 
@@ -25,6 +25,8 @@ def distill(
     student: Annotated[str | None, typer.Option(help="of several students (msd): this one alone, 0.., shared")] = None,
 ) -> None:
     """Distil a teacher: train, export the student, evaluate it, write the report."""
+    check_readable(config, overrides)
+
     from stepdistill.trainers.loop.stopping import Interrupted
     from stepdistill.trainers.plans.processes import CommandFailed
     from stepdistill.trainers.plans.resolve import read_plan
@@ -54,6 +56,8 @@ def compare(
     finished: Annotated[bool, typer.Option("--finished", help="make no run; show what is finished")] = False,
 ) -> None:
     """Several methods at equal network passes: curves over training, a table, pictures.  Goes on where it stopped."""
+    check_readable(config, overrides)
+
     from stepdistill.trainers.loop.stopping import Interrupted
     from stepdistill.trainers.plans.processes import CommandFailed
     from stepdistill.trainers.plans.resolve import read_comparison
@@ -85,6 +89,8 @@ def pairs(
     part: Annotated[str, typer.Option(help="i/n: this machine's share, the i-th of n from 0")] = "0/1",
 ) -> None:
     """Make the teacher's noise-sample pairs that a regression trains on; goes on where it stopped."""
+    check_readable(config, overrides)
+
     from stepdistill.trainers.plans.pairs import make_pairs_of, share_of
     from stepdistill.trainers.plans.resolve import read_plan
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Overrides
+from .options import Overrides, check_readable
 
 app = typer.Typer(help="Make a small teacher of your own, and what evaluating it needs.", no_args_is_help=True)
 
@@ -15,6 +15,8 @@ app = typer.Typer(help="Make a small teacher of your own, and what evaluating it
 @app.command(epilog="Example: stepdistill teacher train configs/train_teachers/fashion_mnist.yaml")
 def train(config: Annotated[Path, typer.Argument(help="a YAML config")], overrides: Overrides = None) -> None:
     """Train a small teacher, class-conditional or text-to-image; goes on if it was stopped."""
+    check_readable(config, overrides)
+
     from stepdistill.trainers.teachers.from_config import train_teacher_from
 
     from .quiet import quiet_libraries
@@ -55,6 +57,8 @@ def cifar10(
 @app.command(epilog="Example: stepdistill teacher features configs/train_teachers/fashion_mnist_features.yaml")
 def features(config: Annotated[Path, typer.Argument(help="a YAML config")], overrides: Overrides = None) -> None:
     """Train a feature network for evaluation, make reference statistics, pack real images."""
+    check_readable(config, overrides)
+
     from stepdistill.trainers.teachers.from_config import make_judge_from
 
     for name, path in make_judge_from(config, overrides).items():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from stepdistill.errors import UserError, reading
 from stepdistill.files import write_json
-from stepdistill.readers import read_json
+from stepdistill.plain_files import read_json
 
 from .clustering import assign_to_centres, descend
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from stepdistill.conditions import list_first
 from stepdistill.errors import UserError, reading
-from stepdistill.readers import read_bytes, regular
+from stepdistill.plain_files import read_bytes, regular
 
 TEXT_COLUMNS = ("text", "prompt", "caption", "prompts", "captions")
 """Where texts are, by the names that people give the column, in this order."""

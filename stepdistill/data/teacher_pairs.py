@@ -26,7 +26,8 @@ from stepdistill.errors import UserError, reading
 from stepdistill.families.base import Family
 from stepdistill.files import write_tensors
 from stepdistill.finiteness import is_finite
-from stepdistill.readers import digest_tensors, parse_json, read_tensors, regular
+from stepdistill.plain_files import parse_json, regular
+from stepdistill.readers import digest_tensors, read_tensors
 from stepdistill.sampler import ddim_times, ode_sample
 from stepdistill.seeds import DistinctSeeds, generator
 

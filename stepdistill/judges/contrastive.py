@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from stepdistill.errors import UserError, reading
-from stepdistill.readers import parse_json, read_metadata, read_tensors
+from stepdistill.plain_files import parse_json
+from stepdistill.readers import read_metadata, read_tensors
 
 from .clip import ClipScorer
 

@@ -17,7 +17,8 @@ from stepdistill.digests import check_file
 from stepdistill.errors import UserError, reading, shown
 from stepdistill.files import write_tensors
 from stepdistill.finiteness import first_not_finite
-from stepdistill.readers import parse_json, read_tensors
+from stepdistill.plain_files import parse_json
+from stepdistill.readers import read_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepdistill import files
 from stepdistill.errors import UserError, first_line
-from stepdistill.readers import read_bytes
+from stepdistill.plain_files import read_bytes
 
 PATH = "path.json"
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from stepdistill.digests import check_folder
 from stepdistill.errors import UserError, reading, shown
 from stepdistill.finiteness import check_module
-from stepdistill.readers import read_json, regular
+from stepdistill.plain_files import read_json, regular
 
 from .folders import INDEX, check_stamp
 from .variants import choose_variant, find_variants

@@ -395,6 +395,38 @@ def test_sigterm_saves_and_says_how_to_go_on(stopped):
     assert "Traceback" not in out
 
 
+LIGHT = """
+import sys
+from stepdistill.cli.main import main
+sys.argv = ["stepdistill", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print(sorted({"torch", "diffusers"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--help"], 0, "Usage"),
+        (["distill", "--help"], 0, "Example: stepdistill distill"),
+        (["distill", "gone.yaml"], 2, "gone.yaml: no such config file"),
+        (["compare", "gone.yaml"], 2, "gone.yaml: no such config file"),
+        (["teacher", "train", "bad.yaml"], 2, "bad.yaml: not valid YAML"),
+        (["distill", "good.yaml", "seed"], 2, "an override is key=value"),
+    ],
+)
+def test_help_and_files_that_cannot_be_read_are_answered_without_torch(arguments, code, says, tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    (tmp_path / "good.yaml").write_text("a: 1")
+    command = [sys.executable, "-c", LIGHT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == code, done.stderr
+    assert says in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 WAITING = """
 import os, sys
 from stepdistill.cli.main import main

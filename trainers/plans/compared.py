@@ -17,7 +17,7 @@ from pydantic import Field
 from stepdistill import checkpoint, files
 from stepdistill.config import Section, UserPath
 from stepdistill.errors import UserError, reading
-from stepdistill.readers import read_json
+from stepdistill.plain_files import read_json
 from stepdistill.run import RunFolder, check_run_folder, fixed_part
 from stepdistill.settings import Steps
 from stepdistill.trainers.loop.snapshot import passes_of

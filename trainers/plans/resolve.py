@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config import apply_overrides, check, merge, output_folder, read_yaml, section_of
+from stepdistill.config import apply_overrides, check, merge, output_folder, read_config, section_of
 from stepdistill.data.partition import PartitionSettings
 from stepdistill.errors import UserError
 from stepdistill.run import PAIRS, RunFolder
@@ -37,8 +37,7 @@ def read_plan(path: str | Path, overrides: list[str] | None = None) -> Plan:
     Raises:
         UserError: one line that names the file, the key and what is allowed.
     """
-    overrides = overrides or []
-    return resolve(apply_overrides(read_yaml(path), overrides), str(path), (str(path), *overrides))
+    return resolve(read_config(path, overrides), str(path), (str(path), *(overrides or [])))
 
 
 def read_job(path: str | Path, overrides: list[str] | None = None) -> Job:
@@ -47,7 +46,7 @@ def read_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     Raises:
         UserError: anything wrong with it, or it is a comparison, stages or several students.
     """
-    raw = apply_overrides(read_yaml(path), overrides or [])
+    raw = read_config(path, overrides)
     if RUNS in raw:
         raise UserError(f"{path}: a comparison of runs; name the config, or the run folder, of one run")
     if MSD in raw:
@@ -74,9 +73,7 @@ def read_comparison(path: str | Path, overrides: list[str] | None = None) -> Com
     Raises:
         UserError: anything wrong with it.
     """
-    overrides = overrides or []
-    raw = apply_overrides(read_yaml(path), overrides)
-    return resolve_comparison(raw, str(path), (str(path), *overrides))
+    return resolve_comparison(read_config(path, overrides), str(path), (str(path), *(overrides or [])))
 
 
 def resolve(raw: dict[str, Any], where: str = "config", command: tuple[str, ...] = ()) -> Plan:
@@ -191,7 +188,7 @@ def _resolve_compared(
     if tuned is not None:  # the folder of a student says itself what the config of its teacher had to say
         overrides.append(f"teacher.path={_as_yaml(tuned.folder.student)}")
         overrides += [f"teacher.{key}=null" for key in ("revision", "variant", "null_label")]
-    raw = apply_overrides(read_yaml(path), overrides)
+    raw = read_config(path, overrides)
     if RUNS in raw:
         raise UserError(f"runs.{title}: {path} is a comparison itself; name a run's config")
     if MSD in raw:

@@ -36,7 +36,6 @@ from stepdistill.run import CACHE, PAIRS, check_run_folder
 from stepdistill.run_record import PartRecord
 from stepdistill.stock.folders import check_replaceable
 from stepdistill.trainers.loop.ranks import locked, on_main
-from stepdistill.trainers.methods.regression import Regression
 
 from .build import check_fit, condition_items, make_accelerator
 from .describe import data_lines, notes, student_line
@@ -91,7 +90,7 @@ class Students(Plan):
     @property
     def cost(self) -> int:
         """As :meth:`Plan.cost`; the teacher's pairs are made once for all students."""
-        pairs = sum(job.method.passes(job.config).before for job in self.students[0].jobs if job.method is Regression)
+        pairs = sum(job.method.passes(job.config).before for job in self.students[0].jobs if job.needs.teacher_pairs)
         return super().cost - (self.num_students - 1) * pairs
 
     @property

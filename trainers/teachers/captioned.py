@@ -17,7 +17,8 @@ import numpy as np
 from stepdistill import files
 from stepdistill.data.arrays import write_npz
 from stepdistill.errors import UserError, reading
-from stepdistill.readers import read_arrays, read_json
+from stepdistill.plain_files import read_json
+from stepdistill.readers import read_arrays
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config import apply_overrides, check, read_yaml
+from stepdistill.config import check, read_config
 from stepdistill.devices import best_device
 from stepdistill.errors import UserError
 from stepdistill.locks import Lock
@@ -31,7 +31,7 @@ def train_teacher_from(path: Path, overrides: list[str] | None = None) -> Path:
     Raises:
         UserError: anything wrong with the config, or another process writes in its folder.
     """
-    raw = apply_overrides(read_yaml(path), overrides or [])
+    raw = read_config(path, overrides)
     kind = raw.get("kind", "class_conditional")
     if not isinstance(kind, str) or kind not in TEACHERS:
         raise UserError(f"{path}: kind = {kind!r}: use one of {', '.join(TEACHERS)}")
@@ -50,7 +50,7 @@ def make_judge_from(path: Path, overrides: list[str] | None = None) -> dict[str,
     Raises:
         UserError: anything wrong with the config.
     """
-    raw = apply_overrides(read_yaml(path), overrides or [])
+    raw = read_config(path, overrides)
     if "kind" in raw:
         return prepare_matching(check(MatchingConfig, raw, str(path)), best_device())
     return prepare_assets(check(FeatureConfig, raw, str(path)), best_device())

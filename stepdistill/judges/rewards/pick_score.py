@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stepdistill.errors import UserError, first_line, reading
 from stepdistill.judges.clip import ClipScorer
-from stepdistill.readers import read_json
+from stepdistill.plain_files import read_json
 from stepdistill.stock.loading import load_network
 
 from .files import freeze, require_prompts
