@@ -128,7 +128,7 @@ def list_first(values: Iterable[Any], most: int = 3) -> str:
     return ", ".join(words[:most]) + (f", ... ({more} more)" if more > 0 else "")
 
 
-def shortened(text: str, most: int = 70) -> str:
+def quote_line(text: str, most: int = 70) -> str:
     """A text in quotes on one line, at most so many of its characters."""
     line = " ".join(text.split())
     return f'"{line if len(line) <= most else line[: most - 3] + "..."}"'
@@ -152,11 +152,11 @@ class Captions(str):
         caption.every = every
         return caption
 
-    def __getnewargs__(self) -> tuple[tuple[str, ...]]:
+    def __getnewargs__(self) -> Any:
         return (self.every,)
 
 
-def drawn(item: Any, seed: int, position: int) -> Any:
+def draw_caption(item: Any, seed: int, position: int) -> Any:
     """The condition at a position of an order: of :class:`Captions` one, drawn by (seed, position) alone."""
     if not isinstance(item, Captions):
         return item

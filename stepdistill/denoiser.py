@@ -24,7 +24,7 @@ def cat_conditions(*conditions: Condition) -> Condition:
     return {key: torch.cat([c[key] for c in conditions]) for key in conditions[0]}
 
 
-def take(condition: Condition, index: Tensor | slice) -> Condition:
+def select_rows(condition: Condition, index: Tensor | slice) -> Condition:
     """The rows ``index`` of a condition."""
     return {key: value[index] for key, value in condition.items()}
 

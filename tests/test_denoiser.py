@@ -4,7 +4,7 @@ import pytest
 import torch
 from toys import linear_betas
 
-from stepdistill.denoiser import NetworkDenoiser, Prediction, cat_conditions, guided, take
+from stepdistill.denoiser import NetworkDenoiser, Prediction, cat_conditions, guided, select_rows
 from stepdistill.schedule import EDMSchedule, FlowSchedule
 
 F64 = torch.float64
@@ -111,8 +111,8 @@ def test_conditions_are_joined_in_their_order_and_taken_by_rows():
     both = cat_conditions(first, second)
     assert both["a"].tolist() == [1, 2, 3]
     assert both["b"].tolist() == [[1.0], [2.0], [1.0]]
-    assert take(both, torch.tensor([2, 0]))["a"].tolist() == [3, 1]
-    assert take(both, slice(1, None))["b"].tolist() == [[2.0], [1.0]]
+    assert select_rows(both, torch.tensor([2, 0]))["a"].tolist() == [3, 1]
+    assert select_rows(both, slice(1, None))["b"].tolist() == [[2.0], [1.0]]
 
 
 def test_guidance_combines_outputs_as_the_network_says():

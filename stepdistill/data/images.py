@@ -18,7 +18,7 @@ from stepdistill.conditions import (
     list_first,
     number_classes,
     order_note,
-    shortened,
+    quote_line,
 )
 from stepdistill.errors import UserError
 
@@ -227,7 +227,7 @@ class ImageSet:
         if not labels:
             return count
         if isinstance(labels[0], str):
-            return f"{count}, the first is of {shortened(labels[0])}"
+            return f"{count}, the first is of {quote_line(labels[0])}"
         name_of = {label: f" {name}" for name, label in (self.names or {}).items() if name != str(label)}
         sizes = Counter(label for label in labels if isinstance(label, int))
         classes = [f"{label}{name_of.get(label, '')} ({sizes[label]:,})" for label in sorted({*sizes, *name_of})]

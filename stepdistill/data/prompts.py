@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stepdistill import assets
-from stepdistill.conditions import Conditions, as_caption, shortened
+from stepdistill.conditions import Conditions, as_caption, quote_line
 from stepdistill.errors import UserError
 
 from .columns import is_saved, read_texts
@@ -81,7 +81,7 @@ def content_notes(prompts: Iterable[str]) -> list[str]:
     comments = [prompt for prompt in prompts if prompt.startswith("#")]
     if comments:
         notes.append(
-            f"{len(comments):,} begin with '#' and are prompts like all others, such as {shortened(comments[0])}"
+            f"{len(comments):,} begin with '#' and are prompts like all others, such as {quote_line(comments[0])}"
         )
     repeated = len(prompts) - len(set(prompts))
     if repeated:

@@ -1,4 +1,4 @@
-"""Seeded orders of what a run is trained on: conditions, real samples, preference pairs, the teacher's pairs.
+"""Seeded orders of the data that a run is trained on: conditions, real samples, preference pairs, the teacher's pairs.
 
 A position in an order is a number that counts up over the whole run and all its processes, so the same samples are
 drawn by any number of processes and after a resume.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stepdistill.conditions import drawn
-from stepdistill.denoiser import Condition, take
+from stepdistill.conditions import draw_caption
+from stepdistill.denoiser import Condition, select_rows
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.finiteness import first_not_finite
@@ -26,26 +27,36 @@ from .pictures import as_pixels
 from .preference_pairs import PreferencePairs
 from .teacher_pairs import PairSet
 
+MOST_ENCODED = 20_000
+"""Prompts whose encodings stay in memory: SD 1.5's are 4.7 GB."""
+
 
 class ConditionSource:
-    """Encoded conditions in a seeded order; prompts up to ``KEEP`` are encoded once and kept.
+    """Encoded conditions in a seeded order.
 
-    ``items`` are the student's own; ``all_items`` those of every student, where there are several.
+    Args:
+        items: labels or prompts of the student.
+        all_items: those of every student, where there are several.
+        most_encoded: up to so many prompts are encoded once and stay in memory.
+
+    Raises:
+        UserError: encodings that are not finite.
     """
 
-    KEEP = 20_000
-
-    def __init__(self, family: Family, items: list, seed: int, all_items: list | None = None):
-        """
-        Raises:
-            UserError: encodings that are not finite.
-        """
+    def __init__(
+        self,
+        family: Family,
+        items: list[Any],
+        seed: int,
+        all_items: list[Any] | None = None,
+        most_encoded: int = MOST_ENCODED,
+    ):
         self.family, self.items, self.order = family, items, Order(max(1, len(items)), seed)
         self.all_items = items if all_items is None else all_items
         self._encoded: Condition | None = None
-        if family.condition_kind == "prompt" and len(items) <= self.KEEP:
+        if family.condition_kind == "prompt" and len(items) <= most_encoded:
             texts = list(dict.fromkeys(text for item in items for text in getattr(item, "every", (item,))))
-            if len(texts) <= self.KEEP:
+            if len(texts) <= most_encoded:
                 self._encode(texts)
 
     def _encode(self, texts: list[str]) -> None:
@@ -59,24 +70,24 @@ class ConditionSource:
                 "float32 (teacher.dtype=float32)"
             )
 
-    def batch(self, position: int, count: int) -> tuple[Condition, list]:
+    def batch(self, position: int, count: int) -> tuple[Condition, list[Any]]:
         """Conditions ``position .. position + count - 1`` of the order, and the items that they are of; of an item
         with several captions one, drawn by the seed and the position."""
         if self.family.condition_kind == "none":
             return {}, []
         index = self.order.indices(position, count)
-        return self.of([drawn(self.items[i], self.order.seed, position + k) for k, i in enumerate(index)])
+        return self.encode([draw_caption(self.items[i], self.order.seed, position + k) for k, i in enumerate(index)])
 
-    def at(self, index: list[int]) -> tuple[Condition, list]:
+    def encode_at(self, index: list[int]) -> tuple[Condition, list[Any]]:
         """The conditions of items ``index``, and those items; of several captions the first."""
-        return self.of([drawn(self.items[i], self.order.seed, 0) for i in index])
+        return self.encode([draw_caption(self.items[i], self.order.seed, 0) for i in index])
 
-    def of(self, items: list) -> tuple[Condition, list]:
+    def encode(self, items: list[Any]) -> tuple[Condition, list[Any]]:
         """The conditions of labels or prompts of this source, and these."""
         if self._encoded is None:
             return self.family.encode_conditions(items), items
         rows = torch.tensor([self._rows[item] for item in items])
-        return {k: v.to(self.family.device) for k, v in take(self._encoded, rows).items()}, items
+        return {k: v.to(self.family.device) for k, v in select_rows(self._encoded, rows).items()}, items
 
 
 @dataclass(frozen=True)
@@ -86,15 +97,15 @@ class RealBatch:
 
     samples: Tensor
     condition: Condition
-    items: list
+    items: list[Any]
     indices: list[int]
 
 
 class RealSource:
-    """Real samples (latents where there is a VAE) with their own conditions, in a seeded order.
+    """Real samples (latents where there is a VAE) with their conditions, in a seeded order.
 
-    In the place of an image that cannot be read stands the next one of ``subset`` that can, whenever that is noticed:
-    the batches are the same in every process and after a resume.
+    An image that cannot be read is replaced by the next one of ``subset`` that can, whenever that is noticed: the
+    batches are the same in every process and after a resume.
 
     Args:
         subset: the indices of the images that are drawn; all of them by default.
@@ -115,7 +126,7 @@ class RealSource:
         self.restrict(list(range(len(images))) if subset is None else subset)
 
     def restrict(self, subset: list[int]) -> None:
-        """Draw these images alone from now on."""
+        """Draw from these images only from now on."""
         self.subset, self.order = subset, Order(len(subset), self.seed)
 
     def batch(self, position: int, count: int, draw: Draw | None = None) -> RealBatch:
@@ -127,12 +138,12 @@ class RealSource:
         """
         index, pixels = self._at(self.order.indices(position, count))
         samples = self.samples(index, draw) if pixels is None else self._encoded(pixels)
-        items = [drawn(item, self.seed, position + k) for k, item in enumerate(self.items(index))]
+        items = [draw_caption(item, self.seed, position + k) for k, item in enumerate(self.items(index))]
         condition = self.family.encode_conditions(items) if items else {}
         return RealBatch(samples, condition, items, index)
 
     def _at(self, places: list[int]) -> tuple[list[int], Tensor | None]:
-        """The images at places of the subset, or those that stand for them; their pixels where there are no latents."""
+        """The images at places of the subset, or those that replace them; their pixels where there are no latents."""
         if self.latents is not None:
             return [self._next(place, lambda i: i not in self.images.unreadable) for place in places], None
         pixels: dict[int, np.ndarray] = {}
@@ -157,14 +168,23 @@ class RealSource:
             return index not in self.images.unreadable
         return self.images.pixels(index) is not None
 
-    def items(self, index: list[int]) -> list:
+    def items(self, index: list[int]) -> list[Any]:
         """The labels or captions of images ``index``; [] where the teacher takes none."""
-        return [] if self.family.condition_kind == "none" else [self.images.labels[i] for i in index]
+        labels = self.images.labels
+        return [] if self.family.condition_kind == "none" or labels is None else [labels[i] for i in index]
 
     def samples(self, index: list[int], draw: Draw | None = None) -> Tensor:
-        """The samples ``index`` (len(index), C, H, W); latents that are drawn take their noise from ``draw``."""
+        """The samples ``index`` (len(index), C, H, W); latents that are drawn take their noise from ``draw``.
+
+        Raises:
+            ValueError: they are drawn, and there is no ``draw``.
+        """
         mean, std = self.moments(index)
-        return mean if std is None else mean + std * draw(mean)
+        if std is None:
+            return mean
+        if draw is None:
+            raise ValueError("latents that are drawn need noise")
+        return mean + std * draw(mean)
 
     def moments(self, index: list[int]) -> tuple[Tensor, Tensor | None]:
         """Mean and standard deviation (len(index), C, H, W) of the samples ``index``; None for none."""
@@ -185,7 +205,7 @@ class PreferenceBatch:
     winner: Tensor
     loser: Tensor
     condition: Condition
-    items: list
+    items: list[Any]
     indices: list[int]
 
 
@@ -209,8 +229,9 @@ class PreferenceSource:
         """
         index = [self._readable(number) for number in self.order.indices(position, count)]
         winner, loser = (self._samples([self.pairs.order[i][side] for i in index], draw) for side in (0, 1))
-        items = [] if self.family.condition_kind == "none" else [self.pairs.labels[i] for i in index]
-        items = [drawn(item, self.order.seed, position + k) for k, item in enumerate(items)]
+        labels = self.pairs.labels
+        items = [] if self.family.condition_kind == "none" or labels is None else [labels[i] for i in index]
+        items = [draw_caption(item, self.order.seed, position + k) for k, item in enumerate(items)]
         condition = self.family.encode_conditions(items) if items else {}
         return PreferenceBatch(winner, loser, condition, items, index)
 
@@ -223,36 +244,41 @@ class PreferenceSource:
         raise UserError("pso.pairs: there is no pair of which both pictures can be read")
 
     def _samples(self, pictures: list[tuple[int, int]], draw: Draw) -> Tensor:
-        """Samples (B, C, H, W), each named by its set and index; what is drawn of them is one draw for all, so that it
-        is the same on any number of processes."""
-        means: list[Tensor | None] = [None] * len(pictures)
-        stds: list[Tensor | None] = [None] * len(pictures)
+        """Samples (B, C, H, W), each named by its set and index; latents that are drawn take one draw for all, so that
+        it is the same on any number of processes."""
+        means: dict[int, Tensor] = {}
+        stds: dict[int, Tensor] = {}
         for number, source in enumerate(self.sources):
             places = [place for place, (part, _) in enumerate(pictures) if part == number]
             if places:
                 mean, std = source.moments([pictures[place][1] for place in places])
                 for row, place in enumerate(places):
                     means[place] = mean[row]
-                    stds[place] = None if std is None else std[row]
-        mean = torch.stack(means)
-        return mean if stds[0] is None else mean + torch.stack(stds) * draw(mean)
+                    if std is not None:
+                        stds[place] = std[row]
+        mean = torch.stack([means[place] for place in range(len(pictures))])
+        if not stds:
+            return mean
+        return mean + torch.stack([stds[place] for place in range(len(pictures))]) * draw(mean)
 
 
 class PairSource:
     """The teacher's noise-sample pairs in a seeded order.
 
     Args:
-        make: makes the pairs that are missing and gives all of them; called once, by :meth:`open`.
+        make: makes the pairs that are missing and returns all of them; called once, by :meth:`open`.
     """
 
     def __init__(self, family: Family, make: Callable[[], PairSet], seed: int):
         self.family, self.make, self.seed = family, make, seed
         self.pairs: PairSet | None = None
 
-    def open(self) -> None:
+    def open(self) -> PairSet:
+        """The pairs, once those that are missing are made."""
         if self.pairs is None:
             self.pairs = self.make()
             self.order = Order(len(self.pairs), self.seed)
+        return self.pairs
 
     def batch(self, position: int, count: int) -> tuple[Tensor, RealBatch]:
         """The noise (B, C, H, W) of the pairs at ``position .. position + count - 1`` of the order, and their samples.
@@ -260,9 +286,9 @@ class PairSource:
         Raises:
             UserError: pairs are missing, damaged or of other settings.
         """
-        self.open()
+        pairs = self.open()
         index = self.order.indices(position, count)
-        items = [self.pairs.items[i] for i in index] if self.pairs.items else []
+        items = [pairs.items[i] for i in index] if pairs.items else []
         condition = self.family.encode_conditions(items) if items else {}
-        noise, x0 = (part[index].to(self.family.device) for part in (self.pairs.noise, self.pairs.x0))
+        noise, x0 = (part[index].to(self.family.device) for part in (pairs.noise, pairs.x0))
         return noise, RealBatch(x0, condition, items, index)

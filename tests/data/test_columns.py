@@ -12,7 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from stepdistill.conditions import Captions, Conditions, as_caption, drawn
+from stepdistill.conditions import Captions, Conditions, as_caption, draw_caption
 from stepdistill.config import check
 from stepdistill.data.columns import read_dataset
 from stepdistill.data.images import ImageSet
@@ -221,13 +221,13 @@ def test_what_is_no_caption_is_named_with_its_type(value):
 
 def test_each_of_several_captions_is_drawn_by_seed_and_position():
     caption = Captions(["a", "b", "c"])
-    draws = [drawn(caption, 5, position) for position in range(300)]
+    draws = [draw_caption(caption, 5, position) for position in range(300)]
     assert {draws.count(text) for text in "abc"} <= set(range(70, 131))
-    assert draws == [drawn(caption, 5, position) for position in range(300)]
-    assert draws != [drawn(caption, 6, position) for position in range(300)]
+    assert draws == [draw_caption(caption, 5, position) for position in range(300)]
+    assert draws != [draw_caption(caption, 6, position) for position in range(300)]
     assert all(type(text) is str for text in draws)
-    assert drawn("alone", 5, 1) == "alone"
-    assert drawn(3, 5, 1) == 3
+    assert draw_caption("alone", 5, 1) == "alone"
+    assert draw_caption(3, 5, 1) == 3
 
 
 class OneHot:
@@ -243,15 +243,15 @@ class OneHot:
         return pixels
 
 
-@pytest.mark.parametrize("kept", [20_000, 0])
-def test_prompts_are_drawn_alike_by_any_processes_and_again(monkeypatch, kept):
-    monkeypatch.setattr(ConditionSource, "KEEP", kept)
+@pytest.mark.parametrize("most_encoded", [20_000, 0])
+def test_prompts_are_drawn_alike_by_any_processes_and_again(most_encoded):
     items = ["x", Captions(["a", "b", "c"]), Captions(["d", "e"])]
-    source = ConditionSource(OneHot(), items, 3)
+    source = ConditionSource(OneHot(), items, 3, most_encoded=most_encoded)
     condition, whole = source.batch(0, 60)
     assert condition["text"][:, 0].tolist() == [float(ord(text)) for text in whole]
     assert {"a", "b", "c", "d", "e", "x"} == set(whole)
-    parts = [ConditionSource(OneHot(), items, 3).batch(start, 5)[1] for start in range(0, 60, 5)]
+    again = ConditionSource(OneHot(), items, 3, most_encoded=most_encoded)
+    parts = [again.batch(start, 5)[1] for start in range(0, 60, 5)]
     assert [text for part in parts for text in part] == whole
 
 

@@ -32,7 +32,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.attention.modules import install
-from stepdistill.conditions import shortened
+from stepdistill.conditions import quote_line
 from stepdistill.config import Section, UserPath
 from stepdistill.data.prompts import content_notes, read_prompts
 from stepdistill.denoiser import Condition
@@ -143,7 +143,7 @@ class SwiftBrush(ScoreMethod):
             raise UserError(f"swiftbrush.negatives: teachers of family {family.name} take none; remove the section")
         notes: list[str] = []
         prompts = settings.negatives.read(notes)
-        first = ", ".join(shortened(prompt) for prompt in prompts[:3])
+        first = ", ".join(quote_line(prompt) for prompt in prompts[:3])
         return [f"{len(prompts):,} negative prompts: {first}", *notes, *content_notes(prompts)]
 
     @classmethod
@@ -161,7 +161,7 @@ class SwiftBrush(ScoreMethod):
         if settings is None:
             return batch
         index = self.noise.randint(0, len(negatives.items) - 1, len(batch))
-        negative, _ = negatives.at(index.tolist())
+        negative, _ = negatives.encode_at(index.tolist())
         low, high = settings.scale
         scale = low + (high - low) * self.noise.uniform(len(batch))
         return replace(batch, negative=negative, steering=self.family.steering(negative, scale))

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from stepdistill import assets, checkpoint
 from stepdistill.attention.kernels import NATIVE
-from stepdistill.conditions import label_ranges, shortened
+from stepdistill.conditions import label_ranges, quote_line
 from stepdistill.data.images import ImageSet
 from stepdistill.data.latents import check_posterior, load_latents
 from stepdistill.data.preference_pairs import read_preferences
@@ -177,7 +177,7 @@ class Fit:
         """What is trained on, a line each: the first prompts, how many are cut, the images, and notes on both."""
         lines = []
         if family.condition_kind == "prompt":
-            shown = ", ".join(shortened(item) for item in self.items[:3])
+            shown = ", ".join(quote_line(item) for item in self.items[:3])
             lines += [f"{len(self.items):,} prompts: {shown}", *self.notes, *content_notes(self.items)]
             lines += _cut(family, self.items, "prompts")
         if self.images is not None:
@@ -194,7 +194,7 @@ def _cut(family: Family, texts: list[str], what: str) -> list[str]:
     if not cut:
         return []
     of = f" of the first {PROMPTS_MEASURED:,}" if len(texts) > PROMPTS_MEASURED else ""
-    return [f"{len(cut):,} {what}{of} are longer than the text encoder reads, and are cut: {shortened(texts[cut[0]])}"]
+    return [f"{len(cut):,} {what}{of} are longer than the text encoder reads, and are cut: {quote_line(texts[cut[0]])}"]
 
 
 def check_fit(job: Job, family: Family, router: Router | None = None) -> Fit:

@@ -122,7 +122,7 @@ _BOX = (("left", 0), ("top", 0), ("width", 16), ("height", 16))
 
 def read_keywords(source: Path) -> dict[str, list[str]]:
     """Emojibase's tags by the name without spaces and signs."""
-    document = _read_documents(source, ["en/data.json"], "keywords", KEYWORDS_PACKAGE)["en/data.json"]
+    document: Any = _read_documents(source, ["en/data.json"], "keywords", KEYWORDS_PACKAGE)["en/data.json"]
     return {_letters(item["label"]): [str(tag) for tag in item.get("tags", [])] for item in document}
 
 

@@ -337,17 +337,17 @@ class Prompts:
 PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
 
 
-@pytest.mark.parametrize("keep", [5, 4])
-def test_conditions_come_in_their_seeded_order_each_with_its_own_prompt(keep):
+@pytest.mark.parametrize("most_encoded", [5, 4])
+def test_conditions_come_in_their_seeded_order_each_with_its_own_prompt(most_encoded):
     """Encoded once up to a number of prompts, and above it whenever they are drawn."""
-    family, source = Prompts(), type("Source", (ConditionSource,), {"KEEP": keep})
-    conditions = source(family, PROMPTS, 3)
+    family = Prompts()
+    conditions = ConditionSource(family, PROMPTS, 3, most_encoded=most_encoded)
     order = Order(5, 3).indices(0, 12)
     for position in (0, 4, 8):
         condition, items = conditions.batch(position, 4)
         assert items == [PROMPTS[i] for i in order[position : position + 4]]
         assert condition["text"][:, 0].tolist() == [len(item) for item in items]
-    assert family.encoded == (5 if keep == 5 else 12)
+    assert family.encoded == (5 if most_encoded == 5 else 12)
     assert ConditionSource(family, PROMPTS, 3, ["more", *PROMPTS]).all_items == ["more", *PROMPTS]
 
 
