@@ -46,11 +46,11 @@ SMALL = {
 
 
 def write(folder, **changes):
-    for name, changes in {
+    for name, sections in {
         "dmd2": {"method": "dmd2", "dmd2": {"fake_score_updates": 2}},
         "sim": {"method": "sim"},
     }.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **changes, "output": "unused"}))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **sections, "output": "unused"}))
     raw = {
         "output": str(folder / "out"),
         "runs": {"DMD2": "dmd2.yaml", "SIM": "sim.yaml"},
