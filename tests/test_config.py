@@ -326,7 +326,8 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
 
 
 def test_sections_of_other_methods_are_set_aside_but_checked(monkeypatch):
-    from stepdistill.trainers import DMD2, METHODS
+    from stepdistill.trainers.methods.dmd2 import DMD2
+    from stepdistill.trainers.methods.registry import METHODS
 
     class Other(DMD2):
         name = "other"

@@ -125,7 +125,8 @@ def test_what_changes_the_training_is_named_with_both_values(run, says):
 
 
 def test_another_method_is_named(run, monkeypatch):
-    from stepdistill.trainers import DMD2, METHODS
+    from stepdistill.trainers.methods.dmd2 import DMD2
+    from stepdistill.trainers.methods.registry import METHODS
 
     class Other(DMD2):
         name = "other"

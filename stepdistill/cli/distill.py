@@ -105,7 +105,7 @@ def pairs(
 @app.command(epilog="Example: stepdistill methods")
 def methods() -> None:
     """List the methods."""
-    from stepdistill.trainers import METHODS
+    from stepdistill.trainers.methods.registry import METHODS
 
     for name, method in METHODS.items():
         print(f"{name:12s} {method.title}")

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from stepdistill import checkpoint
-from stepdistill.trainers import METHODS
+from stepdistill.trainers.methods.registry import METHODS
 
 COMMANDS = [
     ["distill"],

@@ -21,7 +21,6 @@ from stepdistill.attention.choice import choose_fastest, require_backend
 from stepdistill.attention.kernels import AUTO
 from stepdistill.attention.modules import set_backend
 from stepdistill.data.images import ImageSet
-from stepdistill.digests import Digests
 from stepdistill.errors import UserError
 from stepdistill.finiteness import NotFinite
 from stepdistill.roles.ema import EMA
@@ -62,9 +61,7 @@ class Trainer:
         self.noise, self.counters = parts.noise, parts.shares.counters
         self.accelerator = accelerator or Accelerator(cpu=self.family.device.type == "cpu")
         self.world = self.accelerator.num_processes
-        self.teacher_digests: Digests = {}
-        self.router: str | None = None  # of several students: the hash of what gave this one its conditions
-        self.trained_on: Any = None  # what a job's config named, to describe it
+        self.teacher_digests = parts.teacher_digests
         self.attention: str | None = None  # the kernel that the networks use, once it is chosen
         self.seconds = 0.0
         self.passes_before_resume = 0  # of all processes, however many they were then

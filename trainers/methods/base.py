@@ -22,6 +22,7 @@ from stepdistill.data.images import ImageSet
 from stepdistill.data.preference_pairs import PreferenceSettings
 from stepdistill.data.streams import ConditionSource, PairSource, PreferenceSource, RealBatch, RealSource
 from stepdistill.denoiser import Condition
+from stepdistill.digests import Digests
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.finiteness import Watch
@@ -210,6 +211,11 @@ class Parts:
     preferences: PreferenceSource | None = None
     teacher_pairs: PairSource | None = None
     nodes: NodeStore = field(default_factory=NodeStore)
+    teacher_digests: Digests = field(default_factory=dict)
+    router: str | None = None
+    """Of several students: the hash of what gave this one its conditions."""
+    describe_data: Callable[[], list[str]] = list
+    """What is trained on, a line each."""
     averaged: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     """The student as it is exported, within the block; the loop puts its average here."""
 

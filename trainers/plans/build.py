@@ -296,31 +296,28 @@ def build_trainer(
         UserError: anything in the config that does not fit the teacher or the data.
     """
     accelerator = accelerator or make_accelerator()
-    family = family or load_teacher(job.config)
-    teacher_digests = digest_networks(family.networks())
-    family.to(accelerator.device)
-    sampler = sampler or job.method.make_sampler(job.config, family)
-    fit = check_fit(job, family) if fit is None else fit
-    trainer = Trainer(job.method, make_parts(job, family, sampler, fit, accelerator, run), run, accelerator)
-    trainer.router, trainer.trained_on = fit.router, fit
-    trainer.teacher_digests = teacher_digests
-    return trainer
+    return Trainer(job.method, make_parts(job, accelerator, run, family, fit, sampler), run, accelerator)
 
 
 def make_parts(
     job: Job,
-    family: Family,
-    sampler: FewStepSampler,
-    fit: Fit,
     accelerator: Accelerator,
     run: RunFolder | None = None,
+    family: Family | None = None,
+    fit: Fit | None = None,
+    sampler: FewStepSampler | None = None,
 ) -> Parts:
-    """Roles, streams of data and judges of a job, each made once.
+    """Roles, streams of data and judges of a job, each made once.  Arguments are those of :func:`build_trainer`.
 
     Raises:
         UserError: weights, data or judges that the config names are missing, or do not fit the teacher.
     """
     config, needs, device = job.config, job.needs, accelerator.device
+    family = family or load_teacher(config)
+    teacher_digests = digest_networks(family.networks())
+    family.to(device)
+    sampler = sampler or job.method.make_sampler(config, family)
+    fit = check_fit(job, family) if fit is None else fit
     cache = job.cache or Path(config.output) / CACHE
     torch.manual_seed(config.seed)
     train = config.train
@@ -334,6 +331,9 @@ def make_parts(
         conditions=ConditionSource(family, fit.items, config.seed + 1, fit.all_items),
         shares=Shares(accelerator.process_index, accelerator.num_processes),
         nodes=NodeStore(run.nodes if run else None, accelerator.is_main_process),
+        teacher_digests=teacher_digests,
+        router=fit.router,
+        describe_data=lambda: fit.lines(family),
     )
     if fit.images is not None:
         latents, std = load_latents(family, fit.images, cache, config.data.images.posterior)
@@ -434,7 +434,7 @@ def resume(trainer: Trainer, run: RunFolder) -> bool:
 def provenance(job: Job, trainer: Trainer) -> dict[str, Any]:
     """What an exported student says of how it was made."""
     config, part = job.config, job.config.data.part
-    msd = {} if part is None else {"msd": {"router": trainer.router, "student": part.student}}
+    msd = {} if part is None else {"msd": {"router": trainer.parts.router, "student": part.student}}
     changed = {} if config.roles.network is None else {"network": config.roles.network}
     which = {"revision": config.teacher.revision, "variant": config.teacher.variant}
     return {

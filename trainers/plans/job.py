@@ -12,8 +12,8 @@ from pydantic import create_model
 from stepdistill.config import Section, check, merge
 from stepdistill.errors import UserError
 from stepdistill.settings import RunSettings
-from stepdistill.trainers import METHODS
 from stepdistill.trainers.methods.base import Method, Needs, planned_passes
+from stepdistill.trainers.methods.registry import METHODS
 
 
 @dataclass(frozen=True)

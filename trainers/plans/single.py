@@ -153,7 +153,7 @@ training  {train.updates} student updates of {train.batch_size * train.gradient_
         has_images = config.data.images is not None and not config.data.prompts_from_images
         if has_images and not is_stage and not job.needs.images:
             print(f"note: data.images is not used: these settings of {job.method.name} train without real images")
-        for line in trainer.trained_on.lines(prepared.family):
+        for line in trainer.parts.describe_data():
             print(line)
         choice = ", the fastest here" if config.train.attention == AUTO else ""
         print(f"attention {trainer.attention}{choice}")

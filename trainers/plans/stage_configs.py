@@ -10,8 +10,8 @@ from typing import Any
 from stepdistill.config import check, merge, section_of
 from stepdistill.errors import UserError
 from stepdistill.run import CACHE
-from stepdistill.trainers import METHODS
 from stepdistill.trainers.methods.base import Method
+from stepdistill.trainers.methods.registry import METHODS
 
 from .job import make_job
 from .stages import Stage, StageSettings

@@ -200,7 +200,7 @@ def test_a_student_sees_its_own_conditions_alone(partition, root, tmp_path, seen
         for name, labels in seen.items():
             assert set(labels) == set(parts[k]), name
         assert len(seen["real"]) == 6 * 2
-        assert trainer.router == Router.load(several.router_file).hash
+        assert trainer.parts.router == Router.load(several.router_file).hash
 
 
 def test_every_student_has_a_seed_of_its_own_and_the_first_the_runs(root, tmp_path):
