@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .errors import UserError, shown
+from .errors import UserError, show_value
 
 ConditionKind = Literal["none", "label", "prompt"]
 
@@ -184,4 +184,4 @@ def as_caption(value: Any, where: str) -> str | None:
         if len(texts) > 1:
             return Captions(texts)
         return texts[0] if texts else None
-    raise UserError(f"{where}: {type(value).__name__} {shown(value, 60)} is no text; name a column of texts")
+    raise UserError(f"{where}: {type(value).__name__} {show_value(value, 60)} is no text; name a column of texts")

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from pydantic_core import ErrorDetails
 
 from . import plain_yaml
-from .errors import UserError, first_line, reading, shown
+from .errors import UserError, first_line, reading, show_value
 from .plain_files import read_text
 
 INHERITS = "inherits"
@@ -41,7 +41,7 @@ class Section(BaseModel):
         for name, value in self:
             if (number := _excessive(value)) is not None:
                 limit = f"{MOST_INT:,}" if isinstance(number, int) else f"{MOST_FLOAT:g}"
-                raise ValueError(f"{name} = {shown(number)}: at most {limit} is allowed")
+                raise ValueError(f"{name} = {show_value(number)}: at most {limit} is allowed")
         return self
 
 
@@ -121,7 +121,7 @@ def section_of(raw: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     """
     section = raw.get(key)
     if section is not None and not isinstance(section, dict):
-        raise UserError(f"{where}: {key} = {shown(section)}: should be a mapping of keys to values")
+        raise UserError(f"{where}: {key} = {show_value(section)}: should be a mapping of keys to values")
     return section or {}
 
 
@@ -169,7 +169,7 @@ def _parents(value: Any, path: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str):
             raise UserError(
-                f"{path}: {INHERITS} must be the path of another config, or a list of such, not {shown(name)}"
+                f"{path}: {INHERITS} must be the path of another config, or a list of such, not {show_value(name)}"
             )
     return [path.parent / user_path(name, f"{path}: {INHERITS}") for name in names]
 
@@ -217,11 +217,11 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
         key, separator, value = override.partition("=")
         *path, last = key.strip().split(".")
         if not separator or not all(part.strip() for part in (*path, last)) or len(path) >= plain_yaml.MOST_DEPTH:
-            raise UserError(f"{shown(override)}: an override is key=value or key.sub=value")
+            raise UserError(f"{show_value(override)}: an override is key=value or key.sub=value")
         try:
             nested = {last: plain_yaml.parse(value)}
         except plain_yaml.YamlProblem as problem:
-            raise UserError(f"{shown(override)}: the value is not valid YAML ({problem})") from None
+            raise UserError(f"{show_value(override)}: the value is not valid YAML ({problem})") from None
         for part in reversed(path):
             nested = {part: nested}
         raw = merge(raw, nested)
@@ -245,13 +245,13 @@ def _describe_problem(model: type[BaseModel], error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         known = _known_keys(model, location)
         hint = f"; known keys here: {', '.join(known)}" if known else ""
-        return f"unknown key {shown(key)}{hint}"
+        return f"unknown key {show_value(key)}{hint}"
     if error["type"] == "missing":
         return f"key '{key}' is missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{f'{key} = ' if key else ''}{shown(error['input'])}: {message}"
+    return f"{f'{key} = ' if key else ''}{show_value(error['input'])}: {message}"
 
 
 def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
-def shown(value: object, limit: int = 80) -> str:
+def show_value(value: object, limit: int = 80) -> str:
     """A user's value as errors show it: its ``repr``, cut where it is long."""
     try:
         text = " ".join(repr(value).splitlines())

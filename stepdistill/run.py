@@ -34,7 +34,7 @@ from stepdistill.stock.folders import holds_parts, is_whole
 from . import files
 from .config import dump_yaml, read_mapping
 from .digests import Digests
-from .errors import UserError, reading, shown, writing
+from .errors import UserError, reading, show_value, writing
 from .locks import Lock
 from .plain_files import read_json
 
@@ -120,7 +120,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         for key in sorted(a.keys() | b.keys()):
             lines += differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
         return lines
-    return [] if a == b else [f"{path} ({shown(a)} there, {shown(b)} now)"]
+    return [] if a == b else [f"{path} ({show_value(a)} there, {show_value(b)} now)"]
 
 
 def check_writable(folder: Path) -> None:

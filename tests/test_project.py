@@ -66,3 +66,10 @@ def test_ci_reads_the_lowest_torch_from_the_project():
     expression = re.search(r"sed -nE 's/(.+)/\\1==\\2\.\*/p' pyproject.toml", workflow)[1]
     found = re.findall(expression, (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     assert [name for name, _ in found] == ["torch", "torchvision"]
+
+
+def test_contributing_names_files_that_are_there():
+    text = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+    places = [place for place in re.findall(r"`([\w./]+/[\w./]*)`", text) if "NAME" not in place]
+    assert len(places) > 15
+    assert [place for place in places if not (ROOT / place).exists()] == []

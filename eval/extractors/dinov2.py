@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stepdistill.errors import UserError, reading, shown
+from stepdistill.errors import UserError, reading, show_value
 from stepdistill.plain_files import read_json
 from stepdistill.readers import read_weights
 from stepdistill.stock.loading import load_network
@@ -87,7 +87,7 @@ def _load_transformers(folder: Path, kind: Any) -> nn.Module:
     from transformers import Dinov2Model
 
     if kind != "dinov2":
-        name = kind if isinstance(kind, str) else shown(kind)
+        name = kind if isinstance(kind, str) else show_value(kind)
         raise UserError(f"extractor dinov2: {folder} is a model of type {name}, not dinov2; {REMEDY}")
     return load_network(Dinov2Model, folder, f"extractor dinov2: {folder}", with_others=True)
 

@@ -23,7 +23,7 @@ Reduction = Literal["mean", "sum"]
 OverSteps = Literal["step", "sum"]
 
 
-def reduced(values: Tensor, reduction: Reduction) -> Tensor:
+def reduce_dims(values: Tensor, reduction: Reduction) -> Tensor:
     """(B, ...) to (B,): the mean or the sum over a sample's dimensions, in float32 or better."""
     flat = values.to(torch.promote_types(values.dtype, torch.float32)).flatten(1)
     return flat.mean(1) if reduction == "mean" else flat.sum(1)
@@ -38,7 +38,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, reduction: Reduction
     dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), torch.float32)
     std = expand(std, x.to(dtype))
     error = (x.to(dtype) - mean.to(dtype)) / std
-    return reduced(-0.5 * error.square() - std.log() - 0.5 * math.log(2 * math.pi), reduction)
+    return reduce_dims(-0.5 * error.square() - std.log() - 0.5 * math.log(2 * math.pi), reduction)
 
 
 def gaussian_log_ratio(
@@ -54,7 +54,7 @@ def gaussian_log_ratio(
     dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), torch.float32)
     x, mean, reference_mean = (part.to(dtype) for part in (x, mean, reference_mean))
     product = (mean - reference_mean) * (x - (mean + reference_mean) / 2)
-    return reduced(product / expand(std, x) ** 2, reduction)
+    return reduce_dims(product / expand(std, x) ** 2, reduction)
 
 
 def denoising_log_ratio(error: Tensor, reference_error: Tensor, factor: float | Tensor = 0.5) -> Tensor:
@@ -67,7 +67,7 @@ def denoising_log_ratio(error: Tensor, reference_error: Tensor, factor: float | 
     return -factor * (error - reference_error)
 
 
-def clamped(log_ratio: Tensor, limit: float | None) -> Tensor:
+def clamp_log_ratio(log_ratio: Tensor, limit: float | None) -> Tensor:
     """``log clamp(exp(l), 1 - limit, 1 + limit)``: beyond it the gradient is exactly 0; None leaves it alone.
 
     D3PO's and PSO's clamp (limit 0.1).  It acts on either side, so also on a winner that has fallen below 1 - limit.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.digests import check_file
-from stepdistill.errors import UserError, reading, shown
+from stepdistill.errors import UserError, reading, show_value
 from stepdistill.files import write_tensors
 from stepdistill.finiteness import first_not_finite
 from stepdistill.plain_files import parse_json
@@ -151,5 +151,5 @@ def _of_tensors(tensors: dict[str, Tensor], metadata: Any) -> LoRA:
         raise ValueError("its metadata are not a mapping")
     alpha = metadata.get(f"{component}.lora_alpha", rank)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MOST_ALPHA:
-        raise ValueError(f"its alpha is {shown(alpha)}; a number above 0 is needed")
+        raise ValueError(f"its alpha is {show_value(alpha)}; a number above 0 is needed")
     return LoRA(rank, float(alpha), factors)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from stepdistill import assets, files
 from stepdistill.digests import RECORD
-from stepdistill.errors import UserError, reading, shown
+from stepdistill.errors import UserError, reading, show_value
 
 INDEX = "model_index.json"
 MANIFEST = "msd.json"
@@ -139,7 +139,7 @@ def check_stamp(config: Mapping[str, Any], what: str) -> None:
         for key, check in STAMPED.items():
             value = stamp.get(key)
             if value is not None and not check(value):
-                raise ValueError(f"{key} = {shown(value)}")
+                raise ValueError(f"{key} = {show_value(value)}")
 
 
 def _is_count(value: Any) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stepdistill.digests import check_folder
-from stepdistill.errors import UserError, reading, shown
+from stepdistill.errors import UserError, reading, show_value
 from stepdistill.finiteness import check_module
 from stepdistill.plain_files import read_json, regular
 
@@ -72,7 +72,7 @@ def check_index(index: Any, what: str) -> None:
             continue
         pair = entry == [None, None] or (len(entry) == 2 and all(isinstance(x, str) and _is_name(x) for x in entry))
         if not pair or not re.fullmatch(r"\w+", part):
-            raise UserError(f"{what}: {INDEX}: {part} = {shown(entry)} is not a library and a class; {remedy}")
+            raise UserError(f"{what}: {INDEX}: {part} = {show_value(entry)} is not a library and a class; {remedy}")
         if entry[0] is not None and not _is_known(entry[0]):
             raise UserError(
                 f"{what}: {INDEX}: {part} is of the library {entry[0]}; loading it would run that code, and only "
@@ -174,7 +174,7 @@ def oversized(config: Any, key: str = "") -> str | None:
             return f"{key} with {len(config):,} entries"
     elif isinstance(config, int):
         most = MOST_TIMESTEPS if "timesteps" in key else MOST_PARTS if re.search(r"layers|blocks?$", key) else MOST
-        return f"{key} = {shown(config)}" if abs(config) > most else None
+        return f"{key} = {show_value(config)}" if abs(config) > most else None
     else:
         return None
     return next((odd for k, v in entries if (odd := oversized(v, k)) is not None), None)

@@ -9,12 +9,12 @@ import torch
 from toys import linear_betas, sigma_points
 
 from stepdistill.objectives.preference import (
-    clamped,
+    clamp_log_ratio,
     denoising_log_ratio,
     gaussian_log_prob,
     gaussian_log_ratio,
     preference_loss,
-    reduced,
+    reduce_dims,
 )
 
 F64 = torch.float64
@@ -36,7 +36,7 @@ def ratio(a, mu, mu0=MU0, s=S):
 def slope(mu, winners, losers, limit=None, beta=BETA, **policy):
     """The loss and its derivative in mu over pairs of actions."""
     mu = torch.tensor(float(mu), dtype=F64, requires_grad=True)
-    sides = (clamped(ratio(a, mu, **policy), limit) for a in (winners, losers))
+    sides = (clamp_log_ratio(ratio(a, mu, **policy), limit) for a in (winners, losers))
     loss = preference_loss(*sides, beta)
     return loss.item(), torch.autograd.grad(loss, mu)[0].item()
 
@@ -171,9 +171,9 @@ def test_hard_labels_have_no_optimum():
 
 def test_the_clamp_is_that_of_the_ratio():
     values = torch.tensor([-3.0, -0.1054, -0.1053, -0.05, 0.0, 0.0953, 0.0954, 2.0], dtype=F64)
-    torch.testing.assert_close(clamped(values, 0.1), values.exp().clamp(0.9, 1.1).log(), rtol=1e-13, atol=1e-15)
-    assert clamped(values, 0.1)[[0, -1]].tolist() == pytest.approx([math.log(0.9), math.log(1.1)], rel=1e-15)
-    assert clamped(values, None) is values
+    torch.testing.assert_close(clamp_log_ratio(values, 0.1), values.exp().clamp(0.9, 1.1).log(), rtol=1e-13, atol=1e-15)
+    assert clamp_log_ratio(values, 0.1)[[0, -1]].tolist() == pytest.approx([math.log(0.9), math.log(1.1)], rel=1e-15)
+    assert clamp_log_ratio(values, None) is values
 
 
 def test_beyond_the_clamp_on_both_sides_there_is_a_plateau_without_gradient():
@@ -313,7 +313,7 @@ def test_low_precision_inputs_are_worked_on_in_float32(dtype):
         found = gaussian_log_ratio(x, mean, theirs, std, reduction)
         assert found.dtype == torch.float32
         assert torch.equal(found, gaussian_log_ratio(*whole, std, reduction))
-        assert torch.equal(reduced(x, reduction), reduced(whole[0], reduction))
+        assert torch.equal(reduce_dims(x, reduction), reduce_dims(whole[0], reduction))
 
 
 def test_float32_keeps_the_small_difference_of_two_large_sums():
@@ -354,7 +354,7 @@ def test_eps_x0_and_v_errors_agree_after_their_weights(level):
     found = {}
     for kind, factor in (("eps", 0.5), ("x0", 0.5 * (alpha / sigma) ** 2), ("v", 0.5 * alpha**2)):
         aim = schedule.target(x0, eps, kind, x_t, t)
-        errors = [reduced((schedule.from_x0(p, kind, x_t, t) - aim).square(), "mean") for p in (said, theirs)]
+        errors = [reduce_dims((schedule.from_x0(p, kind, x_t, t) - aim).square(), "mean") for p in (said, theirs)]
         found[kind] = denoising_log_ratio(*errors, factor)
     assert found["eps"].abs().min() > 1e-5
     torch.testing.assert_close(found["x0"], found["eps"], rtol=1e-9, atol=1e-12)
@@ -372,7 +372,7 @@ def test_the_denoising_ratio_with_the_snr_factor_is_the_transitions_expected_log
     x = alpha_next * x0 + sigma_next * z
     means = [(alpha_next * p).expand_as(x) for p in (said, theirs)]
     found = gaussian_log_ratio(x, *means, sigma_next.expand(len(z)), "sum")
-    errors = [reduced((alpha / sigma * (x0 - p)).square(), "sum") for p in (said, theirs)]
+    errors = [reduce_dims((alpha / sigma * (x0 - p)).square(), "sum") for p in (said, theirs)]
     snr, snr_next = (alpha / sigma) ** 2, (alpha_next / sigma_next) ** 2
     wanted = denoising_log_ratio(*errors, snr_next / (2 * snr))
     assert found.std() > 0.1

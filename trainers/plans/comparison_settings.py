@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from stepdistill.config import Section, UserPath
-from stepdistill.errors import shown
+from stepdistill.errors import show_value
 from stepdistill.judges.clip import ClipSettings
 from stepdistill.seeds import RunSeed
 
@@ -45,8 +45,8 @@ class ComparisonSettings(Section):
         for name in runs:
             if not name.isprintable() or set(name) & set("/\\") or name != name.strip(" .") or not 0 < len(name) <= 100:
                 raise ValueError(
-                    f"{shown(name)} cannot be the name of a run's folder; use 1 to 100 characters without slashes that "
-                    "neither start nor end with a dot or a space"
+                    f"{show_value(name)} cannot be the name of a run's folder; use 1 to 100 characters without slashes "
+                    "that neither start nor end with a dot or a space"
                 )
             if name.lower() in FILES:
                 raise ValueError(f"{name!r} is a file of the comparison; give the run another name")

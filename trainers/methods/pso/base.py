@@ -16,7 +16,7 @@ from stepdistill.families.base import Family
 from stepdistill.families.schedulers import lcm_times, transition_of
 from stepdistill.judges.rewards import Sharpness
 from stepdistill.noise import Noise
-from stepdistill.objectives.preference import denoising_log_ratio, gaussian_log_ratio, preference_loss, reduced
+from stepdistill.objectives.preference import denoising_log_ratio, gaussian_log_ratio, preference_loss, reduce_dims
 from stepdistill.roles.role import Role
 from stepdistill.run_record import RunRecord
 from stepdistill.sampler import Draw, FewStepSampler, Transition, few_step_times
@@ -246,7 +246,7 @@ class PSOMethod(DirectMethod):
         prediction = role(x_t, t, condition)
         kind = prediction.kind if self.settings.error == "native" else self.settings.error
         error = prediction.of(kind) - schedule.target(x0, noise, kind, x_t, t)
-        return reduced(error.square(), self.settings.reduction)
+        return reduce_dims(error.square(), self.settings.reduction)
 
     def error_ratio(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition, factor: float) -> Tensor:
         """``-factor`` times what the student errs more than the frozen model, (B,)."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.denoiser import cat_conditions
-from stepdistill.objectives.preference import clamped
+from stepdistill.objectives.preference import clamp_log_ratio
 from stepdistill.trainers.methods.base import Batch, Losses
 
 from .base import PSOMethod
@@ -29,7 +29,7 @@ class Online(PSOMethod):
         moves, x0 = self.roll_out(self.roles.student, torch.cat([batch.noise, second]), condition, self.draw_both)
         with torch.no_grad():
             scores = self.judge(self.parts.decode(x0), [*batch.items, *batch.items])
-        first, other = clamped(self.move_ratios(moves, condition), self.settings.clamp).chunk(2)
+        first, other = clamp_log_ratio(self.move_ratios(moves, condition), self.settings.clamp).chunk(2)
         better = (scores[:count] > scores[count:])[:, None]
         counts = scores[:count] != scores[count:]
         self.log("ties", (~counts).float().mean())
