@@ -31,19 +31,19 @@ def seeded(seed: int) -> torch.Generator:
 def module(kind: str = "bias", **changes) -> Attention:
     """A cross-attention in float64, every parameter random, norms too."""
     sizes = {"query_dim": WIDTH, "cross_attention_dim": TEXT_WIDTH, "heads": HEADS, "dim_head": HEAD_DIM}
-    made = Attention(**{**sizes, **KINDS[kind], **changes}).double().eval()
+    attn = Attention(**{**sizes, **KINDS[kind], **changes}).double().eval()
     generator = seeded(1)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in attn.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=F64) * 0.6)
-    return made
+    return attn
 
 
 def steerable(kind: str = "bias", **changes) -> Attention:
-    made = module(kind, **changes)
-    assert install(made, "test") == {}
-    assert type(made.processor) is AttentionProcessor
-    return made
+    attn = module(kind, **changes)
+    assert install(attn, "test") == {}
+    assert type(attn.processor) is AttentionProcessor
+    return attn
 
 
 def tokens(count: int, length: int, width: int = TEXT_WIDTH, seed: int = 0) -> torch.Tensor:
@@ -55,30 +55,30 @@ def added(seen: torch.Tensor, hidden: float = -10000.0) -> torch.Tensor:
     return ((~seen).to(F64) * hidden)[:, None]
 
 
-def layer_norm(x: torch.Tensor, own: nn.Module) -> torch.Tensor:
+def layer_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + own.eps).sqrt() * own.weight + own.bias
+    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
 
 
-def of_kind(x: torch.Tensor, own: nn.Module | None) -> torch.Tensor:
+def of_kind(x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
     """The norms of queries and keys, written out."""
-    if own is None:
+    if norm is None:
         return x
-    if isinstance(own, nn.LayerNorm):
-        return layer_norm(x, own)
-    return x / (x.square().mean(-1, keepdim=True) + own.eps).sqrt() * own.weight
+    if isinstance(norm, nn.LayerNorm):
+        return layer_norm(x, norm)
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
 
 
-def group_norm(x: torch.Tensor, own: nn.GroupNorm) -> torch.Tensor:
+def group_norm(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
     """Of one sample's tokens (S, C): each group of channels over all tokens."""
-    groups = x.unflatten(-1, (own.num_groups, -1))
+    groups = x.unflatten(-1, (norm.num_groups, -1))
     mean = groups.mean((0, 2), keepdim=True)
     variance = (groups - mean).square().mean((0, 2), keepdim=True)
-    return ((groups - mean) / (variance + own.eps).sqrt()).flatten(1) * own.weight + own.bias
+    return ((groups - mean) / (variance + norm.eps).sqrt()).flatten(1) * norm.weight + norm.bias
 
 
-def linear(x: torch.Tensor, own: nn.Linear) -> torch.Tensor:
-    return x @ own.weight.T + (0 if own.bias is None else own.bias)
+def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
 
 
 def branch(attn: Attention, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -90,10 +90,10 @@ def branch(attn: Attention, hidden: torch.Tensor, text: torch.Tensor) -> torch.T
     query, key, value = linear(hidden, attn.to_q), linear(text, attn.to_k), linear(text, attn.to_v)
     parts = []
     for head in range(attn.heads):
-        own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        scores = of_kind(query[:, own], attn.norm_q) @ of_kind(key[:, own], attn.norm_k).T / HEAD_DIM**0.5
+        columns = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        scores = of_kind(query[:, columns], attn.norm_q) @ of_kind(key[:, columns], attn.norm_k).T / HEAD_DIM**0.5
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
-        parts.append(weights @ value[:, own])
+        parts.append(weights @ value[:, columns])
     return torch.cat(parts, -1)
 
 
@@ -134,7 +134,7 @@ def condition_unet() -> UNet2DConditionModel:
 def call_unet(unet: UNet2DConditionModel, steer: dict | None = None, mask: bool = False, **changes) -> torch.Tensor:
     dtype = unet.dtype
     x = torch.randn(2, 4, 8, 8, generator=seeded(3), dtype=F64).to(dtype)
-    given = {"encoder_hidden_states": tokens(2, 6, 8, seed=4).to(dtype), **changes}
+    arguments = {"encoder_hidden_states": tokens(2, 6, 8, seed=4).to(dtype), **changes}
     if mask:
-        given["encoder_attention_mask"] = SEEN
-    return unet(x, torch.tensor([999, 20]), cross_attention_kwargs=steer, **given).sample
+        arguments["encoder_attention_mask"] = SEEN
+    return unet(x, torch.tensor([999, 20]), cross_attention_kwargs=steer, **arguments).sample

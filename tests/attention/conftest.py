@@ -16,11 +16,11 @@ def process_wide_default():
 def counted(monkeypatch):
     """How often diffusers' kernels are called, by name, with masks and without."""
     calls: dict[str, list[bool]] = {}
-    for name, own in list(_AttentionBackendRegistry._backends.items()):
+    for name, kernel in list(_AttentionBackendRegistry._backends.items()):
 
-        def run(*, own=own, name=name, **given):
-            calls.setdefault(name.value, []).append(given.get("attn_mask") is not None)
-            return own(**given)
+        def run(*, kernel=kernel, name=name, **arguments):
+            calls.setdefault(name.value, []).append(arguments.get("attn_mask") is not None)
+            return kernel(**arguments)
 
         monkeypatch.setitem(_AttentionBackendRegistry._backends, name, run)
     return calls

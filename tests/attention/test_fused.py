@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 
 def fused_modules(unet) -> list[str]:
-    return [name for name, own in unet.named_modules() if fused_projection(own) is not None]
+    return [name for name, attn in unet.named_modules() if fused_projection(attn) is not None]
 
 
 def assert_right(unet, used: bool | None = None) -> None:
@@ -33,9 +33,9 @@ def assert_right(unet, used: bool | None = None) -> None:
     """
     stock = copy.deepcopy(unet)
     unfuse(stock)
-    assert {type(own.processor) for own in find_attention(stock)} == {AttnProcessor2_0}
+    assert {type(attn.processor) for attn in find_attention(stock)} == {AttnProcessor2_0}
     separate = []
-    hooks = [own.to_v.register_forward_hook(lambda *given: separate.append(1)) for own in find_attention(unet)]
+    hooks = [attn.to_v.register_forward_hook(lambda *arguments: separate.append(1)) for attn in find_attention(unet)]
     with torch.no_grad():
         torch.testing.assert_close(call_unet(unet), call_unet(stock), rtol=0, atol=1e-11)
     for hook in hooks:
@@ -51,10 +51,10 @@ def test_fused_is_the_same_within_rounding_and_saves_no_weight_twice():
     assert len(fused_modules(unet)) == 8
     torch.testing.assert_close(call_unet(unet), plain, rtol=0, atol=1e-12)
     assert_right(unet, used=True)
-    for own in find_attention(unet):
-        assert own.to_k.weight.untyped_storage().data_ptr() == own._fused_weight.untyped_storage().data_ptr()
-        rows = 2 if own.is_cross_attention else 3
-        assert own._fused_weight.shape == (rows * 8, 8)
+    for attn in find_attention(unet):
+        assert attn.to_k.weight.untyped_storage().data_ptr() == attn._fused_weight.untyped_storage().data_ptr()
+        rows = 2 if attn.is_cross_attention else 3
+        assert attn._fused_weight.shape == (rows * 8, 8)
     text = {"encoder_hidden_states": tokens(2, 6, 8, seed=6)}
     assert (call_unet(unet, **text) - plain).abs().max() > 1e-3
 
@@ -97,19 +97,19 @@ def test_saving_a_fused_network_writes_the_stock_one(tmp_path):
         unet.save_pretrained(tmp_path)
         read = UNet2DConditionModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)
         assert list(read.state_dict()) == keys
-        assert {type(own.processor) for own in find_attention(read)} == {AttnProcessor2_0}
+        assert {type(attn.processor) for attn in find_attention(read)} == {AttnProcessor2_0}
         assert torch.equal(call_unet(read.eval()), plain)
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size < 1.1 * sum(v.nbytes for v in weights.values()) + 50_000
 
 
 def by_in_place(unet):
-    for own in find_attention(unet):
-        own.to_v.weight.add_(0.3)
+    for attn in find_attention(unet):
+        attn.to_v.weight.add_(0.3)
 
 
 def by_an_optimizer(unet):
-    parameters = [p for own in find_attention(unet) for p in own.parameters()]
+    parameters = [p for attn in find_attention(unet) for p in attn.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True).grad = torch.ones_like(parameter)
     torch.optim.SGD(parameters, 0.1).step()
@@ -117,14 +117,14 @@ def by_an_optimizer(unet):
 
 
 def by_new_data(unet):
-    for own in find_attention(unet):
-        own.to_k.weight.data = own.to_k.weight.data + 0.3
+    for attn in find_attention(unet):
+        attn.to_k.weight.data = attn.to_k.weight.data + 0.3
 
 
 def behind_its_back(unet):
     """As peft merges a LoRA: no version is counted, no address changes."""
-    for own in find_attention(unet):
-        own.to_k.weight.data += 0.3
+    for attn in find_attention(unet):
+        attn.to_k.weight.data += 0.3
 
 
 def by_loading(unet):
@@ -136,8 +136,8 @@ def by_assigning(unet):
 
 
 def by_another_layer(unet):
-    for own in find_attention(unet):
-        own.to_v = nn.Linear(8, 8, bias=False).double().requires_grad_(False)
+    for attn in find_attention(unet):
+        attn.to_v = nn.Linear(8, 8, bias=False).double().requires_grad_(False)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_unfuse_is_the_network_as_it_was():
     unfuse(unet)
     assert [name for name, _ in unet.named_buffers()] == names
     assert torch.equal(call_unet(unet), plain)
-    for own in find_attention(unet):
-        assert own.to_k.weight.untyped_storage().nbytes() == own.to_k.weight.nbytes
+    for attn in find_attention(unet):
+        assert attn.to_k.weight.untyped_storage().nbytes() == attn.to_k.weight.nbytes
 
 
 @torch.no_grad()
@@ -244,8 +244,8 @@ def test_moves_after_fusing_keep_working():
     unet.double()
     torch.testing.assert_close(call_unet(unet), call_unet(exact), rtol=0, atol=1e-6)
     assert_right(unet)
-    for own in find_attention(unet):  # and what comes then is not lost either
-        own.to_k.weight.data += 0.3
+    for attn in find_attention(unet):  # and what comes then is not lost either
+        attn.to_k.weight.data += 0.3
     assert_right(unet)
     assert call_unet(unet.bfloat16()).dtype == torch.bfloat16
     unet.to(memory_format=torch.channels_last).float()
@@ -267,8 +267,8 @@ def test_a_copy_of_a_fused_network_is_on_its_own():
 def test_a_fused_network_that_trains_gets_its_gradients():
     unet, reference = condition_unet().requires_grad_(True), condition_unet().requires_grad_(True)
     fuse(unet)
-    for own in (unet, reference):
-        call_unet(own).square().mean().backward()
+    for attn in (unet, reference):
+        call_unet(attn).square().mean().backward()
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(unet.get_parameter(name).grad, parameter.grad, msg=name)
 

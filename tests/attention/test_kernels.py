@@ -85,33 +85,35 @@ def test_a_kernel_that_takes_no_mask_leaves_masked_attention_to_native(counted):
 
 
 @pytest.mark.parametrize(
-    ("takes", "says"),
+    ("takes", "message"),
     [
         ("boolean", "must be of type bool"),  # the varlen kernels: the masks of a call are added ones
         ("nothing", "off by"),  # one that would silently compute without it
     ],
 )
-def test_masks_are_tried_as_a_call_has_them(takes, says, counted, monkeypatch):
+def test_masks_are_tried_as_a_call_has_them(takes, message, counted, monkeypatch):
     name = AttentionBackendName("_native_math")
-    own = _AttentionBackendRegistry._backends[name]
+    original = _AttentionBackendRegistry._backends[name]
 
-    def kernel(*, attn_mask=None, **given):
+    def kernel(*, attn_mask=None, **arguments):
         if takes == "boolean" and attn_mask is not None and attn_mask.dtype != torch.bool:
             raise ValueError(f"Attention mask must be of type bool, got {attn_mask.dtype}.")
-        return own(attn_mask=attn_mask if takes == "boolean" else None, **given)
+        return original(attn_mask=attn_mask if takes == "boolean" else None, **arguments)
 
     monkeypatch.setitem(_AttentionBackendRegistry._backends, name, kernel)
     assert kernels.try_backend("_native_math", "cpu") is None
-    assert says in kernels.try_backend("_native_math", "cpu", masked=True)
+    assert message in kernels.try_backend("_native_math", "cpu", masked=True)
     assert masks_of(condition_unet(), "_native_math", counted) == {"_native_math": [False] * 4}
 
 
 def test_a_wrong_result_is_a_reason(monkeypatch):
     name = AttentionBackendName("_native_math")
-    own = _AttentionBackendRegistry._backends[name]
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, name, lambda **given: own(**given) + 0.2)
+    original = _AttentionBackendRegistry._backends[name]
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, name, lambda **arguments: original(**arguments) + 0.2)
     assert kernels.try_backend("_native_math", "cpu") == "its result is off by 0.2"
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, name, lambda **given: own(**given) * float("nan"))
+    monkeypatch.setitem(
+        _AttentionBackendRegistry._backends, name, lambda **arguments: original(**arguments) * float("nan")
+    )
     assert kernels.try_backend("_native_math", "cpu") == "its result is off by nan"
 
 
@@ -123,7 +125,7 @@ def test_one_networks_kernel_is_no_others(counted):
     counted.clear()
     assert torch.equal(call_unet(teacher), plain)
     assert counted == {}
-    assert {type(own.processor) for own in find_attention(teacher)} == {AttnProcessor2_0}
+    assert {type(attn.processor) for attn in find_attention(teacher)} == {AttnProcessor2_0}
     with attention_backend("_native_flash"):  # and a process-wide choice is not theirs
         call_unet(student)
         assert set(counted) == {"_native_math"}
@@ -147,7 +149,7 @@ def test_stock_processors_come_back_when_the_last_user_leaves(order):
     fuse(unet)
     install(unet, "negative")
     for user in order:
-        assert {type(own.processor) for own in find_attention(unet)} == {AttentionProcessor}
+        assert {type(attn.processor) for attn in find_attention(unet)} == {AttentionProcessor}
         torch.testing.assert_close(call_unet(unet), plain, rtol=0, atol=1e-12)
         leave[user]()
     after = unet.attn_processors
@@ -160,10 +162,10 @@ def test_leaving_twice_or_without_having_come_is_nothing():
     release(unet, "negative")
     set_backend(unet, NATIVE)
     unfuse(unet)
-    assert {type(own.processor) for own in find_attention(unet)} == {AttnProcessor2_0}
+    assert {type(attn.processor) for attn in find_attention(unet)} == {AttnProcessor2_0}
     install(unet, "negative")
     release(unet, "somebody else")
-    assert {type(own.processor) for own in find_attention(unet)} == {AttentionProcessor}
+    assert {type(attn.processor) for attn in find_attention(unet)} == {AttentionProcessor}
 
 
 def test_a_copy_keeps_its_kernel_and_is_on_its_own(counted):
@@ -171,12 +173,12 @@ def test_a_copy_keeps_its_kernel_and_is_on_its_own(counted):
     set_backend(unet, "_native_math")
     other = copy.deepcopy(unet)
     set_backend(unet, NATIVE)
-    assert {type(own.processor) for own in find_attention(unet)} == {AttnProcessor2_0}
+    assert {type(attn.processor) for attn in find_attention(unet)} == {AttnProcessor2_0}
     counted.clear()
     call_unet(other)
     assert counted == {"_native_math": [False] * 8}
     set_backend(other, NATIVE)
-    assert {type(own.processor) for own in find_attention(other)} == {AttnProcessor2_0}
+    assert {type(attn.processor) for attn in find_attention(other)} == {AttnProcessor2_0}
 
 
 def flux_attention() -> FluxAttention:
@@ -202,29 +204,31 @@ def test_newer_modules_get_their_own_processors_field(counted):
 
 
 @pytest.mark.parametrize(
-    ("backend", "says"),
+    ("backend", "message"),
     [
         ("flush", "train.attention = flush: use auto, or one of diffusers' backends: _flash_3, "),
         ("flash", "train.attention = flash: it does not run on this cpu (Flash Attention backend 'flash' is not "),
         ("flex", "train.attention = flex: it does not run on this cpu (FlexAttention does not support backward on CPU"),
     ],
 )
-def test_requires_error_is_one_line(backend, says):
+def test_requires_error_is_one_line(backend, message):
     with pytest.raises(UserError) as caught:
         require_backend(backend, "train.attention", "cpu", torch.float32, gradients=True)
-    assert str(caught.value).startswith(says)
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
 def test_require_tries_what_is_named_and_never_auto_or_native(monkeypatch):
-    asked, own = [], kernels.try_backend
+    tried, original = [], kernels.try_backend
     monkeypatch.setattr(
-        kernels, "try_backend", lambda name, *given, **more: asked.append(name) or own(name, *given, **more)
+        kernels,
+        "try_backend",
+        lambda name, *arguments, **more: tried.append(name) or original(name, *arguments, **more),
     )
     for backend in ("auto", "native", "_native_math", "_native_flash"):
         require_backend(backend, "attention", torch.device("cpu"), torch.float32, True, [condition_unet()])
-    assert set(asked) == {"_native_math", "_native_flash"}
-    monkeypatch.setattr(kernels, "try_backend", lambda *given, **more: "nothing runs")
+    assert set(tried) == {"_native_math", "_native_flash"}
+    monkeypatch.setattr(kernels, "try_backend", lambda *arguments, **more: "nothing runs")
     with pytest.raises(UserError, match="nothing runs"):
         require_backend("_native_math", "attention", "cpu", torch.float32, True)
 
@@ -246,12 +250,12 @@ def heads_unet() -> UNet2DConditionModel:
 
 @pytest.mark.parametrize(("backend", "reason"), [("_native_math", None), ("_native_cudnn", "heads of 16: too wide")])
 def test_require_tries_every_width_of_head_that_the_networks_have(backend, reason, monkeypatch):
-    own = kernels.try_backend
+    original = kernels.try_backend
     monkeypatch.setattr(
         kernels,
         "try_backend",
         lambda name, device, dtype, head_dim=64, gradients=False: (
-            own("_native_math", device, dtype, head_dim, gradients)
+            original("_native_math", device, dtype, head_dim, gradients)
             if name == "_native_math" or head_dim < 16
             else "too wide"
         ),
@@ -266,7 +270,7 @@ def test_require_tries_every_width_of_head_that_the_networks_have(backend, reaso
 
 
 def test_fastest_on_a_cpu_is_native_untried(monkeypatch):
-    monkeypatch.setattr(choice, "time_backend", lambda *given: pytest.fail("timed"))
+    monkeypatch.setattr(choice, "time_backend", lambda *arguments: pytest.fail("timed"))
     name, reasons = choose_fastest(condition_unet(), torch.device("cpu"), torch.float32)
     assert name == "native"
     assert "on a cpu" in next(iter(reasons.values()))
@@ -289,9 +293,9 @@ FAKE = {"native": 1.0, "_native_cudnn": 0.5, "_native_flash": 2.0, "_native_effi
 def test_fastest_on_a_gpu_is_the_fastest_and_native_where_it_is_close(changes, expected, monkeypatch):
     times = {**FAKE, **changes}
     monkeypatch.setattr(
-        kernels, "try_backend", lambda name, *given: None if times.get(name) is not None else "is not there"
+        kernels, "try_backend", lambda name, *arguments: None if times.get(name) is not None else "is not there"
     )
-    monkeypatch.setattr(choice, "time_backend", lambda name, *given: times[name])
+    monkeypatch.setattr(choice, "time_backend", lambda name, *arguments: times[name])
     name, reasons = choose_fastest(tiny.condition_unet(), torch.device("cuda"), torch.bfloat16, gradients=True)
     assert name == expected
     assert reasons.keys() == {"native", *FASTEST_OF} - {expected}
@@ -302,10 +306,10 @@ def test_fastest_on_a_gpu_is_the_fastest_and_native_where_it_is_close(changes, e
 
 def test_fastest_is_one_that_every_head_can_use_timed_on_the_widest(monkeypatch):
     """_native_cudnn is quickest but stops below heads of 16; the widest is 8 heads' worth of channels, not of heads."""
-    asked, timed = [], set()
+    tried, timed = [], set()
 
     def why_not(name, device, dtype, head_dim, gradients):
-        asked.append((name, head_dim, gradients))
+        tried.append((name, head_dim, gradients))
         return "too wide" if name == "_native_cudnn" and head_dim == 16 else None
 
     monkeypatch.setattr(kernels, "try_backend", why_not)
@@ -315,6 +319,6 @@ def test_fastest_is_one_that_every_head_can_use_timed_on_the_widest(monkeypatch)
     name, reasons = choose_fastest(heads_unet(), torch.device("cuda"), torch.bfloat16, gradients=True)
     assert name == "native"
     assert reasons["_native_cudnn"] == "heads of 16: too wide"
-    assert {head_dim for _, head_dim, _ in asked} == {4, 16}
-    assert all(gradients for *_, gradients in asked)
+    assert {head_dim for _, head_dim, _ in tried} == {4, 16}
+    assert all(gradients for *_, gradients in tried)
     assert timed == {(1, 16)}

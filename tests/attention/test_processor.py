@@ -43,17 +43,17 @@ FORMULAS = [(k, c) for k in KINDS for c, (*_, a, b) in CASES.items() if "group" 
 @pytest.mark.parametrize("scale", [0.7, "per_sample"])
 @pytest.mark.parametrize(("kind", "case"), FORMULAS)
 def test_output_is_the_formula_written_out(kind, case, scale):
-    length, own, seen, negative_seen = CASES[case]
+    length, negative_length, seen, negative_seen = CASES[case]
     attn = steerable(kind)
-    x, text, negative = tokens(2, QUERIES, WIDTH), tokens(2, length, seed=1), tokens(2, own, seed=2)
-    given = torch.tensor([0.3, 1.4], dtype=F64) if scale == "per_sample" else scale
+    x, text, negative = tokens(2, QUERIES, WIDTH), tokens(2, length, seed=1), tokens(2, negative_length, seed=2)
+    negative_scale = torch.tensor([0.3, 1.4], dtype=F64) if scale == "per_sample" else scale
     got = attn(
         x,
         text,
         None if seen is None else added(seen),
         negative_hidden_states=negative,
         negative_mask=negative_seen,
-        negative_scale=given,
+        negative_scale=negative_scale,
     )
     scales = [0.3, 1.4] if scale == "per_sample" else [scale, scale]
     z = before_output(attn, x, text, seen, negative, negative_seen, scales)
@@ -84,9 +84,9 @@ def test_scale_zero_is_the_stock_processor_to_the_bit(kind, masked, dtype):
 
 def keep_inputs(attn: Attention) -> list[torch.Tensor]:
     """What goes into the output projection from now on."""
-    kept = []
-    attn.to_out[0].register_forward_pre_hook(lambda module, given: kept.append(given[0]))
-    return kept
+    inputs = []
+    attn.to_out[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    return inputs
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 1.5])
@@ -94,10 +94,10 @@ def test_equal_prompts_scale_the_branch_by_one_less_a(scale):
     """No (1 + a) compensation, and an output whose bias counts once: to_out((1 - a) Z)."""
     attn = steerable("bias")
     x, text = tokens(2, QUERIES, WIDTH), tokens(2, 6, seed=1)
-    kept = keep_inputs(attn)
+    inputs = keep_inputs(attn)
     attn(x, text)
     got = attn(x, text, negative_hidden_states=text, negative_scale=scale)
-    plain, steered = kept
+    plain, steered = inputs
     torch.testing.assert_close(steered, (1 - scale) * plain, rtol=0, atol=1e-12)
     torch.testing.assert_close(got, (1 - scale) * plain @ attn.to_out[0].weight.T + attn.to_out[0].bias)
 
@@ -180,9 +180,9 @@ def test_scale_of_each_sample_is_that_samples_own():
     scales = [0.0, 0.5, 2.0]
     got = attn(x, text, negative_hidden_states=negative, negative_scale=torch.tensor(scales))
     for i, scale in enumerate(scales):
-        own = slice(i, i + 1)
-        alone = attn(x[own], text[own], negative_hidden_states=negative[own], negative_scale=scale)
-        torch.testing.assert_close(got[own], alone, rtol=0, atol=1e-12)
+        rows = slice(i, i + 1)
+        alone = attn(x[rows], text[rows], negative_hidden_states=negative[rows], negative_scale=scale)
+        torch.testing.assert_close(got[rows], alone, rtol=0, atol=1e-12)
     one = attn(x, text, negative_hidden_states=negative, negative_scale=torch.tensor([0.5]))
     torch.testing.assert_close(one, attn(x, text, negative_hidden_states=negative, negative_scale=0.5))
 
@@ -293,9 +293,9 @@ def test_through_a_whole_unet(length, mask):
     steer = {"negative_hidden_states": tokens(2, length, 8, seed=5), "negative_scale": 0.8}
     assert torch.equal(call_unet(unet, {**steer, "negative_scale": 0.0}, mask), plain)
     crossed = 0
-    for name, own in reference.named_modules():
+    for name, attn in reference.named_modules():
         if name.endswith("attn2"):
-            own.set_processor(ByHand())
+            attn.set_processor(ByHand())
             crossed += 1
     assert crossed == 4
     got = call_unet(unet, steer, mask)
@@ -330,10 +330,10 @@ def test_bare_processors_are_the_stock_ones_to_the_bit(name, modules):
     network.eval().requires_grad_(False)
     stock = call(network)
     assert install(network, "test") == {}
-    assert [type(own.processor) for own in find_attention(network)] == [AttentionProcessor] * modules
+    assert [type(attn.processor) for attn in find_attention(network)] == [AttentionProcessor] * modules
     assert torch.equal(call(network), stock)
     release(network, "test")
-    assert [type(own.processor) for own in find_attention(network)] == [AttnProcessor2_0] * modules
+    assert [type(attn.processor) for attn in find_attention(network)] == [AttnProcessor2_0] * modules
     assert torch.equal(call(network), stock)
 
 
@@ -361,8 +361,8 @@ def test_dropout_is_kept():
 def test_foreign_processors_are_left_alone_and_named():
     unet = tiny.condition_unet()
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
-    kept = install(unet, "test")
-    assert kept == {"mid_block.attentions.0.transformer_blocks.0.attn2": "has a AttnProcessor already"}
+    skipped = install(unet, "test")
+    assert skipped == {"mid_block.attentions.0.transformer_blocks.0.attn2": "has a AttnProcessor already"}
     assert type(unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor) is AttnProcessor
     release(unet, "test")
-    assert {type(own.processor) for own in find_attention(unet)} == {AttnProcessor, AttnProcessor2_0}
+    assert {type(attn.processor) for attn in find_attention(unet)} == {AttnProcessor, AttnProcessor2_0}

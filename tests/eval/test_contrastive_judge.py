@@ -42,14 +42,14 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(data, tmp_path_factory):
+def files(data, tmp_path_factory):
     raw = {"kind": "matching", "output": str(tmp_path_factory.mktemp("assets")), "source": "halves", "data": str(data)}
     raw |= {"name": "halves", "num_features": 8, "width": 8, "steps": 120, "batch_size": 24, "shift": 0}
     return prepare_matching(check(MatchingConfig, raw, "test"))
 
 
-def test_trained_captions_find_their_pictures(data, made):
-    network = MatchingNetwork.load(made["matching"])
+def test_trained_captions_find_their_pictures(data, files):
+    network = MatchingNetwork.load(files["matching"])
     images, entries = read_pictures(data)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     count, first, tenth = rank_captions(network, pixels, entries, "held-out-pair", "cpu")
@@ -63,9 +63,9 @@ def test_trained_captions_find_their_pictures(data, made):
     assert network.notes["ranks"]["held-out-pair"][0] == 12
 
 
-def test_the_score_is_the_plain_cosine(data, made):
-    network = MatchingNetwork.load(made["matching"])
-    scorer = load_clip(ClipSettings(model=str(made["matching"])))
+def test_the_score_is_the_plain_cosine(data, files):
+    network = MatchingNetwork.load(files["matching"])
+    scorer = load_clip(ClipSettings(model=str(files["matching"])))
     assert "not CLIP" in scorer.tag
     images, entries = read_pictures(data)
     pixels = torch.from_numpy(images[:12]).permute(0, 3, 1, 2)
@@ -82,15 +82,15 @@ def test_the_score_is_the_plain_cosine(data, made):
     assert torch.autograd.grad(cosine.sum(), leaf)[0].abs().sum() > 0
 
 
-def test_features_are_calibrated_and_the_reference_is_theirs(data, made):
-    extractor = load_extractor(str(made["matching"]))
+def test_features_are_calibrated_and_the_reference_is_theirs(data, files):
+    extractor = load_extractor(str(files["matching"]))
     assert (extractor.name, extractor.num_features, extractor.metric) == ("halves", 8, "frechet[halves]")
     images, entries = read_pictures(data)
     trained = torch.from_numpy(images[[e.split == "train" for e in entries]]).permute(0, 3, 1, 2)
     features = extractor(trained)
     assert features.mean(0).abs().max() < 1e-4
     assert features.var(0).mean().item() == pytest.approx(1, rel=1e-3)
-    reference = ReferenceStatistics.load(made["reference"])
+    reference = ReferenceStatistics.load(files["reference"])
     assert reference.n == len(trained)
     assert reference.frechet(features) == pytest.approx(0, abs=1e-3)
     reference.check(extractor, (3, 16, 16))
@@ -115,12 +115,12 @@ def test_what_is_no_such_file(tmp_path, network_file):
     (tmp_path / "odd.safetensors").write_bytes(b"odd")
     assert not is_matching(tmp_path / "odd.safetensors")
     assert not is_matching(network_file)
-    for path, says in (
+    for path, message in (
         (tmp_path / "none.safetensors", "no such file"),
         (tmp_path / "odd.safetensors", "not a readable safetensors file"),
         (network_file, "no matching network of stepdistill's"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             load_clip(ClipSettings(model=str(path)))
 
 
@@ -135,8 +135,8 @@ def test_the_reference_may_be_of_other_pictures_than_the_network_learns_from(dat
     assert reference.n == sum(entries[i].split == "train" for i in some) == 28
     judge = load_extractor(str(files["matching"]), "cpu")
     trained = [i for i in some if entries[i].split == "train"]
-    own = judge(torch.from_numpy(images[trained]).permute(0, 3, 1, 2))
-    torch.testing.assert_close(reference.mean.double(), own.double().mean(0), atol=1e-5, rtol=1e-4)
+    features = judge(torch.from_numpy(images[trained]).permute(0, 3, 1, 2))
+    torch.testing.assert_close(reference.mean.double(), features.double().mean(0), atol=1e-5, rtol=1e-4)
 
 
 def test_reference_pictures_that_do_not_fit_are_answered_before_the_training(data, tmp_path):
@@ -145,12 +145,12 @@ def test_reference_pictures_that_do_not_fit_are_answered_before_the_training(dat
     write_pictures(tmp_path / "untrained", images, held_out, [])
     write_pictures(tmp_path / "larger", np.repeat(np.repeat(images, 2, 1), 2, 2), entries, [])
     raw = {"kind": "matching", "output": str(tmp_path / "out"), "source": "x", "data": str(data), "steps": 1}
-    for name, says in (
+    for name, message in (
         ("gone", r"reference_data: .*gone/images.npz is not there"),
         ("untrained", r"reference_data: .*untrained has no picture of split train"),
         ("larger", r"reference_data: .*larger has pictures of (\d+)x\1, data's are"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             prepare_matching(check(MatchingConfig, {**raw, "reference_data": str(tmp_path / name)}, "test"))
     with pytest.raises(UserError, match=r"data: .*untrained has no picture of split train"):
         prepare_matching(check(MatchingConfig, {**raw, "data": str(tmp_path / "untrained")}, "test"))

@@ -59,13 +59,13 @@ def test_prompts_of_a_dataset_are_those_of_the_evaluation(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
     pictures = read_array_images(pixels, None, (3, 16, 16), False, "noise")
     make_reference(pictures, as_extractor(network), kid_features=100).save(tmp_path / "reference.safetensors")
-    own = {"samples": 4, "extractor": str(tmp_path / "features.safetensors")}
-    raw = config(tmp_path, evaluation={**own, "reference": str(tmp_path / "reference.safetensors")})
+    evaluation = {"samples": 4, "extractor": str(tmp_path / "features.safetensors")}
+    raw = config(tmp_path, evaluation={**evaluation, "reference": str(tmp_path / "reference.safetensors")})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
-    made = stepdistill("distill", tmp_path / "config.yaml")
-    assert made.code == 0, made.err[-2000:]
-    said = json.loads((tmp_path / "run/evaluation.json").read_text())["protocol"]
-    assert said["prompts_fingerprint"] == hashlib.sha256(b"a cat\na dog").hexdigest()
+    command = stepdistill("distill", tmp_path / "config.yaml")
+    assert command.code == 0, command.err[-2000:]
+    protocol = json.loads((tmp_path / "run/evaluation.json").read_text())["protocol"]
+    assert protocol["prompts_fingerprint"] == hashlib.sha256(b"a cat\na dog").hexdigest()
     assert choose_prompts(MeasuredRun.read(tmp_path / "run").data) == ["a cat", "a dog"]
     assert (tmp_path / "run/grid.png").is_file()
 
@@ -74,15 +74,15 @@ def test_a_judge_that_does_not_fit_is_answered_before_the_training(tmp_path):
     tiny.save_stable_diffusion(tmp_path / "teacher")
     Dataset.from_dict({"caption": ["a cat"]}).save_to_disk(tmp_path / "captions")
     shipped = {"extractor": "fashion_mnist", "reference": "asset:fashion_mnist/reference.safetensors"}
-    for own, says in (
+    for evaluation, message in (
         (shipped, "its pictures are (1, 16, 16) (C, H, W), these are (3, 16, 16)"),
         ({**shipped, "extractor": "nowhere.safetensors"}, "nowhere.safetensors: no such feature network"),
         ({**shipped, "reference": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
     ):
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(tmp_path, evaluation=own)))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(tmp_path, evaluation=evaluation)))
         for more in ([], ["--dry-run"]):
             result = stepdistill("distill", tmp_path / "config.yaml", *more)
-            assert (result.code, says in result.error) == (2, True), result.error
+            assert (result.code, message in result.error) == (2, True), result.error
     assert not (tmp_path / "run").exists()
 
 

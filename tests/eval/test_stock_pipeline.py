@@ -65,9 +65,9 @@ def test_unconditional_pipelines_of_any_class_draw_the_same(tmp_path):
     plain = DDIMPipeline.from_pretrained(tmp_path / "ddim")
     plain.set_progress_bar_config(disable=True)
     expected = plain(2, torch.Generator().manual_seed(5), num_inference_steps=2, output_type="pt").images
-    drawn = stock.generate(None, noise(2, (3, 16, 16), seed=5), 2)
-    assert drawn.shape == (2, 3, 16, 16)
-    torch.testing.assert_close(drawn, expected, atol=1e-6, rtol=0)
+    pixels = stock.generate(None, noise(2, (3, 16, 16), seed=5), 2)
+    assert pixels.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
 
 
 def test_stable_diffusion(stable_diffusion_folder):
@@ -97,7 +97,7 @@ def test_the_scheduler_scales_the_noise(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("conditions", "shape", "guidance", "says"),
+    ("conditions", "shape", "guidance", "message"),
     [
         ([0, 3], (1, 16, 16), None, "label 3 is outside 0..2"),
         ([0], (1, 16, 16), None, "one label for each of 2"),
@@ -106,22 +106,22 @@ def test_the_scheduler_scales_the_noise(tmp_path):
         ([0, 1], (1, 16, 16), 3.0, "has no guidance"),
     ],
 )
-def test_wrong_calls_are_refused(label_folder, conditions, shape, guidance, says):
+def test_wrong_calls_are_refused(label_folder, conditions, shape, guidance, message):
     with pytest.raises(UserError) as error:
         StockPipeline.load(label_folder).generate(conditions, noise(2, shape), 1, guidance_scale=guidance)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_hub_id_is_its_folder_in_the_cache(tmp_path, monkeypatch):
     """As a run from the hub leaves its teacher."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     cached, commit = tmp_path / "models--someone--tiny", "0" * 40
-    made = save_pixels(cached / "snapshots" / commit, size=16)
+    folder = save_pixels(cached / "snapshots" / commit, size=16)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     assert StockPipeline.load("someone/tiny").path == "someone/tiny"
-    assert pipeline_folder("someone/tiny") == Path(hub_folder("someone/tiny")) == made
-    assert Path(hub_folder("someone/tiny", commit)) == made
+    assert pipeline_folder("someone/tiny") == Path(hub_folder("someone/tiny")) == folder
+    assert Path(hub_folder("someone/tiny", commit)) == folder
     for path, revision in (("someone/other", None), ("someone/tiny", "v2"), ("a name/with spaces", None)):
         assert hub_folder(path, revision) == path
     with pytest.raises(UserError, match="someone/other: no such folder, nor a hub id that is in this machine's cache"):
@@ -133,8 +133,8 @@ def test_wrong_folders_are_refused(tmp_path):
     broken = save_pixels(tmp_path / "broken", size=16)
     weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    for path, says in (("nowhere", "no such folder"), ("empty", "model_index.json"), ("broken", "cannot be loaded")):
-        with pytest.raises(UserError, match=says) as error:
+    for path, message in (("nowhere", "no such folder"), ("empty", "model_index.json"), ("broken", "cannot be loaded")):
+        with pytest.raises(UserError, match=message) as error:
             StockPipeline.load(tmp_path / path)
         assert "\n" not in str(error.value)
         assert path in str(error.value)

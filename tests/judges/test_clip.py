@@ -51,16 +51,16 @@ def test_scores_may_be_negative():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"model": "ViT-B-32", "pretrained": "nowhere.pt"}, "weight file nowhere.pt of ViT-B-32 is missing"),
         ({"model": "local-dir:nowhere"}, "folder nowhere is missing"),
     ],
 )
-def test_missing_weights_are_one_line(settings, says):
+def test_missing_weights_are_one_line(settings, message):
     with pytest.raises(UserError) as error:
         load_clip(ClipSettings(**settings))
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -83,16 +83,16 @@ def test_the_hub_must_be_asked_for(monkeypatch, capsys):
     import sys
     import types
 
-    asked = []
+    calls = []
     fake = types.ModuleType("open_clip")
-    fake.create_model_and_transforms = lambda *a, **k: asked.append((a, k)) or (torch.nn.Identity(), None, "transform")
+    fake.create_model_and_transforms = lambda *a, **k: calls.append((a, k)) or (torch.nn.Identity(), None, "transform")
     fake.get_tokenizer = lambda name: f"tokenizer of {name}"
     monkeypatch.setitem(sys.modules, "open_clip", fake)
     with pytest.raises(UserError, match="is missing"):
         load_clip(ClipSettings(pretrained="laion2b_s12b_b42k"))
-    assert asked == []
+    assert calls == []
     loaded = load_clip(ClipSettings(pretrained="laion2b_s12b_b42k", hub=True))
-    assert asked == [(("ViT-g-14",), {"pretrained": "laion2b_s12b_b42k", "device": "cpu"})]
+    assert calls == [(("ViT-g-14",), {"pretrained": "laion2b_s12b_b42k", "device": "cpu"})]
     assert (loaded.transform, loaded.tokenizer) == ("transform", "tokenizer of ViT-g-14")
     assert "ViT-g-14 laion2b_s12b_b42k" in capsys.readouterr().out
 
@@ -165,14 +165,14 @@ def test_a_model_of_ones_own(capsys):
 
     sys.modules["own_clip"] = type(sys)("own_clip")
     sys.modules["own_clip"].make, sys.modules["own_clip"].wrong = own_scorer, 3
-    found = load_clip(ClipSettings(model="own_clip:make"))
-    assert found.tag == "own"
+    scorer = load_clip(ClipSettings(model="own_clip:make"))
+    assert scorer.tag == "own"
     assert "CLIP: own" in capsys.readouterr().out
-    for spec, says in (
+    for spec, message in (
         ("own_clip:wrong", "not a stepdistill.judges.clip.ClipScorer"),
         ("own_clip:gone", "has no 'gone'"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             load_clip(ClipSettings(model=spec))
     with pytest.raises(UserError, match="cannot be imported"):
         load_clip(ClipSettings(model="no_such_module_here:make"))

@@ -28,7 +28,7 @@ def things(labels, masks):
     return Instances(torch.tensor(labels, dtype=torch.long), stacked)
 
 
-def said(masks=(), count=1):
+def predictions(masks=(), count=1):
     """Category logits 0 of 2 classes on a 2 x 2 grid; mask logits far on or off: cell i shows ``masks[i]``."""
     logits = torch.full((count, 4, 4, 4), -200.0, dtype=F64)
     for cell, shown in dict(masks).items():
@@ -57,10 +57,10 @@ def test_one_instance_is_the_label_and_the_bright_pixels():
     real = torch.full((2, 3, 2, 2), -1.0)
     real[0, 1, 0, 1] = -0.5
     real[1, :, 1, 0] = -0.8
-    found = OneInstance([7, 8, 9], threshold=-0.8)(real, [2, 0])
-    assert [t.labels.tolist() for t in found] == [[9], [7]]
-    assert found[0].masks.tolist() == [[[False, True], [False, False]]]
-    assert found[1].masks.sum() == 0  # at the threshold is not above it
+    instances = OneInstance([7, 8, 9], threshold=-0.8)(real, [2, 0])
+    assert [t.labels.tolist() for t in instances] == [[9], [7]]
+    assert instances[0].masks.tolist() == [[[False, True], [False, False]]]
+    assert instances[1].masks.sum() == 0  # at the threshold is not above it
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------
@@ -68,18 +68,18 @@ def test_one_instance_is_the_label_and_the_bright_pixels():
 
 def test_loss_by_hand():
     """(positives + negatives of the focal loss) / (n + 1) + 3 mean dice, for each picture by itself."""
-    categories, masks = said({0: TOP_LEFT, 1: mask([0], [3])}, count=3)
+    categories, masks = predictions({0: TOP_LEFT, 1: mask([0], [3])}, count=3)
     truth = [things([1], [TOP_LEFT]), things([], []), things([0, 1], [TOP_LEFT, TOP_RIGHT])]
-    found = instance_loss(categories, masks, truth)
+    loss = instance_loss(categories, masks, truth)
     half_found = 3 * (0 + 1 - 2 / 3) / 2  # of TOP_RIGHT's 2 pixels 1 is shown: dice 1 - 2 1 / (1 + 2)
     expected = [(7 * OFF + ON) / 2, 8 * OFF, (6 * OFF + 2 * ON) / 3 + half_found]
-    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
     unweighted = instance_loss(categories, masks, truth, mask_weight=0.0)
-    assert (found - unweighted).tolist() == pytest.approx([0, 0, half_found], abs=1e-12)
+    assert (loss - unweighted).tolist() == pytest.approx([0, 0, half_found], abs=1e-12)
 
 
 def test_only_the_assigned_cells_learn_and_in_their_direction():
-    categories, _ = said()
+    categories, _ = predictions()
     masks = torch.zeros(1, 4, 4, 4, dtype=F64, requires_grad=True)
     loss = instance_loss(categories, masks, [things([1], [TOP_RIGHT])]).sum()
     category_slope, mask_slope = torch.autograd.grad(loss, (categories, masks))
@@ -92,14 +92,14 @@ def test_only_the_assigned_cells_learn_and_in_their_direction():
 
 
 def test_the_last_keeps_a_cell_and_an_empty_mask_is_left_out():
-    categories, masks = said({0: TOP_LEFT})
+    categories, masks = predictions({0: TOP_LEFT})
     alone = instance_loss(categories, masks, [things([1], [TOP_LEFT])])
     crowd = things([0, 0, 1], [mask([0, 1], [0, 1]), torch.zeros(4, 4, dtype=torch.bool), TOP_LEFT])
     torch.testing.assert_close(instance_loss(categories, masks, [crowd]), alone)
 
 
 @pytest.mark.parametrize(
-    ("truth", "says"),
+    ("truth", "message"),
     [
         ([things([2], [TOP_LEFT])], "labels [2] are not all in 0..1"),
         ([things([-1], [TOP_LEFT])], "labels [-1] are not all in 0..1"),
@@ -108,10 +108,10 @@ def test_the_last_keeps_a_cell_and_an_empty_mask_is_left_out():
         ([things([0], [TOP_LEFT])] * 2, "of 2 pictures, for 1"),
     ],
 )
-def test_wrong_annotations_are_one_line(truth, says):
+def test_wrong_annotations_are_one_line(truth, message):
     with pytest.raises(UserError) as error:
-        instance_loss(*said(), truth)
-    assert says in str(error.value)
+        instance_loss(*predictions(), truth)
+    assert message in str(error.value)
 
 
 # -- the network -------------------------------------------------------------------------------------------------
@@ -145,12 +145,12 @@ def test_shapes_on_any_size_and_channels():
 def test_a_real_picture_fits_its_instances_better_than_any_other_picture(trained, pictures):
     indices, real, others = pictures
     with torch.no_grad():
-        own, of_others = trained.loss(real, real, indices), trained.loss(others, real, indices)
+        loss, of_others = trained.loss(real, real, indices), trained.loss(others, real, indices)
         blank = trained.loss(torch.full_like(real, -1.0), real, indices)
-    assert own.shape == (40,)
-    assert (own < of_others).all()
-    assert (own < blank).all()
-    assert own.mean() < 0.3 * of_others.mean()
+    assert loss.shape == (40,)
+    assert (loss < of_others).all()
+    assert (loss < blank).all()
+    assert loss.mean() < 0.3 * of_others.mean()
 
 
 def test_training_is_what_made_it_so(trained, pictures):
@@ -218,7 +218,7 @@ class Plain:
 
 
 @pytest.fixture
-def own(monkeypatch):
+def user_module(monkeypatch):
     module = type(sys)("own_perceptual")
     module.instance, module.Mine, module.make, module.plain = Mine(), Mine, lambda: Mine(), Plain()
     module.number, module.makes_a_number, module.wants_more = 3, lambda: 3, lambda path: Mine()
@@ -227,22 +227,22 @@ def own(monkeypatch):
 
 
 @pytest.mark.parametrize("attribute", ["instance", "Mine", "make"])
-def test_a_module_or_what_makes_one_is_frozen(own, attribute):
-    found = load_perceptual(f"own_perceptual:{attribute}")
-    assert isinstance(found, Mine)
-    assert not found.training
+def test_a_module_or_what_makes_one_is_frozen(user_module, attribute):
+    model = load_perceptual(f"own_perceptual:{attribute}")
+    assert isinstance(model, Mine)
+    assert not model.training
     pixels = torch.ones(2, 1, 2, 2, requires_grad=True)
-    found.loss(pixels, torch.zeros(2, 1, 2, 2), [0, 1]).sum().backward()
-    assert found.scale.grad is None
+    model.loss(pixels, torch.zeros(2, 1, 2, 2), [0, 1]).sum().backward()
+    assert model.scale.grad is None
     torch.testing.assert_close(pixels.grad, torch.full_like(pixels, 0.5))
 
 
-def test_an_object_is_taken_as_it_is(own):
-    assert load_perceptual("own_perceptual:plain") is own.plain
+def test_an_object_is_taken_as_it_is(user_module):
+    assert load_perceptual("own_perceptual:plain") is user_module.plain
 
 
 @pytest.mark.parametrize(
-    ("spec", "says"),
+    ("spec", "message"),
     [
         ("own_perceptual:number", "has no method loss(pixels, real, indices)"),
         ("own_perceptual:makes_a_number", "has no method loss(pixels, real, indices)"),
@@ -251,8 +251,8 @@ def test_an_object_is_taken_as_it_is(own):
         ("no_such_module_here:make", "cannot be imported"),
     ],
 )
-def test_what_is_no_model_is_one_line(own, spec, says):
+def test_what_is_no_model_is_one_line(user_module, spec, message):
     with pytest.raises(UserError) as error:
         load_perceptual(spec)
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)

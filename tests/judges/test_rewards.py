@@ -80,7 +80,7 @@ def some_pixels(count=3, size=4, channels=3, spread=0.5):
 
 
 @pytest.mark.parametrize(
-    ("raw", "says"),
+    ("raw", "message"),
     [
         ({"reward": "aesthetic", "clip": CLIP}, "weights is missing: reward = aesthetic needs the predictor's file"),
         ({"reward": "aesthetic", "weights": "x"}, "clip is missing: reward = aesthetic needs the CLIP model"),
@@ -109,16 +109,16 @@ def some_pixels(count=3, size=4, channels=3, spread=0.5):
         ({"reward": "own:net", "weight": 0}, "weight = 0: should be greater than 0"),
     ],
 )
-def test_settings_say_what_a_kind_needs(raw, says):
+def test_settings_say_what_a_kind_needs(raw, message):
     with pytest.raises(UserError) as error:
         check(RewardSettings, raw, "rewards")
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_settings_that_fit():
-    own = check(RewardSettings, {"reward": "own:net"}, "rewards")
-    assert (own.weight, own.hinge) == (1.0, None)
+    settings = check(RewardSettings, {"reward": "own:net"}, "rewards")
+    assert (settings.weight, settings.hinge) == (1.0, None)
     both = check(
         RewardSettings, {"reward": "image_reward", "weights": "a.pt", "config": "b.json", "hinge": 2}, "rewards"
     )
@@ -148,17 +148,17 @@ def test_without_a_hinge_every_picture_is_pushed():
 
 
 @pytest.mark.parametrize(
-    ("score", "says"),
+    ("score", "message"),
     [
         (lambda p, i: p.mean((1, 2)), "gave torch.float32 of shape (3, 4) for 3 pictures"),
         (lambda p, i: p.mean(), "gave torch.float32 of shape () for 3 pictures"),
         (lambda p, i: 0.5, "gave a float for 3 pictures"),
     ],
 )
-def test_a_score_of_another_shape_is_one_line(score, says):
+def test_a_score_of_another_shape_is_one_line(score, message):
     with pytest.raises(UserError, match="reward mine: ") as error:
         Reward("mine", 1.0, None, score).loss(some_pixels(), [])
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 # -- aesthetic ---------------------------------------------------------------------------------------------------
@@ -181,9 +181,9 @@ def test_aesthetic_is_the_forward_by_hand(suffix, tower, tmp_path):
     reward = load_reward(RewardSettings(reward="aesthetic", weights=str(path), clip=CLIP, weight=0.25, hinge=100.0))
     assert (reward.name, reward.weight, reward.hinge) == ("aesthetic", 0.25, 100.0)
     pixels = some_pixels()
-    found, expected = reward(pixels, []), by_hand(pixels, tower, state)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert found.std() > 0.1
+    rewards, expected = reward(pixels, []), by_hand(pixels, tower, state)
+    torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-4)
+    assert rewards.std() > 0.1
     (slope,) = torch.autograd.grad(reward.loss(pixels, []), pixels)
     (by_hand_slope,) = torch.autograd.grad(-0.25 * expected.mean(), pixels)
     torch.testing.assert_close(slope, by_hand_slope, rtol=1e-3, atol=1e-5)
@@ -221,7 +221,7 @@ def relu_layout():
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "is missing; download the predictor's file"),
         (b"<!DOCTYPE html>", "cannot be read"),
@@ -234,7 +234,7 @@ def relu_layout():
         (head_state(WIDTH + 1), "reads embeddings of length 7, and the CLIP model tower gives 6"),
     ],
 )
-def test_a_wrong_file_is_one_line(content, says, tower, tmp_path):
+def test_a_wrong_file_is_one_line(content, message, tower, tmp_path):
     path = tmp_path / "head.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -242,7 +242,7 @@ def test_a_wrong_file_is_one_line(content, says, tower, tmp_path):
         torch.save(content, path)
     with pytest.raises(UserError, match="reward aesthetic: ") as error:
         load_reward(RewardSettings(reward="aesthetic", weights=str(path), clip=CLIP))
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -259,11 +259,11 @@ def test_a_broken_safetensors_file_is_one_line(tower, tmp_path):
 def test_clip_is_the_cosine(tower):
     reward, pixels = load_reward(RewardSettings(reward="clip", clip={**CLIP})), some_pixels()
     scorer = sys.modules["own_clip"].make()
-    found = reward(pixels, ["a", "k", "z"])
-    assert torch.equal(found, scorer.cosine(pixels, ["a", "k", "z"]))
+    rewards = reward(pixels, ["a", "k", "z"])
+    assert torch.equal(rewards, scorer.cosine(pixels, ["a", "k", "z"]))
     embedded = torch.nn.functional.cosine_similarity(scorer.embed(pixels), tower.text[[0, 10, 25]])
-    torch.testing.assert_close(found, embedded)
-    found.sum().backward()
+    torch.testing.assert_close(rewards, embedded)
+    rewards.sum().backward()
     assert (pixels.grad.abs().sum((1, 2, 3)) > 0).all()
     assert all(p.grad is None for p in tower.parameters())
 
@@ -312,12 +312,12 @@ class FakeImageReward(nn.Module):
 def library(monkeypatch, tmp_path):
     """A stand-in for the package, with files; ``asked`` keeps what it loaded, as ``RM.load`` does, and not strictly."""
     module = type(sys)("ImageReward")
-    module.asked = []
+    module.calls = []
 
     def load(name="ImageReward-v1.0", device="cpu", download_root=None, med_config=None):
         model = FakeImageReward(med_config, device)
         model.load_state_dict(torch.load(name), strict=False)
-        module.asked.append((name, device, med_config, model))
+        module.calls.append((name, device, med_config, model))
         return model
 
     module.load = load
@@ -336,14 +336,14 @@ def image_reward(tmp_path):
 
 def test_image_reward_goes_through_its_library(library, image_reward):
     reward, prompts = load_reward(image_reward, "cpu"), ["a red bus", "cat", "dog " * 20]
-    ((name, device, med_config, model),) = library.asked
+    ((name, device, med_config, model),) = library.calls
     assert (name, device, med_config) == (image_reward.weights, "cpu", image_reward.config)
     pixels = some_pixels(size=16)
     ids = torch.tensor([[ord(c) for c in p[:35].ljust(35, "\0")] for p in prompts])
     expected = model.score_gard(ids, (ids > 0).long(), prepare_pixels(pixels))[:, 0]
-    found = reward(pixels, prompts)
-    assert torch.equal(found, expected)
-    assert found.shape == (3,)
+    rewards = reward(pixels, prompts)
+    assert torch.equal(rewards, expected)
+    assert rewards.shape == (3,)
     reward.loss(pixels, prompts).backward()
     assert (pixels.grad.abs().sum((1, 2, 3)) > 0).all()
     assert not model.training
@@ -355,7 +355,7 @@ def test_image_reward_goes_through_its_library(library, image_reward):
 @pytest.mark.parametrize("size", [(224, 224), (96, 96), (300, 448), (448, 300)])
 def test_preprocessing_is_the_librarys(size):
     """ImageReward.py's transform on PIL pictures, within what its 8 bits lose; our values are not cut to [0, 1]."""
-    theirs = Compose(
+    transform = Compose(
         [
             Resize(224, interpolation=InterpolationMode.BICUBIC),
             CenterCrop(224),
@@ -366,14 +366,16 @@ def test_preprocessing_is_the_librarys(size):
     coarse = np.random.default_rng(0).integers(40, 216, (5, 6, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    torch.testing.assert_close(prepare_pixels(pixels)[0], theirs(picture), rtol=0, atol=0.02)
+    torch.testing.assert_close(prepare_pixels(pixels)[0], transform(picture), rtol=0, atol=0.02)
 
 
 def test_gray_pixels_are_taken_and_values_keep_their_gradient_outside_the_range():
     pixels = torch.full((2, 1, 8, 8), 1.5, requires_grad=True)
-    found = prepare_pixels(pixels)
-    torch.testing.assert_close(found[0, :, 0, 0], (1.25 - torch.tensor(ClipScorer.mean)) / torch.tensor(ClipScorer.std))
-    found.sum().backward()
+    rewards = prepare_pixels(pixels)
+    torch.testing.assert_close(
+        rewards[0, :, 0, 0], (1.25 - torch.tensor(ClipScorer.mean)) / torch.tensor(ClipScorer.std)
+    )
+    rewards.sum().backward()
     torch.testing.assert_close(pixels.grad.sum(), 2 * 224**2 * (0.5 / torch.tensor(ClipScorer.std)).sum())
 
 
@@ -386,13 +388,13 @@ def test_a_file_that_the_library_would_take_in_silence_is_refused(library, image
     load_reward(image_reward)  # what no score uses may be missing
 
 
-@pytest.mark.parametrize(("key", "says"), [("weights", "weights {} is missing"), ("config", "config {} is missing")])
-def test_a_missing_file_is_one_line(key, says, library, image_reward):
+@pytest.mark.parametrize(("key", "message"), [("weights", "weights {} is missing"), ("config", "config {} is missing")])
+def test_a_missing_file_is_one_line(key, message, library, image_reward):
     settings = image_reward.model_copy(update={key: "nowhere.file"})
     with pytest.raises(UserError) as error:
         load_reward(settings)
-    assert says.format("nowhere.file") in str(error.value)
-    assert library.asked == []  # nothing is downloaded in its place
+    assert message.format("nowhere.file") in str(error.value)
+    assert library.calls == []  # nothing is downloaded in its place
 
 
 def test_a_library_that_fails_is_one_line(library, image_reward):
@@ -472,11 +474,11 @@ def test_pick_score_is_the_raw_cosine_of_transformers(dtype, eos, tmp_path):
     half = nn.functional.interpolate(leaf, (32, 48), mode="bicubic", antialias=True)[..., 8:40]
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (ClipScorer.mean, ClipScorer.std))
     expected = pick_score_by_hand(folder, folder, (half / 2 + 0.5 - mean) / std, LETTERS)
-    found = reward(leaf, LETTERS)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert found.std() > 0.01
-    slopes = [torch.autograd.grad(score.sum(), leaf)[0] for score in (found, expected)]
+    rewards = reward(leaf, LETTERS)
+    assert rewards.dtype == torch.float32
+    torch.testing.assert_close(rewards, expected, rtol=0, atol=1e-5)
+    assert rewards.std() > 0.01
+    slopes = [torch.autograd.grad(score.sum(), leaf)[0] for score in (rewards, expected)]
     torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
     assert (slopes[0].abs().sum((1, 2, 3)) > 0).all()
     gray = reward(leaf[:, :1], LETTERS)
@@ -509,10 +511,10 @@ def test_cropped_square_is_the_processors(size):
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     coarse = np.random.default_rng(0).integers(40, 216, (5, 6, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
-    theirs = processor(images=[picture], return_tensors="pt")["pixel_values"]
+    expected = processor(images=[picture], return_tensors="pt")["pixel_values"]
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (ClipScorer.mean, ClipScorer.std))
-    torch.testing.assert_close((crop_square(pixels, 32) / 2 + 0.5 - mean) / std, theirs, rtol=0, atol=0.02)
+    torch.testing.assert_close((crop_square(pixels, 32) / 2 + 0.5 - mean) / std, expected, rtol=0, atol=0.02)
 
 
 def without_a_tensor(folder):
@@ -545,7 +547,7 @@ def other_end(folder):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("spoil", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "no such file"),
         (lambda f: (f / "config.json").write_text("{"), "has no config.json of a model"),
@@ -561,12 +563,12 @@ def other_end(folder):
         (other_end, "has 190 tokens, end at 189, and the model 190, end at 7"),
     ],
 )
-def test_a_wrong_pick_score_folder_is_one_line(spoil, says, tmp_path):
+def test_a_wrong_pick_score_folder_is_one_line(spoil, message, tmp_path):
     folder = save_pick_score(tmp_path / "model")
     spoil(folder)
     with pytest.raises(UserError, match="reward pick_score: ") as error:
         load_reward(RewardSettings(reward="pick_score", weights=str(folder)))
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
     assert "PickScore_v1, with config.json" in str(error.value) or "as config" in str(error.value)
@@ -620,8 +622,8 @@ def hpsv2_transform(picture, size):
     if scale != 1.0:
         new = tuple(round(side * scale) for side in (high, wide))
         picture = functional.resize(picture, new, InterpolationMode.BICUBIC)
-        below, beside = size - new[0], size - new[1]
-        picture = functional.pad(picture, [beside // 2, below // 2, beside - beside // 2, below - below // 2], fill=0)
+        below, right = size - new[0], size - new[1]
+        picture = functional.pad(picture, [right // 2, below // 2, right - right // 2, below - below // 2], fill=0)
     return functional.normalize(picture, ClipScorer.mean, ClipScorer.std)
 
 
@@ -637,11 +639,11 @@ def test_hps_is_the_cosine_of_open_clip(size, small, hps):
     expected = torch.diagonal(
         small.encode_image(pictures, normalize=True) @ small.encode_text(tokens, normalize=True).detach().T
     )
-    found = reward(leaf, prompts)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert found.std() > 0.01
-    slopes = [torch.autograd.grad(score.sum(), leaf)[0] for score in (found, expected)]
+    rewards = reward(leaf, prompts)
+    assert rewards.dtype == torch.float32
+    torch.testing.assert_close(rewards, expected, rtol=0, atol=1e-5)
+    assert rewards.std() > 0.01
+    slopes = [torch.autograd.grad(score.sum(), leaf)[0] for score in (rewards, expected)]
     torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-5)
     assert (slopes[0].abs().sum((1, 2, 3)) > 0).all()
     assert torch.equal(reward(leaf[:, :1], prompts), reward(leaf[:, :1].expand(-1, 3, -1, -1), prompts))
@@ -662,10 +664,10 @@ def test_padded_square_pads_a_picture_of_the_size_too():
 
 
 def test_hps_is_vit_h_14_without_a_prefix_unless_the_settings_say_otherwise(hps, monkeypatch):
-    asked = []
+    calls = []
 
     def load(settings, device):
-        asked.append(settings)
+        calls.append(settings)
         raise UserError("enough")
 
     monkeypatch.setattr("stepdistill.judges.rewards.hps.load_clip", load)
@@ -673,13 +675,13 @@ def test_hps_is_vit_h_14_without_a_prefix_unless_the_settings_say_otherwise(hps,
         settings = check(RewardSettings, {"reward": "hps", "weights": hps.weights, **clip}, "rewards")
         with pytest.raises(UserError, match="enough"):
             load_reward(settings)
-    assert [(s.model, s.prefix) for s in asked] == [("ViT-H-14", ""), ("ViT-H-14", ""), ("ViT-B-32", "a ")]
-    assert all(s.pretrained == hps.weights and not s.hub for s in asked)
+    assert [(s.model, s.prefix) for s in calls] == [("ViT-H-14", ""), ("ViT-H-14", ""), ("ViT-B-32", "a ")]
+    assert all(s.pretrained == hps.weights and not s.hub for s in calls)
     assert check(RewardSettings, yaml.safe_load(dump_yaml(hps)), "rewards") == hps  # what a run writes, it reads
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "is missing; download the file HPS_v2.1_compressed.pt"),
         (b"<!DOCTYPE html>", "cannot be read"),
@@ -690,7 +692,7 @@ def test_hps_is_vit_h_14_without_a_prefix_unless_the_settings_say_otherwise(hps,
         ({"state_dict": {}}, "open_clip cannot load it"),
     ],
 )
-def test_a_wrong_hps_file_is_one_line(content, says, small, tmp_path):
+def test_a_wrong_hps_file_is_one_line(content, message, small, tmp_path):
     path = tmp_path / "hps.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -699,7 +701,7 @@ def test_a_wrong_hps_file_is_one_line(content, says, small, tmp_path):
     settings = {"reward": "hps", "weights": str(path), "clip": {"model": "small"}}
     with pytest.raises(UserError, match="reward hps") as error:
         load_reward(check(RewardSettings, settings, "rewards"))
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert path.name in str(error.value)
     assert "HPS_v2" in str(error.value) or "replace the file" in str(error.value)
     assert "\n" not in str(error.value)
@@ -728,7 +730,7 @@ class NeedsAPath(nn.Module):
 
 
 @pytest.fixture
-def own(monkeypatch):
+def user_module(monkeypatch):
     module = type(sys)("own_reward")
     module.module, module.Brightness, module.make = Brightness(), Brightness, lambda: Brightness()
     module.function, module.counted = lambda pixels, items: 2 * pixels.mean((1, 2, 3)), Counted()
@@ -739,7 +741,7 @@ def own(monkeypatch):
 
 
 @pytest.mark.parametrize("attribute", ["module", "Brightness", "make", "function"])
-def test_a_reward_of_ones_own(own, attribute):
+def test_a_reward_of_ones_own(user_module, attribute):
     reward, pixels = load_reward(RewardSettings(reward=f"own_reward:{attribute}", weight=3.0)), some_pixels(channels=1)
     assert reward.name == f"own_reward:{attribute}"
     reward.loss(pixels, []).backward()
@@ -750,7 +752,7 @@ def test_a_reward_of_ones_own(own, attribute):
         assert reward.score.scale.grad is None
 
 
-def test_a_callable_object_gets_the_items(own):
+def test_a_callable_object_gets_the_items(user_module):
     assert load_reward(RewardSettings(reward="own_reward:counted"))(some_pixels(), ["a", "bb", ""]).tolist() == [
         1,
         2,
@@ -759,7 +761,7 @@ def test_a_callable_object_gets_the_items(own):
 
 
 @pytest.mark.parametrize(
-    ("attribute", "says"),
+    ("attribute", "message"),
     [
         ("number", "not an nn.Module or another callable"),
         ("makes_a_number", "not an nn.Module or another callable"),
@@ -768,10 +770,10 @@ def test_a_callable_object_gets_the_items(own):
         ("gone", "has no 'gone'"),
     ],
 )
-def test_what_is_no_reward_is_one_line(own, attribute, says):
+def test_what_is_no_reward_is_one_line(user_module, attribute, message):
     with pytest.raises(UserError, match="reward 'own_reward:") as error:
         load_reward(RewardSettings(reward=f"own_reward:{attribute}"))
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 # -- no clamp ----------------------------------------------------------------------------------------------------

@@ -50,9 +50,9 @@ def test_features_are_the_class_token_of_the_picture_as_dgm_eval_prepares_it(net
             transforms.Normalize(MEAN, STD),
         ]
     )
-    given = torch.stack([prepare(Image.fromarray(picture.permute(1, 2, 0).numpy())) for picture in pictures])
+    inputs = torch.stack([prepare(Image.fromarray(picture.permute(1, 2, 0).numpy())) for picture in pictures])
     with torch.no_grad():
-        expected = network(given).last_hidden_state[:, 0]
+        expected = network(inputs).last_hidden_state[:, 0]
     extractor = load_extractor(f"dinov2:{folder}")
     torch.testing.assert_close(extractor(pictures), expected)
     assert (extractor.metric, extractor.num_features) == ("frechet[dinov2_width64]", 64)
@@ -88,9 +88,9 @@ def test_timms_own_network_gives_the_same_features(tmp_path, pictures):
     prepare = transforms.Compose(
         [transforms.Resize((224, 224), transforms.InterpolationMode.BICUBIC), transforms.ToTensor()]
     )
-    given = transforms.Normalize(MEAN, STD)(torch.stack([prepare(array) for array in arrays]))
+    inputs = transforms.Normalize(MEAN, STD)(torch.stack([prepare(array) for array in arrays]))
     with torch.no_grad():
-        expected = model.forward_features(given)[:, 0]
+        expected = model.forward_features(inputs)[:, 0]
     torch.testing.assert_close(extractor(pictures), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -102,21 +102,21 @@ def test_torch_hubs_file_is_read_and_the_fingerprint_knows_the_weights(network, 
         hub[f"patch_embed.proj.{kind}"] = state[f"embeddings.patch_embeddings.projection.{kind}"]
         hub[f"norm.{kind}"] = state[f"layernorm.{kind}"]
         for i in range(2):
-            theirs, ours = f"blocks.{i}", f"encoder.layer.{i}"
-            parts = [state[f"{ours}.attention.{part}_proj.{kind}"] for part in "qkv"]
-            hub[f"{theirs}.attn.qkv.{kind}"] = torch.cat(parts)
-            hub[f"{theirs}.attn.proj.{kind}"] = state[f"{ours}.attention.o_proj.{kind}"]
+            hub_key, key = f"blocks.{i}", f"encoder.layer.{i}"
+            parts = [state[f"{key}.attention.{part}_proj.{kind}"] for part in "qkv"]
+            hub[f"{hub_key}.attn.qkv.{kind}"] = torch.cat(parts)
+            hub[f"{hub_key}.attn.proj.{kind}"] = state[f"{key}.attention.o_proj.{kind}"]
             for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
-                hub[f"{theirs}.{name}.{kind}"] = state[f"{ours}.{name}.{kind}"]
+                hub[f"{hub_key}.{name}.{kind}"] = state[f"{key}.{name}.{kind}"]
             for which in "12":
-                hub[f"{theirs}.ls{which}.gamma"] = state[f"{ours}.layer_scale{which}.lambda1"]
+                hub[f"{hub_key}.ls{which}.gamma"] = state[f"{key}.layer_scale{which}.lambda1"]
     torch.save(hub, tmp_path / "hub.pth")
-    ours, theirs = load_dinov2(folder), load_dinov2(tmp_path / "hub.pth")
-    assert ours.fingerprint == theirs.fingerprint
-    assert torch.equal(ours(pictures), theirs(pictures))
+    first, second = load_dinov2(folder), load_dinov2(tmp_path / "hub.pth")
+    assert first.fingerprint == second.fingerprint
+    assert torch.equal(first(pictures), second(pictures))
     hub["norm.bias"] = hub["norm.bias"] + 1
     torch.save(hub, tmp_path / "hub.pth")
-    assert load_dinov2(tmp_path).fingerprint != ours.fingerprint
+    assert load_dinov2(tmp_path).fingerprint != first.fingerprint
 
 
 def test_a_reference_made_with_it_measures(folder):
@@ -131,7 +131,7 @@ def test_a_reference_made_with_it_measures(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "is missing; download facebook/dinov2-large"),
         ({"config.json": {"model_type": "vit"}}, "is a model of type vit, not dinov2"),
@@ -141,7 +141,7 @@ def test_a_reference_made_with_it_measures(folder):
         ({"weights.pth": "registers"}, "has registers or a gated MLP"),
     ],
 )
-def test_what_is_not_dinov2_is_one_line(tmp_path, content, says):
+def test_what_is_not_dinov2_is_one_line(tmp_path, content, message):
     place = tmp_path / "given"
     for name, value in (content or {}).items():
         place.mkdir(exist_ok=True)
@@ -154,5 +154,5 @@ def test_what_is_not_dinov2_is_one_line(tmp_path, content, says):
         torch.save(value, place / name)
     with pytest.raises(UserError) as error:
         load_dinov2(place)
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -81,9 +81,9 @@ def test_the_fingerprint_knows_weights_and_architecture():
 
 def test_extractors_by_name(tmp_path, network_file, monkeypatch):
     images = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
-    ours = load_extractor(str(network_file))
-    assert ours.metric == "frechet[tiny]"
-    assert ours(images).shape == (3, 8)
+    extractor = load_extractor(str(network_file))
+    assert extractor.metric == "frechet[tiny]"
+    assert extractor(images).shape == (3, 8)
     module = types.ModuleType("somebodys_metrics")
     module.Means = Means
     monkeypatch.setitem(sys.modules, "somebodys_metrics", module)
@@ -130,7 +130,7 @@ def test_the_shipped_network_is_good_and_has_its_reference():
 
 
 @pytest.mark.parametrize(
-    ("spec", "says"),
+    ("spec", "message"),
     [
         ("nothing_known", "not known; use a shipped one"),
         ("missing.safetensors", "no such feature network"),
@@ -142,13 +142,13 @@ def test_the_shipped_network_is_good_and_has_its_reference():
         ("torch.nn:Identity", "num_features"),
     ],
 )
-def test_wrong_extractors_are_refused(spec, says, monkeypatch):
+def test_wrong_extractors_are_refused(spec, message, monkeypatch):
     if spec == "math:floor":  # something callable that gives no module
         monkeypatch.setattr("math.floor", lambda: 3)
-        says = "must be a torch.nn.Module"
+        message = "must be a torch.nn.Module"
     with pytest.raises(UserError) as error:
         load_extractor(spec)
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -156,12 +156,12 @@ def test_foreign_files_are_refused(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     (tmp_path / "rubbish.safetensors").write_bytes(b"rubbish")
     (tmp_path / "rubbish.pt").write_bytes(b"rubbish")
-    for name, says in (
+    for name, message in (
         ("foreign.safetensors", "not a feature network"),
         ("rubbish.safetensors", "not a readable"),
         ("rubbish.pt", "not a TorchScript file"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             load_extractor(str(tmp_path / name))
 
 
@@ -257,8 +257,8 @@ def test_mirrored_training_cannot_tell_left_from_right_alone(tmp_path, mirror):
         image[halves[label]] += 150
     np.savez(tmp_path / "halves.npz", images=images, labels=labels)
     data = {"npz": str(tmp_path / "halves.npz")}
-    own = {"num_labels": 4, "num_features": 8, "width": 8, "epochs": 8, "batch_size": 20, "mirror": mirror}
-    network = train_features(FeatureConfig(output=str(tmp_path), source="x", train=data, test=data, **own))
+    options = {"num_labels": 4, "num_features": 8, "width": 8, "epochs": 8, "batch_size": 20, "mirror": mirror}
+    network = train_features(FeatureConfig(output=str(tmp_path), source="x", train=data, test=data, **options))
     logits = network.logits(torch.from_numpy(images)[:, None]).numpy()
     assert (logits.argmax(1) == labels)[labels >= 2].mean() > 0.95
     gap = np.where(labels == 0, 1, -1) * (logits[:, 0] - logits[:, 1])  # how sure of the side

@@ -138,7 +138,7 @@ def header(shape, dtype="<f8"):
 
 
 @pytest.mark.parametrize(
-    ("mu", "says"),
+    ("mu", "message"),
     [
         (header((10**13,)), "says float64 .* and holds 8"),
         (header((10**6, 10**7)), "and holds 8"),
@@ -149,12 +149,12 @@ def header(shape, dtype="<f8"):
         (header((1,), "<U2"), "not an .npz with arrays mu and sigma"),
     ],
 )
-def test_moments_are_looked_at_before_they_are_read(mu, says, tmp_path):
+def test_moments_are_looked_at_before_they_are_read(mu, message, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("mu.npy", mu)
         archive.writestr("sigma.npy", header((1, 1)))
     started = time.monotonic()
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         ReferenceStatistics.load(tmp_path / "a.npz")
     assert "\n" not in str(caught.value)
     assert time.monotonic() - started < 2

@@ -54,8 +54,8 @@ def test_equal_to_torchmetrics_called_directly(pictures, network_file):
     assert reference.frechet(features) == pytest.approx(float(frechet.compute()), rel=1e-4)
     assert reference.frechet(features) > 1e-3
     # with every feature in the one subset nothing is left to chance
-    ours, _ = kernel_distance(as_extractor(network)(real[:150]), features, subsets=1, subset_size=150)
-    assert ours == pytest.approx(float(kernel.compute()[0]), rel=1e-4)
+    distance, _ = kernel_distance(as_extractor(network)(real[:150]), features, subsets=1, subset_size=150)
+    assert distance == pytest.approx(float(kernel.compute()[0]), rel=1e-4)
 
 
 def test_kernel_distance_by_hand():
@@ -106,9 +106,9 @@ def test_a_references_features_are_a_seeded_random_subset(pictures, network_file
 
     def places(seed, count=40):
         features = make_reference(pictures, extractor, kid_features=count, seed=seed).features
-        found = (features[:, None] == whole).all(2).nonzero()
-        assert len(features) == count == len(found)  # each is one of the pictures', and of one only
-        return found[:, 1]
+        places_found = (features[:, None] == whole).all(2).nonzero()
+        assert len(features) == count == len(places_found)  # each is one of the pictures', and of one only
+        return places_found[:, 1]
 
     first = places(0)
     assert len(first.unique()) == 40
@@ -137,12 +137,12 @@ def test_pictures_of_another_size_are_refused(reference_file, network_file):
 
 def test_references_that_are_none_are_refused(tmp_path, network_file):
     (tmp_path / "rubbish").write_bytes(b"rubbish")
-    for path, says in (
+    for path, message in (
         (tmp_path / "none", "no such file of reference"),
         (tmp_path / "rubbish", "not a readable"),
         (network_file, "not a file of reference statistics"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             ReferenceStatistics.load(path)
 
 

@@ -34,7 +34,7 @@ def settings(network_file, reference_file):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def draws(monkeypatch):
     """What every call of generate was given."""
     calls = []
     stock_generate = StockPipeline.generate
@@ -47,7 +47,7 @@ def drawn(monkeypatch):
     return calls
 
 
-def test_every_target_gets_the_same_noise_labels_and_seeds(tmp_path, label_folder, student_folder, settings, drawn):
+def test_every_target_gets_the_same_noise_labels_and_seeds(tmp_path, label_folder, student_folder, settings, draws):
     targets = [
         Target("teacher", label_folder, 3),
         Target("teacher", label_folder, 1),
@@ -56,16 +56,16 @@ def test_every_target_gets_the_same_noise_labels_and_seeds(tmp_path, label_folde
     rows = evaluate(targets, settings, tmp_path)
     assert [row["steps"] for row in rows] == [3, 1, 1]
     assert [row["passes_per_image"] for row in rows] == [3, 1, 1]
-    batches = [drawn[i::3] for i in range(3)]
-    assert len(drawn) == 9
+    batches = [draws[i::3] for i in range(3)]
+    assert len(draws) == 9
     for of_batch in batches:
         for _, conditions, noise, _, seed in of_batch[1:]:
             assert conditions == of_batch[0][1]
             assert torch.equal(noise, of_batch[0][2])
             assert seed == of_batch[0][4]
-    assert [len(noise) for _, _, noise, _, _ in drawn[:3]] == [8, 8, 4]
-    assert not torch.equal(drawn[0][2], drawn[1][2])
-    assert [label for _, conditions, *_ in drawn[:3] for label in conditions] == [i % 3 for i in range(20)]
+    assert [len(noise) for _, _, noise, _, _ in draws[:3]] == [8, 8, 4]
+    assert not torch.equal(draws[0][2], draws[1][2])
+    assert [label for _, conditions, *_ in draws[:3] for label in conditions] == [i % 3 for i in range(20)]
 
 
 def test_noise_is_a_function_of_seed_and_batch():
@@ -98,17 +98,17 @@ def test_the_row_is_the_distance_of_the_samples(tmp_path, label_folder, settings
 
 
 def test_unchanged_rows_are_reused_and_changed_weights_are_not(
-    tmp_path, label_folder, student_folder, settings, drawn, capsys
+    tmp_path, label_folder, student_folder, settings, draws, capsys
 ):
     student = tmp_path / "student"
     shutil.copytree(student_folder, student)
     targets = [Target("teacher", label_folder, 2), Target("student", student)]
     first = evaluate(targets, settings, tmp_path)
     capsys.readouterr()
-    drawn.clear()
+    draws.clear()
     (student / "README.md").write_text("a model card changes nothing")
     assert evaluate(targets, settings, tmp_path) == first
-    assert drawn == []
+    assert draws == []
     assert capsys.readouterr().out.count("unchanged, its numbers") == 2
 
     weights = student / "unet" / "diffusion_pytorch_model.safetensors"
@@ -116,16 +116,16 @@ def test_unchanged_rows_are_reused_and_changed_weights_are_not(
     tensors["conv_out.bias"] += 0.5
     save_file(tensors, weights, {"format": "pt"})
     again = evaluate(targets, settings, tmp_path)
-    assert {call[0] for call in drawn} == {str(student)}
+    assert {call[0] for call in draws} == {str(student)}
     assert again[0] == first[0]
     assert again[1]["frechet"] != first[1]["frechet"]
 
-    drawn.clear()
+    draws.clear()
     evaluate([Target("teacher", label_folder, 3), targets[1]], settings, tmp_path)
-    assert {call[0] for call in drawn} == {str(label_folder)}
-    drawn.clear()
+    assert {call[0] for call in draws} == {str(label_folder)}
+    draws.clear()
     evaluate(targets[1:], settings.model_copy(update={"seed": 1}), tmp_path)
-    assert len(drawn) == 3
+    assert len(draws) == 3
 
 
 def test_what_was_measured_before_a_stop_is_kept(tmp_path, label_folder, student_folder, settings, monkeypatch):
@@ -152,7 +152,7 @@ def test_only_the_named_labels_are_drawn(label_folder):
         check(Protocol, {"labels": []}, "evaluation")
 
 
-def test_prompts_in_turn_with_guidance(tmp_path, stable_diffusion_folder, network_file, drawn):
+def test_prompts_in_turn_with_guidance(tmp_path, stable_diffusion_folder, network_file, draws):
     """A guided call takes two passes an image; pictures of another shape than the reference's are refused."""
     (tmp_path / "prompts.txt").write_text("a cat\na dog\nan owl\n")
     stock = StockPipeline.load(stable_diffusion_folder)
@@ -161,10 +161,10 @@ def test_prompts_in_turn_with_guidance(tmp_path, stable_diffusion_folder, networ
     with pytest.raises(UserError, match=r"its pictures are \(1, 16, 16\).*these are \(3, 16, 16\)"):
         evaluate([target], settings, tmp_path)
     assert not (tmp_path / "evaluation.json").exists()
-    drawn.clear()
+    draws.clear()
     prompts = ["a cat", "a dog", "an owl"]
     list(draw_all(stock, 2, 3.0, settings, prompts))
-    assert [call[1] for call in drawn] == [["a cat", "a dog"], ["an owl", "a cat"]]
+    assert [call[1] for call in draws] == [["a cat", "a dog"], ["an owl", "a cat"]]
     with pytest.raises(UserError, match="set prompts"):
         select_conditions(stock, range(2), None)
 
@@ -230,14 +230,14 @@ def test_wrong_evaluations_are_refused(tmp_path, label_folder, settings, network
     alone = tmp_path / "alone.safetensors"
     shutil.copy(network_file, alone)
     target = Target("teacher", label_folder, 1)
-    for targets, changed, says in (
+    for targets, changed, message in (
         ([Target("teacher", label_folder)], {}, "says nothing of its steps"),
         ([target, Target("student", tmp_path / "none", 1)], {}, "no such folder"),
         ([target], {"extractor": str(alone)}, "reference is not set"),
         ([target], {"extractor": "fashion_mnist", "reference": settings.extractor}, "not a file of reference"),
         ([target], {"prompts": str(tmp_path / "none.txt")}, "no such file"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             evaluate(targets, settings.model_copy(update=changed), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -262,17 +262,17 @@ def test_table_compares_with_the_first_row():
     assert lines[3].split() == ["student", "1", "1", "3.000", "1.50", "4.00", "±", "1.00", "250.0", "25.0x"]
 
 
-def test_grid_has_a_block_for_each_target_on_the_same_noise(tmp_path, label_folder, student_folder, drawn):
+def test_grid_has_a_block_for_each_target_on_the_same_noise(tmp_path, label_folder, student_folder, draws):
     targets = [Target("teacher", label_folder, 2), Target("student", student_folder)]
     path = draw_grid(targets, tmp_path / "grid.png", rows=2, columns=3, label_names=["one", "two", "three"])
-    assert [call[1] for call in drawn] == [[0, 1, 2]] * 4
-    assert torch.equal(drawn[0][2], drawn[2][2])
-    assert torch.equal(drawn[1][2], drawn[3][2])
+    assert [call[1] for call in draws] == [[0, 1, 2]] * 4
+    assert torch.equal(draws[0][2], draws[2][2])
+    assert torch.equal(draws[1][2], draws[3][2])
     with Image.open(path) as image:
         assert image.format == "PNG"
         # 64-pixel cells with a gap of 4, a title of 30 above each block, column names of 22 above all
         assert image.size == (3 * 68 + 4, 22 + 2 * (30 + 2 * 68))
-        first = StockPipeline.load(label_folder).generate([0, 1, 2], drawn[0][2], 2, torch.Generator())[1, 0]
+        first = StockPipeline.load(label_folder).generate([0, 1, 2], draws[0][2], 2, torch.Generator())[1, 0]
         cell = image.crop((68 + 4, 52, 68 + 68, 52 + 64)).resize((16, 16), Image.Resampling.NEAREST)
         assert torch.equal(torch.from_numpy(np.array(cell)[..., 0]), unit_to_bytes(first))
 
@@ -292,7 +292,7 @@ def test_rewards_are_means_over_the_pictures_in_minus_one_to_one(tmp_path, stude
 
 
 def test_the_command_names_targets_times_them_and_draws_them(tmp_path, label_folder, student_folder, network_file):
-    given = [f"before=1={label_folder}@2", f"after={student_folder}"]
+    targets = [f"before=1={label_folder}@2", f"after={student_folder}"]
     options = [
         "--samples",
         20,
@@ -303,7 +303,7 @@ def test_the_command_names_targets_times_them_and_draws_them(tmp_path, label_fol
         "stepdistill.judges.rewards:Sharpness",
     ]
     places = ["--output", tmp_path / "e.json", "--picture", tmp_path / "e.png"]
-    result = stepdistill("evaluate", *given, *options, *places)
+    result = stepdistill("evaluate", *targets, *options, *places)
     assert result.code == 0, result.error
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert [(row["name"], row["steps"]) for row in rows] == [("before=1", 2), ("after", 1)]
@@ -315,11 +315,11 @@ def test_the_command_names_targets_times_them_and_draws_them(tmp_path, label_fol
 
 def test_steps_that_the_scheduler_refuses_are_one_line(tmp_path):
     teacher = "asset:fashion_mnist/teacher"
-    says = "cannot be sampled in 2000 steps (`num_inference_steps`: 2000 cannot be larger than"
+    message = "cannot be sampled in 2000 steps (`num_inference_steps`: 2000 cannot be larger than"
     measured = stepdistill("evaluate", f"{teacher}@2000", "--samples", "4", "--output", tmp_path / "e.json")
-    assert (measured.code, says in measured.error) == (2, True), measured.error
-    drawn = stepdistill("sample", teacher, "--steps", "2000", "--output", tmp_path / "s.png")
-    assert (drawn.code, says in drawn.error) == (2, True), drawn.error
+    assert (measured.code, message in measured.error) == (2, True), measured.error
+    sampled = stepdistill("sample", teacher, "--steps", "2000", "--output", tmp_path / "s.png")
+    assert (sampled.code, message in sampled.error) == (2, True), sampled.error
     assert not list(tmp_path.iterdir())
 
 
@@ -339,7 +339,7 @@ def test_a_target_says_its_steps_and_guidance(text, target):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("a@b", "a@b: what follows @ is a number of steps"),
         ("a@0", "a@0: what follows @ is a number of steps, at least 1"),
@@ -349,6 +349,6 @@ def test_a_target_says_its_steps_and_guidance(text, target):
         ("a@2@-1", "a@2@-1: what follows the second @ is a guidance scale"),
     ],
 )
-def test_a_call_that_is_no_number_is_one_line(text, says):
-    with pytest.raises(UserError, match=re.escape(says)):
+def test_a_call_that_is_no_number_is_one_line(text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         Target.parse(text)

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,14 +112,14 @@ def test_a_curve_has_no_point_of_what_is_no_number():
 
     curve = DistanceCurve.__new__(DistanceCurve)
     curve.samples, curve.batch, curve.seed = 2, 2, 0
-    trainer = type("Trainer", (), {})()
-    trainer.family = type("Family", (), {"sample_shape": (1, 8, 8), "device": "cpu", "decode": lambda self, x: x})()
-    trainer.conditions = type("Conditions", (), {"items": []})()
-    trainer.roles = type(
-        "Roles", (), {"meter": type("Meter", (), {"paused": contextlib.nullcontext})(), "student": None}
-    )()
-    trainer.sampler, trainer.passes = Student(), 12345
-    trainer.averaged = contextlib.nullcontext
+    trainer = SimpleNamespace(
+        family=SimpleNamespace(sample_shape=(1, 8, 8), device="cpu", decode=lambda x0: x0),
+        parts=SimpleNamespace(conditions=SimpleNamespace(items=[])),
+        roles=SimpleNamespace(meter=SimpleNamespace(paused=contextlib.nullcontext), student=None),
+        sampler=Student(),
+        passes=12345,
+        exported=contextlib.nullcontext,
+    )
     with pytest.raises(UserError, match="the student's pictures are not finite after 12,345 network passes"):
         curve.measure(trainer)
 
@@ -126,12 +127,14 @@ def test_a_curve_has_no_point_of_what_is_no_number():
 # -- too few -----------------------------------------------------------------------------------------------
 
 
-def noted(samples: int, features: int = 8, n: int = 200, kept: int = KEPT, subset: int = 15, kid: bool = True):
+def noted(
+    samples: int, features: int = 8, n: int = 200, features_stored: int = KEPT, subset: int = 15, kid: bool = True
+):
     return list_notes(
         {
             "features": features,
             "settings": {"samples": samples, "kid": kid, "kid_subset_size": subset},
-            "reference": {"n": n, "features": kept},
+            "reference": {"n": n, "features": features_stored},
         }
     )
 
@@ -140,7 +143,7 @@ def test_enough_is_not_noted():
     assert noted(15) == []
     assert noted(9, subset=9) == []
     assert noted(9, kid=False) == []
-    assert noted(9, n=0, kept=0) == []  # moments alone, which do not say
+    assert noted(9, n=0, features_stored=0) == []  # moments alone, which do not say
 
 
 def test_too_few_samples_or_pictures_of_the_reference_are_noted_with_what_would_be_enough():

@@ -68,8 +68,8 @@ def test_diversity_is_the_mean_distance_within_conditions(monkeypatch):
     conditions = ["a", "b", "a", "c", "b", "a", "a", "b", "b"]
     means = []
     for name in "ab":  # c has one picture
-        own = [features[i] for i, condition in enumerate(conditions) if condition == name]
-        pairs = [float((x - y).norm()) for i, x in enumerate(own) for y in own[i + 1 :]]
+        rows = [features[i] for i, condition in enumerate(conditions) if condition == name]
+        pairs = [float((x - y).norm()) for i, x in enumerate(rows) for y in rows[i + 1 :]]
         means.append(sum(pairs) / len(pairs))
     assert diversity(features, conditions) == pytest.approx(sum(means) / 2, rel=1e-6)
     assert diversity(features, range(9)) is None

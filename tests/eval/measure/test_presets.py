@@ -53,11 +53,11 @@ def test_edms_are_fifty_thousand_with_labels_in_turn(files, name, side):
 def test_fashion_mnist_is_what_the_quickstart_does():
     job = read_job("configs/quickstart.yaml")
     run = MeasuredRun.from_config(job.config, job.method.make_record(job.config))
-    own = run.make_protocol(job.config.evaluation.samples)
+    protocol = run.make_protocol(job.config.evaluation.samples)
     preset = make_protocol("fashion_mnist", {}, [])
-    differing = {key for key in Protocol.model_fields if getattr(own, key) != getattr(preset, key)}
+    differing = {key for key in Protocol.model_fields if getattr(protocol, key) != getattr(preset, key)}
     assert differing == {"preset", "extractor", "reference"}  # the same files by other names
-    assert own.extractor == "asset:fashion_mnist/features.safetensors"
+    assert protocol.extractor == "asset:fashion_mnist/features.safetensors"
 
 
 def test_what_is_not_there_is_named_in_one_line(tmp_path, monkeypatch):

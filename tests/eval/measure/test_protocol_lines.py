@@ -54,7 +54,7 @@ def test_the_line_says_everything_that_a_number_needs():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("key", "value", "message"),
     [
         ("metric", "FD-DINOv2", r"metric \('FID' there, 'FD-DINOv2' now\)"),
         ("extractor_fingerprint", "d" * 64, r"extractor's hash"),
@@ -77,8 +77,8 @@ def test_the_line_says_everything_that_a_number_needs():
         ("settings.kid_subset_size", 500, "kid"),
     ],
 )
-def test_what_differs_is_named(key, value, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_what_differs_is_named(key, value, message):
+    with pytest.raises(UserError, match=message) as error:
         require_same(PROTOCOL, changed(key, value), "x.json", "give another --output")
     message = str(error.value)
     assert message.startswith("x.json: measured under another protocol: ")
@@ -100,8 +100,17 @@ def test_another_machine_or_a_metric_less_is_the_same_protocol(key, value):
 @pytest.fixture
 def command(label_folder, network_file, reference_file, tmp_path):
     def run(*options):
-        own = ["--extractor", network_file, "--samples", 12, "--set", "kid_subset_size=8", "--set", "kid_subsets=2"]
-        return stepdistill("evaluate", f"a={label_folder}@1", *own, "--output", tmp_path / "x.json", *options)
+        arguments = [
+            "--extractor",
+            network_file,
+            "--samples",
+            12,
+            "--set",
+            "kid_subset_size=8",
+            "--set",
+            "kid_subsets=2",
+        ]
+        return stepdistill("evaluate", f"a={label_folder}@1", *arguments, "--output", tmp_path / "x.json", *options)
 
     return run
 

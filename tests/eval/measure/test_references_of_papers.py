@@ -68,36 +68,36 @@ def test_a_folders_statistics_are_clean_fids_own_with_dmd2s_transform(inception,
     )
     extractor = load_extractor(f"inception:{inception}")
     stored = Preprocessing(32, "floor", "stored")
-    made = load_reference(str(photos), "inception", extractor, stored, tmp_path, ONE)
-    assert (made.n, made.source, made.shape) == (12, photos.name, (3, 32, 32))
-    assert made.resize == "crop centre, to the shorter side, PIL lanczos to 32x32"
-    np.testing.assert_allclose(made.mean, features.mean(0), atol=1e-6)
-    np.testing.assert_allclose(made.cov, np.cov(features, rowvar=False), atol=1e-6)
+    reference = load_reference(str(photos), "inception", extractor, stored, tmp_path, ONE)
+    assert (reference.n, reference.source, reference.shape) == (12, photos.name, (3, 32, 32))
+    assert reference.resize == "crop centre, to the shorter side, PIL lanczos to 32x32"
+    np.testing.assert_allclose(reference.mean, features.mean(0), atol=1e-6)
+    np.testing.assert_allclose(reference.cov, np.cov(features, rowvar=False), atol=1e-6)
     # kept, so that the second time nothing is read
-    (kept,) = tmp_path.iterdir()
-    assert kept.name.startswith("reference-")
-    before = kept.stat().st_mtime_ns
+    (saved,) = tmp_path.iterdir()
+    assert saved.name.startswith("reference-")
+    before = saved.stat().st_mtime_ns
     again = load_reference(str(photos), "inception", extractor, Preprocessing(32, files="stored"), tmp_path, ONE)
-    assert again.fingerprint == made.fingerprint
-    assert kept.stat().st_mtime_ns == before
+    assert again.fingerprint == reference.fingerprint
+    assert saved.stat().st_mtime_ns == before
     # and a file of it is as good as the folder, for the same size alone
-    assert load_reference(str(kept), "inception", extractor, stored, tmp_path, ONE).n == 12
+    assert load_reference(str(saved), "inception", extractor, stored, tmp_path, ONE).n == 12
     with pytest.raises(UserError, match="make the reference of the folder of pictures again"):
-        load_reference(str(kept), "inception", extractor, Preprocessing(64), tmp_path, ONE)
+        load_reference(str(saved), "inception", extractor, Preprocessing(64), tmp_path, ONE)
     with pytest.raises(UserError, match="set resize=SIDE"):
         load_reference(str(photos), "inception", extractor, Preprocessing(), tmp_path, ONE)
 
 
 def test_drawn_pictures_are_treated_as_the_folder_is(photos):
-    treatment = Preprocessing(32)
-    images = read_preprocessed_folder(photos, treatment)
+    preprocessing = Preprocessing(32)
+    images = read_preprocessed_folder(photos, preprocessing)
     for i, file in enumerate(sorted(photos.iterdir())):
         array = np.array(Image.open(file).convert("RGB"))
-        drawn = treatment(torch.from_numpy(array).permute(2, 0, 1)[None])
-        assert torch.equal(drawn[0].permute(1, 2, 0), torch.from_numpy(as_dmd2(array)))
-        assert torch.equal(((images.batch([i]) + 1) * 127.5).round().byte(), drawn)
+        processed = preprocessing(torch.from_numpy(array).permute(2, 0, 1)[None])
+        assert torch.equal(processed[0].permute(1, 2, 0), torch.from_numpy(as_dmd2(array)))
+        assert torch.equal(((images.batch([i]) + 1) * 127.5).round().byte(), processed)
     grey = torch.randint(0, 256, (2, 1, 40, 50), dtype=torch.uint8)
-    assert torch.equal(treatment(grey), treatment(grey.expand(-1, 3, -1, -1))[:, :1])
+    assert torch.equal(preprocessing(grey), preprocessing(grey.expand(-1, 3, -1, -1))[:, :1])
     assert Preprocessing()(grey) is grey
 
 
@@ -124,8 +124,8 @@ def test_distances_are_clean_fids_on_the_same_features():
     real = generator.normal(size=(300, 12)).astype(np.float32)
     fake = (generator.normal(size=(200, 12)) @ generator.normal(size=(12, 12)) * 0.5 + 0.2).astype(np.float32)
     a, b = torch.from_numpy(real), torch.from_numpy(fake)
-    ours = frechet_distance(*mean_and_covariance(a), *mean_and_covariance(b))
-    assert ours == pytest.approx(fid.fid_from_feats(real.astype(float), fake.astype(float)), rel=1e-9)
+    distance = frechet_distance(*mean_and_covariance(a), *mean_and_covariance(b))
+    assert distance == pytest.approx(fid.fid_from_feats(real.astype(float), fake.astype(float)), rel=1e-9)
     kid, _ = kernel_distance(a[:200], b, subsets=1, subset_size=200)
     assert kid == pytest.approx(fid.kernel_distance(real[:200], fake, 1, 200), rel=1e-4)
 
@@ -152,7 +152,7 @@ def test_published_moments_give_the_distance_and_nothing_else(
 
 
 @pytest.mark.parametrize(
-    ("arrays", "says"),
+    ("arrays", "message"),
     [
         (None, "no such file of reference statistics"),
         ({"images": np.zeros(2)}, "not an .npz with arrays mu and sigma"),
@@ -160,11 +160,11 @@ def test_published_moments_give_the_distance_and_nothing_else(
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "of 5 features, and extractor tiny gives 8"),
     ],
 )
-def test_files_that_hold_no_moments_are_one_line(tmp_path, network_file, arrays, says):
+def test_files_that_hold_no_moments_are_one_line(tmp_path, network_file, arrays, message):
     path = tmp_path / "given.npz"
     if arrays is not None:
         np.savez(path, **arrays)
     with pytest.raises(UserError) as error:
         load_reference(str(path), "tiny", load_extractor(str(network_file)), Preprocessing(), tmp_path, ONE)
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)

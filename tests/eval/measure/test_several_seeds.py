@@ -43,16 +43,16 @@ def test_a_row_of_three_seeds_is_three_rows_mean_and_deviation(tmp_path, label_f
     for seed in (5, 6, 7):
         alone += evaluate([target], settings.model_copy(update={"seed": seed}), tmp_path / f"{seed}.json")
     for key in ("frechet", "kid_mean", "precision", "recall"):
-        values = [own[key] for own in alone]
-        assert [own[key] for own in row["per_seed"]] == values
+        values = [row_of_seed[key] for row_of_seed in alone]
+        assert [row_of_seed[key] for row_of_seed in row["per_seed"]] == values
         assert row[key] == pytest.approx(statistics.mean(values))
         assert row["std"][key] == pytest.approx(statistics.stdev(values))
-    assert len({own["frechet"] for own in alone}) == 3
-    sharp = [own["rewards"][SHARPNESS] for own in alone]
+    assert len({row_of_seed["frechet"] for row_of_seed in alone}) == 3
+    sharp = [row_of_seed["rewards"][SHARPNESS] for row_of_seed in alone]
     assert row["rewards"][SHARPNESS] == pytest.approx(statistics.mean(sharp))
     assert row["std"]["rewards"][SHARPNESS] == pytest.approx(statistics.stdev(sharp))
     assert row["kid_std"] == row["std"]["kid_mean"]
-    assert all("std" not in own for own in alone)
+    assert all("std" not in row_of_seed for row_of_seed in alone)
     protocol = json.loads((tmp_path / "three.json").read_text())["protocol"]
     assert protocol["seeds"] == [5, 6, 7]
     assert "n 16 a seed, 8 at a time" in protocol["line"]
@@ -60,18 +60,18 @@ def test_a_row_of_three_seeds_is_three_rows_mean_and_deviation(tmp_path, label_f
 
 
 def test_pipelines_share_seeds_labels_and_noise(tmp_path, label_folder, student_folder, settings, monkeypatch):
-    given = {}
+    draws = {}
     stock_generate = StockPipeline.generate
 
     def generate(self, conditions, noise, steps, generator=None, guidance_scale=None):
         seen = (tuple(conditions), noise.sum().item(), generator.initial_seed())
-        given.setdefault(str(self.path), []).append(seen)
+        draws.setdefault(str(self.path), []).append(seen)
         return stock_generate(self, conditions, noise, steps, generator, guidance_scale)
 
     monkeypatch.setattr(StockPipeline, "generate", generate)
     targets = [Target("teacher", label_folder, 1), Target("student", student_folder)]
     evaluate(targets, settings.model_copy(update={"seeds": 2}), tmp_path)
-    first, second = given.values()
+    first, second = draws.values()
     assert first == second
     assert len({noise for _, noise, _ in first}) == len(first) == 4
     assert first[0][0] == first[2][0]  # the same labels with either seed
@@ -85,12 +85,12 @@ def test_precision_recall_and_diversity_are_those_of_the_features(
     from measuring import draw_all
 
     extractor = load_extractor(str(network_file))
-    drawn = list(draw_all(StockPipeline.load(label_folder), 1, None, settings))
-    features = torch.cat([extractor(Preprocessing().to_bytes(pixels)) for pixels, _ in drawn])
-    labels = [label for _, own in drawn for label in own]
+    batches = list(draw_all(StockPipeline.load(label_folder), 1, None, settings))
+    features = torch.cat([extractor(Preprocessing().to_bytes(pixels)) for pixels, _ in batches])
+    labels = [label for _, conditions in batches for label in conditions]
     assert row["diversity"] == pytest.approx(diversity(features, labels), rel=1e-9)
-    kept = ReferenceStatistics.load(reference_file).features
-    assert (row["precision"], row["recall"]) == precision_recall(kept, features, 2)
+    features_stored = ReferenceStatistics.load(reference_file).features
+    assert (row["precision"], row["recall"]) == precision_recall(features_stored, features, 2)
     line = json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["line"]
     assert "precision and recall of 16 and 16 features, k 2" in line
 

@@ -28,9 +28,9 @@ TIMES = {"seconds", "images_per_second"}
 
 def settings_with(network_file, **changes) -> Protocol:
     rewards = [RewardSettings(reward="stepdistill.judges.rewards:Sharpness")]
-    own = {"samples": 21, "batch_size": 4, "extractor": str(network_file), "kid_subsets": 2, "kid_subset_size": 15}
+    sizes = {"samples": 21, "batch_size": 4, "extractor": str(network_file), "kid_subsets": 2, "kid_subset_size": 15}
     measured = {"precision_recall": True, "diversity": True, "seeds": 2, "rewards": rewards}
-    return Protocol(**own | measured | changes)
+    return Protocol(**sizes | measured | changes)
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def test_what_was_drawn_before_a_stop_is_not_drawn_again(tmp_path, label_folder,
     """Six batches a seed, two seeds, two targets: stopped in the second seed of the second target."""
     targets = [Target("teacher", label_folder, 2), Target("student", student_folder)]
     whole = evaluate(targets, settings, tmp_path / "whole.json")
-    drawn = list(generated)
-    assert len(drawn) == 24
-    assert len(set(drawn[:12])) == 12  # a seed's noise is its own
+    draws = list(generated)
+    assert len(draws) == 24
+    assert len(set(draws[:12])) == 12  # a seed's noise is its own
     generated.clear()
     generated.stop = 20
     with pytest.raises(KeyboardInterrupt):
@@ -77,7 +77,7 @@ def test_what_was_drawn_before_a_stop_is_not_drawn_again(tmp_path, label_folder,
     generated.stop = None
     before = len(generated)
     rows = evaluate(targets, settings, tmp_path / "x.json")
-    assert generated[before:] == [drawn[19], *drawn[20:]]
+    assert generated[before:] == [draws[19], *draws[20:]]
     assert without_times(rows) == without_times(whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.json", "x.json"]
 
@@ -107,9 +107,9 @@ def test_pictures_are_kept_where_asked(tmp_path, label_folder, settings, generat
     assert len(generated) == 6  # the stopped one's batches have no pictures
     (folder,) = (tmp_path / "kept").iterdir()
     assert folder.name == "a_teacher_1-1"
-    pixels = torch.cat([own for own, _ in draw_all(StockPipeline.load(label_folder), 1, None, settings)])
-    found = [np.array(Image.open(path)) for path in sorted(folder.iterdir())]
-    assert np.array_equal(np.stack(found), unit_to_bytes(pixels)[:, 0].numpy())
+    pixels = torch.cat([batch for batch, _ in draw_all(StockPipeline.load(label_folder), 1, None, settings)])
+    pictures = [np.array(Image.open(path)) for path in sorted(folder.iterdir())]
+    assert np.array_equal(np.stack(pictures), unit_to_bytes(pixels)[:, 0].numpy())
     generated.clear()
     assert evaluate([target], settings, tmp_path / "x.json", keep_samples=tmp_path / "kept") == rows
     assert generated == []
@@ -136,19 +136,19 @@ def child(root: Path) -> None:
         return stock_generate(self, conditions, noise * float("nan") if broken else noise, *arguments)
 
     StockPipeline.generate = generate
-    given = json.loads((root / "given.json").read_text())
-    settings = settings_with(**given["settings"])
-    targets = [Target("teacher", given["teacher"], 2), Target("student", given["student"])]
+    arguments = json.loads((root / "arguments.json").read_text())
+    settings = settings_with(**arguments["settings"])
+    targets = [Target("teacher", arguments["teacher"], 2), Target("student", arguments["student"])]
     rows = evaluate(targets, settings, root / "two.json", processes.device, processes, root / "kept")
-    said = {"calls": calls[:], "rows": rows, "world": processes.world, "left": (root / "two.work").exists()}
+    report = {"calls": calls[:], "rows": rows, "world": processes.world, "left": (root / "two.work").exists()}
     processes.agree()
     (root / "broken").touch()
     processes.agree()
     try:
         evaluate(targets, settings.model_copy(update={"seed": 9}), root / "bad.json", "cpu", processes)
     except UserError as error:
-        said["error"] = str(error)
-    (root / f"said-{processes.rank}.json").write_text(json.dumps(said))
+        report["error"] = str(error)
+    (root / f"report-{processes.rank}.json").write_text(json.dumps(report))
     processes.leave()
 
 
@@ -156,26 +156,26 @@ def child(root: Path) -> None:
 def shared(tmp_path_factory, label_folder, student_folder, network_file, reference_file):
     """What two processes said, and what one process measures."""
     root = tmp_path_factory.mktemp("shared")
-    given = {
+    arguments = {
         "settings": {"network_file": str(network_file)},
         "teacher": str(label_folder),
         "student": str(student_folder),
     }
-    (root / "given.json").write_text(json.dumps(given))
+    (root / "arguments.json").write_text(json.dumps(arguments))
     targets = [Target("teacher", label_folder, 2), Target("student", student_folder)]
     with two_ranks(__file__, root, timeout=120):
         one = evaluate(targets, settings_with(network_file), root / "one.json", keep_samples=root / "kept-by-one")
-    return root, one, [json.loads((root / f"said-{rank}.json").read_text()) for rank in range(2)]
+    return root, one, [json.loads((root / f"report-{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_two_processes_measure_what_one_does(shared):
     root, one, (first, second) = shared
     assert (first["world"], second["world"]) == (2, 2)
-    for ours, theirs in zip(one, first["rows"], strict=True):
+    for expected, measured in zip(one, first["rows"], strict=True):
         for key in ("frechet", "kid_mean", "kid_std", "precision", "recall", "diversity", "passes_per_image"):
-            assert theirs[key] == pytest.approx(ours[key], rel=1e-6), key
-        assert theirs["rewards"] == pytest.approx(ours["rewards"], rel=1e-6)
-        assert theirs["std"]["frechet"] == pytest.approx(ours["std"]["frechet"], rel=1e-4)
+            assert measured[key] == pytest.approx(expected[key], rel=1e-6), key
+        assert measured["rewards"] == pytest.approx(expected["rewards"], rel=1e-6)
+        assert measured["std"]["frechet"] == pytest.approx(expected["std"]["frechet"], rel=1e-4)
     assert [set(row) for row in second["rows"]] == [{"fingerprint"}] * 2
     stored = json.loads((root / "two.json").read_text())
     assert stored["rows"] == first["rows"]
@@ -193,9 +193,9 @@ def test_they_share_the_batches(shared):
 
 
 def test_an_error_of_one_ends_both_with_its_words(shared):
-    root, _, said = shared
-    assert said[0]["error"] == said[1]["error"]
-    assert "drew pixels that are not numbers" in said[0]["error"]
+    root, _, report = shared
+    assert report[0]["error"] == report[1]["error"]
+    assert "drew pixels that are not numbers" in report[0]["error"]
     assert not (root / "bad.json").exists()
 
 
@@ -209,14 +209,14 @@ def test_a_child_that_is_to_be_alone_is(monkeypatch):
     assert left["KEPT"] == "1"
     from stepdistill.trainers.plans import finish  # slow, and the two processes above have no use for it
 
-    given = {}
+    environment = {}
     done = subprocess.CompletedProcess([], 0)
-    monkeypatch.setattr(finish.subprocess, "run", lambda _command, env, **_: given.update(env) or done)
+    monkeypatch.setattr(finish.subprocess, "run", lambda _command, env, **_: environment.update(env) or done)
     monkeypatch.setattr(finish, "write_report", lambda _path: None)
     monkeypatch.setattr(finish, "print_last_screen", lambda *_: None)
     config = SimpleNamespace(evaluation=SimpleNamespace(enabled=True))
     finish.evaluate_and_report(config, RunFolder("run"))
-    assert given == left
+    assert environment == left
 
 
 if __name__ == "__main__":

@@ -111,24 +111,24 @@ def test_the_page_of_two_runs_holds_everything_and_fetches_nothing(tmp_path, run
     ]
     assert [name for name in page.figures if " over " in name] == figures
     assert len([a for a in page.addresses if a.startswith("data:")]) == 2
-    said = "".join(page.text)
-    assert "frechet[tiny]: extractor tiny" in said
-    assert "Not there" not in said
-    assert "Pictures, on the same noise" in said
+    text = "".join(page.text)
+    assert "frechet[tiny]: extractor tiny" in text
+    assert "Not there" not in text
+    assert "Pictures, on the same noise" in text
     assert [p.name for p in (tmp_path / "page").iterdir()] == ["report.html"]
 
 
 def test_time_is_read_from_the_metrics(tmp_path, runs, monkeypatch):
-    drawn = {}
+    plotted = {}
 
     def draw_lines(title, series, *_):
-        drawn[title] = series
+        plotted[title] = series
         return Plot(title, "", "not drawn")
 
     monkeypatch.setattr(comparison_page, "draw_lines", draw_lines)
     write_comparison(runs[:1], tmp_path / "report.html")
-    assert drawn["distance over network passes"] == {"run": [([0, 2000, 4000], [9.0, 1.0, 0.5])]}
-    ((minutes, values),) = drawn["distance over time"]["run"]
+    assert plotted["distance over network passes"] == {"run": [([0, 2000, 4000], [9.0, 1.0, 0.5])]}
+    ((minutes, values),) = plotted["distance over time"]["run"]
     assert minutes == pytest.approx([0, 2, 4])
     assert values == [9.0, 1.0, 0.5]
 
@@ -150,8 +150,8 @@ def test_what_is_missing_is_named_and_what_is_no_run_is_refused(tmp_path, runs):
     for name in (CURVE, "evaluation.json", "grid.png", "metrics.jsonl"):
         (runs[1] / name).unlink()
     page = Page(write_comparison(runs, tmp_path / "report.html").read_text())
-    said = re.findall(r"Not there: ([^(]*?)\.(?=\s|$)", "".join(page.text) + " ")
-    assert said == ["evaluation.json of b/run", "a loss in the metrics.jsonl of two runs", "grid.png of b/run"]
+    text = re.findall(r"Not there: ([^(]*?)\.(?=\s|$)", "".join(page.text) + " ")
+    assert text == ["evaluation.json of b/run", "a loss in the metrics.jsonl of two runs", "grid.png of b/run"]
     assert page.tables[0][2] == ["b/run", "sim", "-", "-", "-"]
     with pytest.raises(UserError, match=r"holds no config\.yaml, so it is not a run"):
         write_comparison([*runs, tmp_path], tmp_path / "report.html")
@@ -180,12 +180,12 @@ def test_training_seeds_of_one_title_share_a_colour_and_a_column(tmp_path, monke
     runs["SIM"] = make_run(tmp_path / "sim", "sim", 0.25, seed=0)
     together = Together(tmp_path / "none", tmp_path / "none", ("teacher", 0.2), "FID", [], dict.fromkeys(runs, "DMD2"))
     together.titles["SIM"] = "SIM"
-    drawn, to_svg = {}, comparison_page.to_svg
-    monkeypatch.setattr(comparison_page, "to_svg", lambda figure: drawn.update(figure_of(figure)) or to_svg(figure))
+    plotted, to_svg = {}, comparison_page.to_svg
+    monkeypatch.setattr(comparison_page, "to_svg", lambda figure: plotted.update(figure_of(figure)) or to_svg(figure))
     text = write_comparison(runs, tmp_path / "report.html", together).read_text()
     assert "<h1>Comparison of DMD2, SIM</h1>" in text
     for title in ("FID over network passes", "FID over time", "loss/student over passes"):
-        colours, legend = drawn[title]
+        colours, legend = plotted[title]
         assert colours[0] == colours[1] != colours[2], title
         assert legend[:2] == ["DMD2", "SIM"]
     assert Page(text).tables[-1][0] == ["key", "DMD2, seed 0", "SIM"]
@@ -203,13 +203,13 @@ def figure_of(figure):
 
 
 def test_the_curves_of_one_student_share_its_colour(tmp_path, monkeypatch):
-    drawn, saved = {}, Figure.savefig
+    plotted, saved = {}, Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *to, **how: drawn.update(figure_of(figure)) or saved(figure, *to, **how)
+        Figure, "savefig", lambda figure, *to, **how: plotted.update(figure_of(figure)) or saved(figure, *to, **how)
     )
     curves = {"a": [[(0, 9.0), (10, 3.0)], [(0, 8.0), (10, 4.0)]], "b": [[(0, 7.0), (10, 2.0)]], "c": [[]]}
     draw_curves(curves, 1.0, "teacher", "FID", [5.0, 10.0], tmp_path / "c.png")
-    ((colours, legend),) = drawn.values()
+    ((colours, legend),) = plotted.values()
     assert colours[0] == colours[1] != colours[2] != colours[3] == "black"
     assert legend == ["a", "b", "teacher"]
     assert (tmp_path / "c.png").is_file()

@@ -81,7 +81,7 @@ def test_the_page_holds_everything_and_fetches_nothing(run):
     assert len(pictures) == 1 + MOST_SAMPLES
     assert page.tags.count("svg") == 3
     assert "viewport" in text
-    said = "".join(page.text)
+    shown = "".join(page.text)
     for words in (
         "dmd2",
         "frechet[tiny]",
@@ -91,18 +91,18 @@ def test_the_page_holds_everything_and_fetches_nothing(run):
         "0 student updates",
         "190 student updates",
     ):
-        assert words in said
-    assert "1 values that are not finite are left out" in said
-    assert "Not there" not in said
+        assert words in shown
+    assert "1 values that are not finite are left out" in shown
+    assert "Not there" not in shown
     assert [p.name for p in run.iterdir() if "report" in p.name] == ["report.html"]
 
 
 def test_what_a_user_wrote_is_text(run):
     page = Page(write_report(run).read_text())
     assert not {"script", "b", "u", "i"} & set(page.tags)
-    said = "".join(page.text)
+    shown = "".join(page.text)
     for words in ("a <b>run", "<script>alert(1)</script>", "<u>teacher</u>", "name=<img src=x>"):
-        assert words in said
+        assert words in shown
 
 
 @pytest.mark.parametrize(
@@ -111,17 +111,17 @@ def test_what_a_user_wrote_is_text(run):
 def test_what_is_missing_is_named(run, name):
     for path in run.glob(name):
         path.unlink()
-    said = "".join(Page(write_report(run).read_text()).text)
-    assert re.findall(r"Not there: ([a-z.*/]+[a-z])", said) == [name]
+    shown = "".join(Page(write_report(run).read_text()).text)
+    assert re.findall(r"Not there: ([a-z.*/]+[a-z])", shown) == [name]
 
 
 def test_damaged_files_do_not_stop_the_page(run):
     (run / "evaluation.json").write_text("{")
     (run / "environment.json").write_text("[1]")
     (run / "config.yaml").write_text("a: [")
-    said = "".join(Page(write_report(run).read_text()).text)
-    assert said.count("Not there") == 2
-    assert "a: [" in said
+    shown = "".join(Page(write_report(run).read_text()).text)
+    assert shown.count("Not there") == 2
+    assert "a: [" in shown
 
 
 def test_metrics_are_read_past_a_cut_line(run):
@@ -137,8 +137,8 @@ def test_a_long_run_gives_a_small_page(run):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    for path, says in ((tmp_path, "is not a run"), (tmp_path / "none", "no such folder")):
-        with pytest.raises(UserError, match=says):
+    for path, message in ((tmp_path, "is not a run"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(UserError, match=message):
             write_report(path)
     assert not list(tmp_path.iterdir())
 
@@ -149,8 +149,8 @@ def test_what_a_tuning_run_watched_has_a_section_of_its_own(run):
     rows = [{"iteration": i, "loss/student": 1.0, "probe/reward@1": 0.1 * i, "probe/distance@1": 0.2} for i in (1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = write_report(run).read_text()
-    own, others = text[text.index(title) : text.index("<h2>Curves")], text[text.index("<h2>Curves") :]
-    assert re.findall(r'aria-label="([^"]*)"', own) == ["distance@1", "reward@1"]
+    tuning, others = text[text.index(title) : text.index("<h2>Curves")], text[text.index("<h2>Curves") :]
+    assert re.findall(r'aria-label="([^"]*)"', tuning) == ["distance@1", "reward@1"]
     assert re.findall(r'aria-label="([^"]*)"', others[: others.index("<h2>Samples")]) == ["loss/student"]
 
 

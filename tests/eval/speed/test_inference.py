@@ -32,11 +32,11 @@ def test_speed_ups_by_hand():
     """Teacher: 0.1 text, 50 passes of 0.2, 0.4 decoder, 0.5 rest; student: the same parts, one pass, 0.05 rest."""
     teacher = row(11.0, 0.1 / 11, 10 / 11, 0.4 / 11, 50)
     student = row(0.75, 0.1 / 0.75, 0.2 / 0.75, 0.4 / 0.75, 1)
-    own = speed_up(teacher, student)
-    assert own["speed_up"] == pytest.approx(11 / 0.75)
-    assert own["passes"] == 50
-    assert own["denoiser"] == pytest.approx(50)
-    assert own["allowed"] == pytest.approx((0.1 + 0.4 + 10) / (0.1 + 0.4 + 0.2))
+    ratios = speed_up(teacher, student)
+    assert ratios["speed_up"] == pytest.approx(11 / 0.75)
+    assert ratios["passes"] == 50
+    assert ratios["denoiser"] == pytest.approx(50)
+    assert ratios["allowed"] == pytest.approx((0.1 + 0.4 + 10) / (0.1 + 0.4 + 0.2))
 
 
 @pytest.mark.parametrize(("steps", "guidance", "passes"), [(1, 0.0, 1), (3, 0.0, 3), (2, 5.0, 4)])
@@ -110,7 +110,7 @@ def test_the_command(student_folder, label_folder, tmp_path):
     assert "2 x fewer passes" in result.out
     rows = json.loads(output.read_text())
     assert [r["setup"] for r in rows] == ["stock", "stock", "accelerated"]
-    for wrong, says in (
+    for wrong, message in (
         (["benchmark", "inference"], "name a student's folder, or a --random-size"),
         ([*arguments, "--attention", "flash"], "--attention flash: it does not run on this cpu"),
         ([*arguments, "--attention", "fast"], "--attention fast: use all, or one of"),
@@ -118,4 +118,4 @@ def test_the_command(student_folder, label_folder, tmp_path):
     ):
         result = stepdistill(*wrong)
         assert result.code == 2
-        assert says in result.error
+        assert message in result.error
