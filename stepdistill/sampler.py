@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class FewStepSampler:
     eta: float = 0.3
     final: Final = "clean"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.transition not in self.schedule.transitions:
             raise UserError(f"sampler.transition = {self.transition}: only VP teachers have it; use renoise or ode")
         if self.final == "timestep_0" and (self.transition != "ode" or not self.schedule.has_timestep_0):
@@ -179,7 +179,8 @@ class SignalSampler(FewStepSampler):
     ) -> tuple[Tensor, Tensor]:
         raise ValueError("a signal student has one step; there is nothing to roll out")
 
-    def sample(self, student: SignalDenoiser, noise: Tensor, condition: Condition, draw: Draw) -> Tensor:
+    def sample(self, student: Any, noise: Tensor, condition: Condition, draw: Draw) -> Tensor:
+        """Samples (B, ...) of a student that is a :class:`SignalDenoiser`."""
         return student.signal(noise, self.time(0, noise), condition)
 
 

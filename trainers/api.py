@@ -89,13 +89,13 @@ class MethodTrainer(Trainer):
         self.use_attention()
         if run is not None and not exists and accelerator.is_main_process:
             run.create(self.job.config, self.job.config.seed, self.teacher_digests)
-        if exists:
+        if run is not None and exists:
             resume_run(self, run)
 
     def fit(self) -> None:
         """As :meth:`Trainer.fit`; no other process may write in the run's folder meanwhile."""
-        writes = self.run is not None and self.accelerator.is_main_process
-        with self.run.lock() if writes else contextlib.nullcontext():
+        run = self.run if self.accelerator.is_main_process else None
+        with contextlib.nullcontext() if run is None else run.lock():
             super().fit()
 
     def export(self, folder: str | Path) -> Path:

@@ -11,7 +11,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def record(trainer: Trainer, run: Callable[[], None]) -> list[Call]:
     methods = {how: getattr(Role, how) for how in get_args(How)}
 
     def recording(how: How) -> Callable:
-        def call(role: Role, x: Tensor, t: Tensor, condition: Condition):
+        def call(role: Role, x: Tensor, t: Tensor, condition: Condition) -> Any:
             to_input = torch.is_grad_enabled() and x.requires_grad
             to_weights = torch.is_grad_enabled() and role.trains and not to_input
             calls.append(Call(role, x.detach(), t, condition, how, to_weights, to_input))
@@ -140,12 +141,23 @@ def measure_step(job: Job, seconds: float, random_size: str | None = None) -> st
     started = time.perf_counter()
     while len(whole) < 3 or time.perf_counter() - started < seconds:
         whole.append(_timed(update, device))
-        for name, own in groups.items():
-            parts[name].append(_timed(lambda own=own: [c.replay() for c in own], device))
+        for name, group in groups.items():
+            parts[name].append(_timed(partial(_replay, group), device))
     return _table(trainer, whole, parts, groups, device)
 
 
-def _table(trainer, whole, parts, groups, device) -> str:
+def _replay(calls: list[Call]) -> None:
+    for call in calls:
+        call.replay()
+
+
+def _table(
+    trainer: Trainer,
+    whole: list[float],
+    parts: dict[str, list[float]],
+    groups: dict[str, list[Call]],
+    device: torch.device,
+) -> str:
     median = {name: statistics.median(times) for name, times in parts.items()}
     floor, update = sum(median.values()), statistics.median(whole)
     ratio = statistics.median(w / sum(p[i] for p in parts.values()) for i, w in enumerate(whole))

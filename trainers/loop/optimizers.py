@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import ItemsView, Iterator
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ class Optimizers:
     def __getitem__(self, name: str) -> torch.optim.AdamW:
         return self.adamw[name]
 
-    def items(self):
+    def items(self) -> ItemsView[str, torch.optim.AdamW]:
         return self.adamw.items()
 
     def step(self, name: str, done: int) -> Tensor | None:
@@ -48,9 +48,10 @@ class Optimizers:
         Returns the gradient's norm before clipping; None, and no step, where it is not finite.  No gradient is left.
         """
         parameters = [p for p in self.trained[name].values() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if self.world > 1:
-            _average([p.grad for p in parameters], self.world)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            _average(gradients, self.world)
+        norm = nn.utils.get_total_norm(gradients)
         finite = math.isfinite(norm.item())
         if finite:
             nn.utils.clip_grads_with_norm_(parameters, self.settings[name].clip, norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -21,7 +21,8 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     Raises:
         UserError: what ``work`` raised.
     """
-    result, message = None, None
+    result: Any = None
+    message: str | None = None
     if accelerator.is_main_process:
         try:
             result = work()

@@ -68,9 +68,12 @@ class Recorder:
 
     def write_rows(self) -> None:
         """Append the rows that are not written yet."""
+        run = self.progress.run
+        if run is None:
+            return
         try:
             while self.unwritten:
-                self.progress.run.append(self.unwritten[0])
+                run.append(self.unwritten[0])
                 del self.unwritten[0]
         except UserError as error:
             self.failure = self.failure or error
@@ -95,17 +98,20 @@ class Recorder:
     # -- sample grids --------------------------------------------------------------------------------------
 
     @property
-    def samples_file(self) -> Path:
-        return self.progress.run.samples / f"{self.progress.counters['student']:06d}.png"
+    def samples_file(self) -> Path | None:
+        """The grid of this update; None without a run folder."""
+        run = self.progress.run
+        return None if run is None else run.samples / f"{self.progress.counters['student']:06d}.png"
 
     def has_samples(self) -> bool:
         """Whether the grid of this update exists; a run that was stopped may lack it."""
-        return self.progress.run is None or self.samples_file.exists()
+        return self.samples_file is None or self.samples_file.exists()
 
     @torch.no_grad()
     def save_samples(self) -> None:
         """A grid of the student's pictures on noise and conditions that stay the same over the run."""
-        if not self.writes:
+        file = self.samples_file
+        if not self.writes or file is None:
             return
         parts = self.progress.parts
         family, data = parts.family, parts.config.data
@@ -117,7 +123,7 @@ class Recorder:
         with parts.roles.meter.paused(), self.progress.exported():
             samples = parts.sampler.sample(parts.roles.student, noise, condition, fixed.randn_like)
         try:
-            save_grid(family.decode(samples), self.samples_file)
+            save_grid(family.decode(samples), file)
         except UserError as error:
             self.failure = self.failure or error
 

@@ -74,7 +74,9 @@ def restore(trainer: Progress, tensors: dict[str, dict[str, Tensor]], meta: dict
             getattr(trainer, name).update(_counts(meta[name]))
         trainer.seconds = float(meta["seconds"])
         trainer.attention = trainer.attention or meta.get("attention")
-        values = {name: list(values.unbind()) for name, values in tensors.get("logged", {}).items()}
+        values: dict[str, list[Tensor | float]] = {
+            name: [*rows.unbind()] for name, rows in tensors.get("logged", {}).items()
+        }
         trainer.parts.journal.values = values
         trainer.recorder.unwritten = list(meta.get("unwritten") or [])
         trainer.passes_before_resume = passes_of(meta)

@@ -26,7 +26,7 @@ class Stopping:
     def signals(self) -> Iterator[None]:
         """SIGTERM and the first Ctrl-C request a stop after this iteration; a second Ctrl-C stops at once."""
 
-        def request(number: int, _frame) -> None:
+        def request(number: int, _frame: object) -> None:
             if self.reason is not None:
                 raise KeyboardInterrupt
             self.reason = ("interrupted" if number == signal.SIGINT else "terminated", 128 + number)

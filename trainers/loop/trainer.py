@@ -364,14 +364,15 @@ class Trainer:
         Raises:
             UserError: it cannot be written.
         """
-        if self.run is None:
+        run = self.run
+        if run is None:
             return
 
         def write() -> None:
             tensors, meta = self.state()
             step, failure = self.counters["iteration"], self.recorder.failure
             try:
-                checkpoint.save(self.run.checkpoints, step, tensors, meta, self.config.train.keep_checkpoints)
+                checkpoint.save(run.checkpoints, step, tensors, meta, self.config.train.keep_checkpoints)
             except UserError as error:
                 raise UserError(str(error) if failure is None else f"{failure}; {error}") from None
 

@@ -49,8 +49,8 @@ class SegmentGrid:
         alpha, sigma = schedule.alpha_sigma(time)
         first = torch.zeros_like(time[:1])
         last = (torch.ones(1), torch.zeros(1)) if sampler.ends_clean else schedule.alpha_sigma(first)
-        coefficients = [torch.cat([end.double(), own.cpu()]) for end, own in zip(last, (alpha, sigma), strict=True)]
-        return cls(torch.cat([first, time]), *coefficients, torch.tensor(edges(sampler.steps, segments)))
+        alphas, sigmas = (torch.cat([end.double(), part.cpu()]) for end, part in zip(last, (alpha, sigma), strict=True))
+        return cls(torch.cat([first, time]), alphas, sigmas, torch.tensor(edges(sampler.steps, segments)))
 
     def to(self, device: torch.device | str) -> SegmentGrid:
         return SegmentGrid(*(getattr(self, name).to(device) for name in ("time", "alpha", "sigma", "edges")))
