@@ -1,7 +1,9 @@
 """What a run is measured with: its teacher's guidance, its prompts."""
 
+import ast
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from stepdistill.eval.extractors.load import as_extractor
 from stepdistill.eval.extractors.small import FeatureNetwork
 from stepdistill.eval.measure.reference_statistics import make_reference
 from stepdistill.eval.run_evaluation import MeasuredRun, choose_prompts
+from stepdistill.trainers.methods.registry import METHODS
 from stepdistill.trainers.plans.job import make_job
 
 
@@ -91,3 +94,14 @@ def test_a_run_is_not_measured_by_options_that_it_does_not_read(tmp_path):
     for option in (["--latency"], ["--extractor", "inception"], ["--output", "x.json"], ["--seed", "3"]):
         result = stepdistill("evaluate", tmp_path, *option)
         assert "a run is measured as its config says, --samples aside; for all else name" in result.error
+
+
+def test_the_evaluation_names_no_method():
+    """What it needs of one is in the run's record."""
+    named = {
+        f"{path.name}: {node.value}"
+        for path in Path("eval").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in METHODS
+    }
+    assert named == set()
