@@ -5,6 +5,7 @@
 
 from .api import (
     BOOTTrainer,
+    DiffInstructTrainer,
     DisBackTrainer,
     DMD2Trainer,
     EnhanceTrainer,
@@ -21,6 +22,7 @@ from .api import (
 __all__ = [
     "BOOTTrainer",
     "DMD2Trainer",
+    "DiffInstructTrainer",
     "DisBackTrainer",
     "EnhanceTrainer",
     "FeedbackTrainer",

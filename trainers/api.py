@@ -35,6 +35,7 @@ from stepdistill.run import RunFolder
 from .loop.trainer import Trainer
 from .methods.base import Method
 from .methods.boot import BOOT
+from .methods.diffinstruct import DiffInstruct
 from .methods.disback import DisBack
 from .methods.dmd2 import DMD2
 from .methods.enhance import Enhance
@@ -128,6 +129,12 @@ class SwiftBrushTrainer(MethodTrainer):
     """Variational score distillation with a LoRA fake score (2312.05239, 2408.14176, 2412.02687)."""
 
     method_class = SwiftBrush
+
+
+class DiffInstructTrainer(MethodTrainer):
+    """Integral KL divergence of the noised distributions (2305.18455)."""
+
+    method_class = DiffInstruct
 
 
 class DisBackTrainer(MethodTrainer):

@@ -6,6 +6,7 @@ import pytest
 from teacher_table import GOLDEN, TEACHERS
 
 from stepdistill.config import merge
+from stepdistill.trainers.methods import registry
 
 SMALL = "small"
 """Stands for the keys that make a smaller network of the teacher's family."""
@@ -24,6 +25,7 @@ METHODS = {
         "swiftbrush": {"guidance_range": [0.5, 4.0], "fake_score_guidance": "none"},
         "sampler": {"steps": 4},
     },
+    "diffinstruct": {},
     "disback": {"disback": {"nodes": 2, "updates": 3, "hold": 1, "probe": 4}, "dmd2": {"fake_score_updates": 2}},
     "disback_sim": {"disback": {"base": "sim", "nodes": 2, "updates": 3, "hold": 1, "spacing": "updates", "probe": 4}},
     "disback_swiftbrush": {
@@ -97,7 +99,7 @@ METHODS = {
 }
 """Config sections by row; a row's method is the name up to the first underscore."""
 
-SCORE_ROWS = [row for row in METHODS if row.split("_")[0] in ("dmd2", "sim", "swiftbrush", "disback", "enhance")]
+SCORE_ROWS = [row for row in METHODS if registry.METHODS[row.split("_")[0]].has_fake_score]
 DIRECT_ROWS = [row for row in METHODS if row not in SCORE_ROWS]
 
 

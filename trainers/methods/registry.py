@@ -2,6 +2,7 @@
 
 from .base import Method
 from .boot import BOOT
+from .diffinstruct import DiffInstruct
 from .disback import DisBack
 from .dmd2 import DMD2
 from .enhance import Enhance
@@ -15,5 +16,5 @@ from .tsm import TSM
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (DMD2, SIM, SwiftBrush, DisBack, BOOT, TSCD, PSO, Feedback, Enhance, Regression, TSM)
+    for method in (DMD2, SIM, SwiftBrush, DiffInstruct, DisBack, BOOT, TSCD, PSO, Feedback, Enhance, Regression, TSM)
 }
