@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -164,12 +164,6 @@ def renoised(schedule: Schedule, x_s: Tensor, s: Tensor, t: Tensor, noise: Tenso
     return noise_up(x_s, schedule.alpha_sigma(s), schedule.alpha_sigma(t), noise)
 
 
-class SignalDenoiser(Protocol):
-    """What has BOOT's signal: a role."""
-
-    def signal(self, eps: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class SignalSampler(FewStepSampler):
     """BOOT's student: one call on pure noise under the label of the lowest time (2306.05544)."""
@@ -180,7 +174,7 @@ class SignalSampler(FewStepSampler):
         raise ValueError("a signal student has one step; there is nothing to roll out")
 
     def sample(self, student: Any, noise: Tensor, condition: Condition, draw: Draw) -> Tensor:
-        """Samples (B, ...) of a student that is a :class:`SignalDenoiser`."""
+        """``student``: a role, which has BOOT's signal."""
         return student.signal(noise, self.time(0, noise), condition)
 
 

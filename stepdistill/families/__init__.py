@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from stepdistill.conditions import ConditionKind
 from stepdistill.errors import UserError, reading
 from stepdistill.precision import keep_norms_in_float32
 from stepdistill.stock.loading import check_index, load_pipeline, read_index
@@ -85,7 +86,8 @@ def _try(family: Family, source: str) -> None:
     with torch.no_grad(), reading(f"teacher {source}", remedy, "cannot be called"):
         samples = torch.zeros(1, *family.sample_shape)
         time = family.schedule.level(torch.tensor([family.schedule.num_levels // 2]))
-        items = {"none": [], "label": list(family.labels[:1]), "prompt": ["a"]}[family.condition_kind]
+        examples: dict[ConditionKind, list] = {"none": [], "label": list(family.labels[:1]), "prompt": ["a"]}
+        items = examples[family.condition_kind]
         condition = family.encode_conditions(items) if items else {}
         shapes = [
             (family.denoiser()(samples, time, condition).x0.shape, samples.shape),

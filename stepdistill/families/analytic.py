@@ -7,6 +7,7 @@ Student and fake score are copies of a network that you give; the teacher is any
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class AnalyticFamily(Family):
     def fresh_network(self, like: nn.Module | None = None) -> nn.Module:
         return copy.deepcopy(self.network if like is None else like)
 
-    def pipeline(self, network: nn.Module, scheduler):
+    def pipeline(self, network: nn.Module, scheduler: Any) -> DiffusionPipeline:
         raise UserError("an analytic family has no stock pipeline to export to")
 
     @property

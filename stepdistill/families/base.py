@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from stepdistill import assets, precision
@@ -146,7 +146,7 @@ class Family(abc.ABC):
         """
 
     @classmethod
-    def check_network(cls, network: nn.Module, source: str) -> None:
+    def check_network(cls, network: ModelMixin, source: str) -> None:
         """Refuse a network that wants to be called otherwise than this family calls it.
 
         Raises:
@@ -240,7 +240,8 @@ class Family(abc.ABC):
             raise UserError(f"roles.network: {excess} is more than any network has")
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
         try:
-            network = type(self.network).from_config({**self.network.config, **lists}).requires_grad_(False)
+            teacher: ModelMixin = self.network
+            network = type(teacher).from_config({**teacher.config, **lists}).requires_grad_(False)
             if any(getattr(module, "heads", 1) == 0 for module in network.modules()):
                 raise ValueError("an attention block has fewer channels than one head")
             return network
@@ -363,10 +364,10 @@ class Family(abc.ABC):
     # -- export --------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def pipeline(self, network: nn.Module, scheduler):
+    def pipeline(self, network: nn.Module, scheduler: Any) -> DiffusionPipeline:
         """A stock diffusers pipeline around ``network`` and ``scheduler``, ready for ``save_pretrained``."""
 
-    def student_scheduler(self, sampler: FewStepSampler):
+    def student_scheduler(self, sampler: FewStepSampler) -> Any:
         """A stock scheduler whose config alone makes the stock pipeline sample as ``sampler`` does.
 
         Raises:

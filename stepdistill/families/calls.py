@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from stepdistill.conditions import ConditionKind
@@ -61,12 +61,12 @@ class StockCalls:
         raise UserError(f"{type(self.pipeline).__name__}: has neither a {' nor a '.join(COMPONENTS)}")
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> ModelMixin:
         """The network that is called at every step."""
         return getattr(self.pipeline, self.component)
 
     @property
-    def vae(self) -> nn.Module | None:
+    def vae(self) -> ModelMixin | None:
         return getattr(self.pipeline, "vae", None)
 
     @property
@@ -149,7 +149,7 @@ class StockCalls:
         """
         call = {"batch_size": len(noise), "latents": noise, "num_inference_steps": steps, "generator": generator}
         call |= {"output_type": "pt", **optional}
-        if self.condition_kind != "none":
+        if items is not None and self.condition_kind != "none":
             call |= self.conditioned(items)
         return {key: value for key, value in call.items() if key in self.arguments_known and value is not None}
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stepdistill.conditions import ConditionKind
 from stepdistill.denoiser import Condition
@@ -20,7 +22,7 @@ MEASURED_AT_ONCE = 1000
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer, text_encoder: nn.Module, prompts: list[str]) -> tuple[Tensor, Tensor]:
+def encode_prompts(tokenizer: Any, text_encoder: PreTrainedModel, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Last hidden states (B, tokens, width), as the stock pipeline makes them, and which tokens are no padding."""
     tokens = tokenizer(
         list(prompts),
@@ -39,7 +41,7 @@ class PromptEncoder:
     """Prompts as vectors for a router: float32 whatever the pipeline computes in, so that training and serving route
     alike (in bfloat16 about one prompt in a thousand would change sides)."""
 
-    def __init__(self, tokenizer, text_encoder: nn.Module):
+    def __init__(self, tokenizer: Any, text_encoder: PreTrainedModel):
         self.tokenizer = tokenizer
         is_float32 = all(p.dtype == torch.float32 for p in text_encoder.parameters())
         self.network = text_encoder if is_float32 else copy.deepcopy(text_encoder).float()
@@ -64,7 +66,7 @@ class CLIPText(ConditionEncoder):
     kind: ConditionKind = "prompt"
     has_null = True
 
-    def __init__(self, tokenizer, text_encoder: nn.Module):
+    def __init__(self, tokenizer: Any, text_encoder: PreTrainedModel):
         self.tokenizer, self.text_encoder = tokenizer, text_encoder.requires_grad_(False).eval()
         self._null: Tensor | None = None
 

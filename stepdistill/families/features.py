@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ def capture_outputs(modules: Sequence[nn.Module], forward: Callable[[], object])
     """The outputs of ``modules`` during ``forward()``, (B, F, h, w) each; what runs after the last is not computed."""
     outputs: dict[nn.Module, Tensor] = {}
 
-    def keep(module, _inputs, output):
+    def keep(module: nn.Module, _inputs: Any, output: Any) -> None:
         outputs[module] = output[0] if isinstance(output, tuple) else output
         if len(outputs) == len(modules):
             raise _Reached

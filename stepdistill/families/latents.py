@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, ModelMixin
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError, reading
@@ -26,7 +26,7 @@ class Latents(abc.ABC):
     """
 
     image_shape: tuple[int, ...]
-    vae: nn.Module | None = None
+    vae: ModelMixin | None = None
 
     @abc.abstractmethod
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,9 +94,11 @@ class VAELatents(Latents):
         scale, shift: numbers, or one a channel; by default the VAE's ``scaling_factor`` and no shift.
     """
 
+    vae: ModelMixin
+
     def __init__(
         self,
-        vae: nn.Module,
+        vae: ModelMixin,
         image_shape: tuple[int, ...],
         scale: float | Sequence[float] | None = None,
         shift: float | Sequence[float] = 0.0,

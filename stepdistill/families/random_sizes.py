@@ -70,7 +70,9 @@ def random_pipeline(
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
     )
-    encoders = [_text_encoder(*shape, last=size == "sdxl" and index) for index, shape in enumerate(TEXT_ENCODERS[size])]
+    encoders = [
+        _text_encoder(*shape, last=size == "sdxl" and index == 1) for index, shape in enumerate(TEXT_ENCODERS[size])
+    ]
     parts = {
         "unet": UNet2DConditionModel(**PIPELINE_SIZES[size]),
         "vae": vae,
@@ -95,7 +97,7 @@ def _scheduler() -> DDIMScheduler:
     )
 
 
-def _text_encoder(width: int, layers: int, heads: int, last: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
+def _text_encoder(width: int, layers: int, heads: int, projects: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -103,7 +105,7 @@ def _text_encoder(width: int, layers: int, heads: int, last: bool) -> CLIPTextMo
         num_attention_heads=heads,
         projection_dim=width,
     )
-    return CLIPTextModelWithProjection(config) if last else CLIPTextModel(config)
+    return CLIPTextModelWithProjection(config) if projects else CLIPTextModel(config)
 
 
 def _tokenizer() -> CLIPTokenizer:

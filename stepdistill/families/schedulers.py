@@ -42,12 +42,17 @@ class Sampled(Protocol):
     """What must be known of a teacher to choose its students' scheduler: its own scheduler, what its network predicts,
     and whether its pipeline hands the scheduler an ``eta``."""
 
-    scheduler: Any
-    kind: PredictionType
-    passes_eta: bool
+    @property
+    def scheduler(self) -> Any: ...
+
+    @property
+    def kind(self) -> PredictionType: ...
+
+    @property
+    def passes_eta(self) -> bool: ...
 
 
-def transition_of(scheduler) -> Transition | None:
+def transition_of(scheduler: Any) -> Transition | None:
     """How a stock scheduler moves between steps; None where its class does not decide it."""
     match type(scheduler).__name__:
         case "LCMScheduler" | "CMStochasticIterativeScheduler" | "FlowMatchLCMScheduler":
@@ -63,7 +68,7 @@ def transition_of(scheduler) -> Transition | None:
     return None
 
 
-def lcm_times(scheduler, steps: int) -> tuple[float, ...] | None:
+def lcm_times(scheduler: Any, steps: int) -> tuple[float, ...] | None:
     """The times that an LCM scheduler takes in ``steps`` steps, as published models were trained at (999, 759, 499, 259
     for four of the usual fifty); None for schedulers of another class.
 
@@ -81,7 +86,7 @@ def lcm_times(scheduler, steps: int) -> tuple[float, ...] | None:
     return tuple(float(t) for t in scheduler.timesteps)
 
 
-def student_scheduler(family: Sampled, sampler: FewStepSampler):
+def student_scheduler(family: Sampled, sampler: FewStepSampler) -> Any:
     """A stock scheduler for the student of a teacher of ``family``.
 
     - VP: LCMScheduler with ``original_inference_steps`` = N: N steps give the sampler's times, more steps raise; for
@@ -99,7 +104,10 @@ def student_scheduler(family: Sampled, sampler: FewStepSampler):
         return type(family.scheduler).from_config(family.scheduler.config)
     schedule, signal = sampler.schedule, isinstance(sampler, SignalSampler)
     if isinstance(schedule, VPSchedule):
-        return _signal_lcm(family.kind, sampler) if signal else _vp(family.scheduler, family.kind, sampler)
+        table = schedule.alphas_cumprod
+        if signal:
+            return _signal_lcm(family.kind, float(table[-1]), int(sampler.times[0]))
+        return _vp(family.scheduler, family.kind, table, sampler)
     if isinstance(schedule, FlowSchedule):
         label = int(schedule.network_time(torch.tensor([sampler.times[0]])))
         return DPMSolverMultistepScheduler(
@@ -111,17 +119,19 @@ def student_scheduler(family: Sampled, sampler: FewStepSampler):
             algorithm_type="dpmsolver++",
             final_sigmas_type="zero",
         )
-    return CMStochasticIterativeScheduler(
-        num_train_timesteps=max(2, sampler.steps + (sampler.steps > 1)),
-        sigma_max=sampler.times[0],
-        sigma_min=0.0,
-        sigma_data=schedule.sigma_data,
-        rho=EDM_STUDENT_RHO,
-        clip_denoised=False,
-    )
+    if isinstance(schedule, EDMSchedule):
+        return CMStochasticIterativeScheduler(
+            num_train_timesteps=sampler.steps + 1,  # its last sigma is 0, which is not one of the steps
+            sigma_max=sampler.times[0],
+            sigma_min=0.0,
+            sigma_data=schedule.sigma_data,
+            rho=EDM_STUDENT_RHO,
+            clip_denoised=False,
+        )
+    raise TypeError(f"no stock scheduler for {type(schedule).__name__}")
 
 
-def _takes(scheduler, sampler: FewStepSampler) -> bool:
+def _takes(scheduler: Any, sampler: FewStepSampler) -> bool:
     """Whether a scheduler, an LCM one, takes the sampler's times in as many steps: that of a model that was tuned."""
     try:
         return lcm_times(scheduler, sampler.steps) == sampler.times
@@ -148,7 +158,8 @@ def check_expressible(family: Sampled, sampler: FewStepSampler) -> None:
             f"sampler.eta = {sampler.eta}: this family's pipeline passes no eta, so the stock scheduler uses "
             f"{TCD_ETA}; set that, or transition renoise (eta 1) or ode (0)"
         )
-    if sampler.transition == "ancestral" and (family.kind == "x0" or schedule.alphas_cumprod[-1] == 0):
+    ends_in_noise = isinstance(schedule, VPSchedule) and schedule.alphas_cumprod[-1] == 0
+    if sampler.transition == "ancestral" and (family.kind == "x0" or ends_in_noise):
         what = "an x0 network" if family.kind == "x0" else "a schedule whose last alpha is 0"
         raise UserError(f"sampler.transition = ancestral: the stock Euler scheduler has none for {what}; use renoise")
     if isinstance(sampler, SignalSampler) and isinstance(schedule, EDMSchedule):
@@ -163,10 +174,11 @@ def check_expressible(family: Sampled, sampler: FewStepSampler) -> None:
         )
 
 
-def _vp(scheduler, kind: PredictionType, sampler: FewStepSampler):
-    """LCM, DDIM or TCD on the schedule's own table, or on its beginning."""
+def _vp(scheduler: Any, kind: PredictionType, table: Tensor, sampler: FewStepSampler) -> Any:
+    """LCM, DDIM, TCD or Euler on the schedule's ``table`` of alphas_cumprod, or on its beginning."""
     config, steps = scheduler.config, sampler.steps
     common = _common(kind)
+    settings: dict[str, Any]
     common["set_alpha_to_one"] = sampler.final == "clean"
     match sampler.transition:
         case "renoise":
@@ -178,7 +190,6 @@ def _vp(scheduler, kind: PredictionType, sampler: FewStepSampler):
         case "ancestral":
             stock, settings = EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}
             common = {k: common[k] for k in ("steps_offset", "prediction_type")}
-    table = sampler.schedule.alphas_cumprod
     length = int(sampler.times[0]) + 1 if steps == 1 else (int(sampler.times[0]) + 1) // steps * steps
     if length == len(table):
         same = {k: config[k] for k in ("beta_start", "beta_end", "beta_schedule", "trained_betas") if k in config}
@@ -205,7 +216,7 @@ def betas_of(alphas_cumprod: Tensor) -> list[float]:
     return betas
 
 
-def _common(kind: PredictionType) -> dict:
+def _common(kind: PredictionType) -> dict[str, Any]:
     names = {kind: name for name, kind in DIFFUSERS_PREDICTION_TYPES.items()}
     return {
         "steps_offset": 1,  # Stable Diffusion's pipelines rewrite any other value; none of ours uses it
@@ -215,9 +226,9 @@ def _common(kind: PredictionType) -> dict:
     }
 
 
-def _signal_lcm(kind: PredictionType, sampler: SignalSampler) -> LCMScheduler:
-    """One step at label ``times[0]`` where alpha is that of the schedule's last timestep."""
-    betas = betas_with_product(float(sampler.schedule.alphas_cumprod[-1]), int(sampler.times[0]) + 1)
+def _signal_lcm(kind: PredictionType, alpha_cumprod: float, label: int) -> LCMScheduler:
+    """One step at timestep ``label`` where alphas_cumprod is that of the schedule's last timestep."""
+    betas = betas_with_product(alpha_cumprod, label + 1)
     settings = {"original_inference_steps": 1, "timestep_scaling": TIMESTEP_SCALING}
     return LCMScheduler(num_train_timesteps=len(betas), trained_betas=betas, **settings, **_common(kind))
 

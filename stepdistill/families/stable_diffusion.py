@@ -21,6 +21,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stepdistill.denoiser import Condition
 from stepdistill.errors import UserError
@@ -29,7 +30,6 @@ from stepdistill.schedule import from_scheduler
 from .base import Family
 from .calls import StockCalls
 from .clip_text import CLIPText, PromptEncoder
-from .condition_encoders import ConditionEncoder
 from .latents import Latents, VAELatents
 
 TEXT_TO_IMAGE: dict[type, type] = {
@@ -59,7 +59,8 @@ class StableDiffusionCalls(StockCalls):
     def with_noise(self) -> StableDiffusionCalls:
         """The pipeline that draws from prompts alone, in place of one that changes pictures."""
         target = TEXT_TO_IMAGE.get(type(self.pipeline))
-        if target is None or self.network.config.in_channels != self.vae.config.latent_channels:
+        vae = self.pipeline.vae
+        if target is None or self.network.config.in_channels != vae.config.latent_channels:
             return self
         return StableDiffusionCalls(target(**self.pipeline.components, requires_safety_checker=False))
 
@@ -129,7 +130,9 @@ class StableDiffusionFamily(Family):
     passes_eta = True
     takes_negatives = True
 
-    def __init__(self, network: UNet2DConditionModel, scheduler, condition_encoder: ConditionEncoder, latents: Latents):
+    condition_encoder: CLIPText
+
+    def __init__(self, network: UNet2DConditionModel, scheduler: Any, condition_encoder: CLIPText, latents: Latents):
         schedule, kind = from_scheduler(scheduler)
         shape = StableDiffusionCalls.noise_shape_of(network.config)
         network = network.requires_grad_(False).eval()
@@ -138,7 +141,7 @@ class StableDiffusionFamily(Family):
 
     @classmethod
     def of(
-        cls, network: UNet2DConditionModel, scheduler, vae: AutoencoderKL, text_encoder: nn.Module, tokenizer
+        cls, network: UNet2DConditionModel, scheduler: Any, vae: AutoencoderKL, text_encoder: Any, tokenizer: Any
     ) -> StableDiffusionFamily:
         """From the parts of a pipeline."""
         _, height, width = StableDiffusionCalls.noise_shape_of(network.config)
@@ -163,18 +166,18 @@ class StableDiffusionFamily(Family):
         return cls.of(network, pipeline.scheduler, vae, pipeline.text_encoder, pipeline.tokenizer)
 
     @property
-    def text_encoder(self) -> nn.Module:
+    def text_encoder(self) -> PreTrainedModel:
         return self.condition_encoder.text_encoder
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         return self.condition_encoder.tokenizer
 
     @property
     def has_null(self) -> bool:
         return self.condition_encoder.has_null and not self.embeds_guidance
 
-    def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    def forward(self, network: UNet2DConditionModel, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         text = condition["text"]
         dtype = torch.promote_types(text.dtype, torch.float32)
         guidance = None
@@ -188,10 +191,10 @@ class StableDiffusionFamily(Family):
         call = {"encoder_hidden_states": text.to(dtype), "cross_attention_kwargs": steer}
         return network(x, time, timestep_cond=guidance, **call).sample
 
-    def mid_block(self, network: nn.Module) -> nn.Module:
+    def mid_block(self, network: UNet2DConditionModel) -> nn.Module:
         return network.mid_block
 
-    def feature_blocks(self, network: nn.Module) -> list[nn.Module]:
+    def feature_blocks(self, network: UNet2DConditionModel) -> list[nn.Module]:
         return [*network.down_blocks, network.mid_block, *network.up_blocks]
 
     def fresh_network(self, like: nn.Module | None = None) -> UNet2DConditionModel:
@@ -209,7 +212,7 @@ class StableDiffusionFamily(Family):
     def steering(self, negative: Condition, scale: Tensor) -> Condition:
         return {"negative_text": negative["text"], "negative_scale": scale}
 
-    def pipeline(self, network: nn.Module, scheduler) -> StableDiffusionPipeline | LatentConsistencyModelPipeline:
+    def pipeline(self, network: nn.Module, scheduler: Any) -> StableDiffusionPipeline | LatentConsistencyModelPipeline:
         """A stock pipeline, without safety checker and feature extractor."""
         stock = LatentConsistencyModelPipeline if self.embeds_guidance else StableDiffusionPipeline
         return stock(

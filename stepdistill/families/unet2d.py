@@ -13,7 +13,7 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, PNDMPipeline, UNet2DModel
+from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, ModelMixin, PNDMPipeline, UNet2DModel
 from torch import Tensor, nn
 
 from stepdistill.conditions import ConditionKind
@@ -43,7 +43,9 @@ class UNet2DCalls(StockCalls):
             pipeline = ConsistencyModelPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler)
         stock_check = pipeline.check_inputs
 
-        def check_inputs(steps, timesteps, latents, batch_size, img_size, callback_steps):
+        def check_inputs(
+            steps: Any, timesteps: Any, latents: Any, batch_size: Any, img_size: Any, callback_steps: Any
+        ) -> None:
             stock_check(steps, timesteps, None, batch_size, img_size, callback_steps)
 
         pipeline.check_inputs = check_inputs
@@ -75,7 +77,7 @@ class UNet2DCalls(StockCalls):
         return [f"Label {self.null_label} stands for no class; a call without `class_labels` may draw it."]
 
 
-def _as_the_loop_calls(scheduler) -> None:
+def _as_the_loop_calls(scheduler: Any) -> None:
     """Let the consistency pipeline's loop call a scheduler: some take no generator (PNDM, Heun, UniPC); those of flow
     models start from unit noise that they do not scale, and do not say so."""
     if not hasattr(scheduler, "init_noise_sigma"):
@@ -109,7 +111,9 @@ class UNet2DFamily(Family):
     )
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 
-    def __init__(self, network: UNet2DModel, scheduler):
+    network: UNet2DModel
+
+    def __init__(self, network: UNet2DModel, scheduler: Any):
         schedule, kind = from_scheduler(scheduler)
         if isinstance(schedule, FlowSchedule):
             schedule.integer_labels = True  # the stock schedulers of pixel pipelines truncate their labels
@@ -175,10 +179,10 @@ class UNet2DFamily(Family):
     def forward(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return network(x, time, class_labels=condition.get("label")).sample
 
-    def mid_block(self, network: nn.Module) -> nn.Module:
+    def mid_block(self, network: UNet2DModel) -> nn.Module:
         return network.mid_block
 
-    def feature_blocks(self, network: nn.Module) -> list[nn.Module]:
+    def feature_blocks(self, network: UNet2DModel) -> list[nn.Module]:
         return [*network.down_blocks, network.mid_block, *network.up_blocks]
 
     def fresh_network(self, like: nn.Module | None = None) -> UNet2DModel:
@@ -195,7 +199,7 @@ class UNet2DFamily(Family):
             return {**weights, key: torch.cat([weights[key], embeddings[last:]])}
         return weights
 
-    def pipeline(self, network: UNet2DModel, scheduler) -> ConsistencyModelPipeline | DDPMPipeline:
+    def pipeline(self, network: UNet2DModel, scheduler: Any) -> ConsistencyModelPipeline | DDPMPipeline:
         """ConsistencyModelPipeline: the one stock class for (class-conditional) pixel students; DDPMPipeline for
         pictures that are not square, which that one cannot draw.
 
@@ -222,13 +226,13 @@ class UNet2DFamily(Family):
         return {}
 
 
-def stamp_of(network: nn.Module) -> dict[str, Any]:
+def stamp_of(network: ModelMixin) -> dict[str, Any]:
     """What stepdistill wrote into a network's config, {} for others' networks."""
     stamp = network.config.get("_stepdistill")
     return dict(stamp) if isinstance(stamp, dict) else {}
 
 
-def condition_encoder_of(network: nn.Module, null_label: int | None) -> ConditionEncoder:
+def condition_encoder_of(network: UNet2DModel, null_label: int | None) -> ConditionEncoder:
     """The labels of a network's embedding; nothing where it has none."""
     embeddings = network.config.num_class_embeds
     return Labels(embeddings, null_label) if embeddings else NoConditions()

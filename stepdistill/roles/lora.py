@@ -134,10 +134,10 @@ def _of_tensors(tensors: dict[str, Tensor], metadata: Any) -> LoRA:
     component = next(iter(tensors), "").partition(".")[0]
     factors = {}
     for name, down in tensors.items():
-        up = name.replace(".lora_A.", ".lora_B.")
-        if name.startswith(f"{component}.") and name.endswith(".lora_A.weight") and up in tensors:
+        up_name = name.replace(".lora_A.", ".lora_B.")
+        if name.startswith(f"{component}.") and name.endswith(".lora_A.weight") and up_name in tensors:
             path = name.removeprefix(f"{component}.").removesuffix(".lora_A.weight")
-            factors[path] = (down.float(), tensors[up].float())
+            factors[path] = (down.float(), tensors[up_name].float())
     ranks = {len(down) if down.ndim else 0 for down, _ in factors.values()}
     if 2 * len(factors) != len(tensors) or len(ranks) != 1:
         raise ValueError("it is not one LoRA in diffusers' keys, <network>.<module>.lora_A.weight")
