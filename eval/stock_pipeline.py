@@ -6,11 +6,12 @@ Nothing of ours takes part in the drawing: what is measured is what a user of pl
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
@@ -84,7 +85,7 @@ class StockPipeline:
     # -- what it is ----------------------------------------------------------------------------------------
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> ModelMixin:
         """The network that is called at every step; of several students the first's."""
         return self.calls.network
 
@@ -183,9 +184,9 @@ class StockPipeline:
         if kind != "none" and (conditions is None or len(conditions) != len(noise)):
             count = "none" if conditions is None else len(conditions)
             raise UserError(f"pipeline {self.path}: needs one {kind} for each of {len(noise)} samples, got {count}")
-        if kind == "label" and not set(conditions) <= set(self.labels):
-            wrong = next(label for label in conditions if label not in self.labels)
-            raise UserError(f"pipeline {self.path}: label {wrong} is outside {label_ranges(self.labels)}")
+        wrong = [label for label in conditions or [] if label not in self.labels] if kind == "label" else []
+        if wrong:
+            raise UserError(f"pipeline {self.path}: label {wrong[0]} is outside {label_ranges(self.labels)}")
         if guidance_scale not in (None, 0, 1) and "guidance_scale" not in self.calls.arguments_known:
             raise UserError(
                 f"pipeline {self.path}: {type(self.pipeline).__name__} has no guidance, so guidance_scale = "
@@ -219,7 +220,7 @@ def pipeline_folder(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """diffusers' bar over components off while loading."""
     shown = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()

@@ -70,9 +70,8 @@ def random_pipeline(
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
     )
-    encoders = [
-        _text_encoder(*shape, last=size == "sdxl" and index == 1) for index, shape in enumerate(TEXT_ENCODERS[size])
-    ]
+    shapes = TEXT_ENCODERS[size]
+    encoders = [_text_encoder(*shape, projects=index > 0) for index, shape in enumerate(shapes)]
     parts = {
         "unet": UNet2DConditionModel(**PIPELINE_SIZES[size]),
         "vae": vae,

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from stepdistill.schedule import per_sample
+
 
 def distribution_matching_gradient(x0: Tensor, teacher_x0: Tensor, fake_score_x0: Tensor) -> Tensor:
     """``g = (m_fake - m_teacher) / mean_CHW |x0 - m_teacher|``, each argument and the result (B, ...).
@@ -11,7 +13,7 @@ def distribution_matching_gradient(x0: Tensor, teacher_x0: Tensor, fake_score_x0
     authors' code, and unlike eq. 7, there is no factor alpha_t.  Departure: where the distance is exactly 0, g is 0;
     every other NaN, that of a broken teacher, stays one (the authors' code replaces all of them by 0 afterwards).
     """
-    distance = (x0 - teacher_x0).abs().flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))
+    distance = per_sample((x0 - teacher_x0).abs().flatten(1).mean(1), x0)
     difference = fake_score_x0 - teacher_x0
     reached = distance == 0  # False for a NaN
     return (difference / distance.masked_fill(reached, 1.0)).masked_fill(reached, 0.0)

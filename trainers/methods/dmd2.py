@@ -33,6 +33,7 @@ from stepdistill.objectives.adversarial import discriminator_loss, generator_los
 from stepdistill.objectives.distribution_matching import distribution_matching_gradient
 from stepdistill.objectives.surrogate import surrogate_loss
 from stepdistill.roles.discriminator import DiscriminatorHead
+from stepdistill.schedule import per_sample
 from stepdistill.settings import RunSettings
 
 from .base import DISCRIMINATOR, Batch, Losses, Needs, Parts, Passes
@@ -114,7 +115,7 @@ class DMD2(ScoreMethod):
         times = torch.stack([sampler.time(i, batch.noise) for i in range(sampler.steps)])
         t = times.gather(0, index[None])[0]
         x_t = self.roles.student.schedule.add_noise(batch.real, batch.noise, t)
-        first = (index == 0).reshape(-1, *[1] * (x_t.ndim - 1))
+        first = per_sample(index == 0, x_t)
         return torch.where(first, sampler.start(batch.noise), x_t), t
 
     # -- losses --------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from stepdistill.objectives.adversarial import AdversarialLoss, discriminator_lo
 from stepdistill.objectives.consistency import consistency_distance
 from stepdistill.roles.discriminator import DiscriminatorHead, MapHeads
 from stepdistill.sampler import FewStepSampler, few_step_times
+from stepdistill.schedule import per_channel_shape, per_sample
 from stepdistill.settings import RunSettings
 
 from .base import DISCRIMINATOR, Batch, DirectMethod, Losses, Needs, Parts, Passes, Term, Update, first_time
@@ -203,7 +204,7 @@ class TSCD(DirectMethod):
         if not self.settings.offset_noise:
             return batch
         noise = batch.noise
-        constant = self.noise.randn(*noise.shape[:2], *[1] * (noise.ndim - 2))
+        constant = self.noise.randn(*per_channel_shape(noise))
         return replace(batch, noise=noise + self.settings.offset_noise * constant)
 
     def student_losses(self, batch: Batch) -> Losses:
@@ -238,7 +239,7 @@ class TSCD(DirectMethod):
         x_below = grid.add_noise(step.x0, step.eps, below)
         # where the step has arrived already the network's prediction is not used, nor its label at the clean end
         prediction = self.target(x_below, grid.time[below.clamp(min=1)], batch.condition)
-        arrived = (end == below).reshape(-1, *[1] * (x_u.ndim - 1))
+        arrived = per_sample(end == below, x_u)
         return torch.where(arrived, x_below, grid.add_noise(prediction.x0, prediction.eps, end))
 
     def draw_scale(self, count: int) -> float | Tensor:
