@@ -48,7 +48,7 @@ def config_of(path, output, **changes):
 
 def items_of(teacher, **changes):
     job = make_job(config_of(teacher, "unused", **changes))
-    return build_trainer(job, None).conditions.items
+    return build_trainer(job, None).parts.conditions.items
 
 
 def student_of(teacher, folder, null_label=None):
@@ -81,7 +81,7 @@ def test_images_are_of_classes_not_of_the_null_label(tmp_path):
         np.savez(tmp_path / "images.npz", images=pixels, labels=np.array(labels))
         raw = config_of(teacher, tmp_path / "run", data={"images": {"npz": str(tmp_path / "images.npz")}}, **gan)
         if fits:
-            assert build_trainer(make_job(raw), None).real.images.labels == labels
+            assert build_trainer(make_job(raw), None).parts.real.images.labels == labels
             continue
         with pytest.raises(UserError, match=r"labels 0\.\.2 are outside 1\.\.3"):
             build_trainer(make_job(raw), None)
@@ -127,7 +127,7 @@ def test_the_config_states_a_null_label_that_the_folder_does_not(tmp_path):
     teacher = teacher_of(tmp_path / "teacher")
     raw = config_of(teacher, tmp_path / "run", teacher={"null_label": 3}, dmd2={"guidance_scale": 2.0})
     trainer = build_trainer(make_job(raw), None)
-    assert trainer.conditions.items == [0, 1, 2]
+    assert trainer.parts.conditions.items == [0, 1, 2]
     assert trainer.family.null_condition(2)["label"].tolist() == [3, 3]
     trainer.iteration()
     job = make_job(raw)
