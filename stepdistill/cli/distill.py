@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stepdistill.errors import UserError
 
 from .options import Overrides, check_readable
+
+if TYPE_CHECKING:
+    from stepdistill.trainers.plans.plan import Plan
 
 app = typer.Typer()
 
@@ -38,9 +41,7 @@ def distill(
     if student is not None:
         plan = plan.part(student)
     if dry_run:
-        plan.check_folder(resume)
-        for text in plan.describe():
-            print(text)
+        show(plan, resume)
         return
     try:
         plan.run(resume)
@@ -48,12 +49,20 @@ def distill(
         raise typer.Exit(stop.exit_code) from None
 
 
+def show(plan: Plan, resume: bool) -> None:
+    """A dry run: print what a plan would do."""
+    plan.check_folder(resume)
+    for text in plan.describe():
+        print(text)
+
+
 @app.command(epilog="Example: stepdistill compare configs/benchmark/score_methods.yaml")
 def compare(
     config: Annotated[Path, typer.Argument(help="a YAML config that names several runs")],
     overrides: Overrides = None,
-    only: Annotated[str | None, typer.Option(help="make this run alone, or an entry's at all its seeds")] = None,
+    only: Annotated[str | None, typer.Option(help="make this run alone, or the runs of this name at all seeds")] = None,
     finished: Annotated[bool, typer.Option("--finished", help="make no run; show what is finished")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the runs and try each; write nothing")] = False,
 ) -> None:
     """Several methods at equal network passes: curves over training, a table, pictures.  Goes on where it stopped."""
     check_readable(config, overrides)
@@ -70,6 +79,9 @@ def compare(
         raise UserError("give --only or --finished, not both: one makes a run, the other none")
     if only is not None:
         comparison = comparison.part(only)
+    if dry_run:
+        show(comparison, resume=True)
+        return
     try:
         if finished:
             comparison.show_finished()

@@ -84,14 +84,15 @@ class Comparison(Plan):
         return begun
 
     def rehearse(self, router: Router | None = None) -> None:
-        for run in self.runs.values():
+        for run in self.selected.values():
             if run.tuned is None and not run.finished:  # a tuning's teacher is trained first
                 run.plan.rehearse(router)
 
     def describe(self) -> Iterator[str]:
-        yield f"# {len(self.runs)} runs of {self.settings.passes:,} network passes each, in {self.output}"
+        count = "1 run" if len(self.selected) == 1 else f"{len(self.selected)} runs"
+        yield f"# {count} at a budget of {self.settings.passes:,} network passes, in {self.output}"
         cells = [["run", "method", "planned passes", ""]]
-        for name, run in self.runs.items():
+        for name, run in self.selected.items():
             methods = dict.fromkeys(job.method.name for job in run.plan.jobs)
             cells.append([name, ", ".join(methods), f"{run.plan.cost:,}", "finished" if run.finished else ""])
         yield text_table(cells)

@@ -67,11 +67,11 @@ def rehearse(prepared: Prepared, router: Router | None = None, waits: bool = Fal
     fit = check_fit(job, family, router)
     if not waits:
         check_starts(job.config.roles, family)
-    if parameters_of(family) > SMALL:
+    if count_parameters(family) > SMALL:
         check_export(job, family, sampler)
         return fit
-    with tempfile.TemporaryDirectory() as folder, _private():
-        trainer = build_trainer(_shortened(job, folder, waits), None, family=family, fit=_few(fit), sampler=sampler)
+    with tempfile.TemporaryDirectory() as folder, _random_state_restored():
+        trainer = build_trainer(_shorten(job, folder, waits), None, family=family, fit=_first_few(fit), sampler=sampler)
         if not job.needs.teacher_pairs:  # they are the run's first work
             trainer.iteration()
             _check_finite(trainer)
@@ -79,18 +79,18 @@ def rehearse(prepared: Prepared, router: Router | None = None, waits: bool = Fal
     return fit
 
 
-def parameters_of(family: Family) -> int:
+def count_parameters(family: Family) -> int:
     return sum(p.numel() for p in family.network.parameters())
 
 
 @contextlib.contextmanager
-def _private() -> Iterator[None]:
+def _random_state_restored() -> Iterator[None]:
     """Random state and bars as if nothing had been done."""
     with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
-def _shortened(job: Job, folder: str, waits: bool) -> Job:
+def _shorten(job: Job, folder: str, waits: bool) -> Job:
     """The job on two samples, writing to ``folder``."""
     config = job.config
     train = config.train.model_copy(update={"batch_size": min(2, config.train.batch_size), "gradient_accumulation": 1})
@@ -99,7 +99,7 @@ def _shortened(job: Job, folder: str, waits: bool) -> Job:
     return replace(job, config=short, cache=Path(folder))
 
 
-def _few(fit: Fit) -> Fit:
+def _first_few(fit: Fit) -> Fit:
     images = fit.images
     if images is not None:
         usable = [index for index in fit.subset or range(len(images)) if index not in images.unreadable]
@@ -187,12 +187,12 @@ def check_timesteps(scheduler: Any, sampler: FewStepSampler) -> None:
     actual = scheduler.timesteps.double().cpu()[: sampler.steps]
     if len(actual) != len(expected) or not torch.allclose(actual, expected, rtol=1e-4, atol=1e-3):
         raise UserError(
-            f"sampler: {type(scheduler).__name__} of the export samples at {_listed(actual)}, and the student would be "
-            f"trained at {_listed(expected)}; choose other steps, start or transition"
+            f"sampler: {type(scheduler).__name__} of the export samples at {_list_times(actual)}, and the student "
+            f"would be trained at {_list_times(expected)}; choose other steps, start or transition"
         )
 
 
-def _listed(times: torch.Tensor) -> str:
+def _list_times(times: torch.Tensor) -> str:
     return ", ".join(f"{t:g}" for t in times[:8].tolist())
 
 
@@ -206,14 +206,14 @@ def check_student(job: Job, trainer: Trainer) -> None:
     Raises:
         UserError: it cannot be exported, or draws other pictures than it would be trained to.
     """
-    if parameters_of(trainer.family) > SMALL:
+    if count_parameters(trainer.family) > SMALL:
         check_export(job, trainer.family, trainer.sampler)
         return
-    with tempfile.TemporaryDirectory() as folder, _private(), trainer.roles.meter.paused():
+    with tempfile.TemporaryDirectory() as folder, _random_state_restored(), trainer.roles.meter.paused():
         try_export(job, trainer, Path(folder) / "student")
 
 
-def _kind_of(trainer: Trainer) -> str:
+def _describe_student(trainer: Trainer) -> str:
     family, role = trainer.family, trainer.roles.student
     parts: list[Any] = [role.network, family.scheduler]
     configs = [dict(part.config) for part in parts]
@@ -227,7 +227,7 @@ def try_export(job: Job, trainer: Trainer, folder: Path) -> None:
         UserError: it cannot be written, loaded or called, or draws other pictures.
     """
     try_teacher(job, trainer.family)
-    if (kind := _kind_of(trainer)) in _TRIED:
+    if (kind := _describe_student(trainer)) in _TRIED:
         return
     family, sampler, role = trainer.family, trainer.sampler, trainer.roles.student
     facts = provenance(job, trainer)
@@ -243,7 +243,7 @@ def try_export(job: Job, trainer: Trainer, folder: Path) -> None:
     noise = torch.randn(2, *family.sample_shape, generator=torch.Generator().manual_seed(0))
     steps, guidance = sampler.steps, stock.default_guidance
     pixels = stock.generate(items or None, noise, steps, torch.Generator().manual_seed(1), guidance)
-    expected = _sampled(family, role, sampler, items, noise)
+    expected = _sample_pictures(family, role, sampler, items, noise)
     difference = (pixels.to(expected) - expected).abs().max().item()
     exact = role.autocast_dtype is None and all(p.dtype == torch.float32 for p in family.network.parameters())
     if exact and difference > TOLERANCE:
@@ -275,7 +275,9 @@ def try_teacher(job: Job, family: Family) -> None:
 
 
 @torch.no_grad()
-def _sampled(family: Family, role: Role, sampler: FewStepSampler, items: list, noise: torch.Tensor) -> torch.Tensor:
+def _sample_pictures(
+    family: Family, role: Role, sampler: FewStepSampler, items: list, noise: torch.Tensor
+) -> torch.Tensor:
     """The sampler's pictures (B, C, H, W) in [0, 1], the noise between steps drawn as the stock pipelines do."""
     generator = torch.Generator().manual_seed(1)
     condition = family.encode_conditions(items) if items else {}

@@ -32,7 +32,7 @@ from .job import Job
 from .plan import Plan, Watch
 from .prepare import Prepared, prepare
 from .processes import end_processes
-from .rehearsal import check_student, parameters_of, rehearse
+from .rehearsal import check_student, count_parameters, rehearse
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Run(Plan):
         yield dump_yaml(config).rstrip()
         prepared = prepare(job)
         family = prepared.family
-        parameters, student = parameters_of(family), student_line(prepared)
+        parameters, student = count_parameters(family), student_line(prepared)
         fit = rehearse(prepared)
         conditions = f"{len(fit.items)} {family.condition_kind}s"
         if family.condition_kind == "none":

@@ -130,14 +130,17 @@ def test_the_budget_is_shared_by_students(root, tmp_path):
     assert budgets == {"A": [100], "B": [50, 50]}
 
 
-def test_distill_shows_a_comparison_and_tries_its_runs(root, tmp_path):
+@pytest.mark.parametrize("command", ["distill", "compare"])
+def test_a_dry_run_shows_a_comparison_and_tries_its_runs(command, root, tmp_path):
     path = comparison_of(root, tmp_path)
-    judged = stepdistill("distill", path, "overrides=[evaluation.enabled=true]", "--dry-run")
+    judged = stepdistill(command, path, "overrides=[evaluation.enabled=true]", "--dry-run")
     assert judged.code == 2  # the teacher draws 8x8 pixels, and the reference is of 16x16
     assert "reference" in judged.error
-    shown = stepdistill("distill", path, "--dry-run")
+    shown = stepdistill(command, path, "--dry-run")
     assert shown.code == 0, shown.err
-    assert shown.out.startswith(f"# 1 runs of 100 network passes each, in {tmp_path / 'out'}\n")
+    first, *_, run = shown.out.splitlines()
+    assert first == f"# 1 run at a budget of 100 network passes, in {tmp_path / 'out'}"
+    assert run.split() == ["A", "dmd2", str(read_comparison(path).runs["A"].plan.cost)]
     assert not (tmp_path / "out").exists()
 
 
