@@ -6,7 +6,10 @@ import pytest
 from toys import toy_family, toy_trainer
 
 from stepdistill.analytic import GaussianMixture
-from stepdistill.trainers.loop.cost import record
+from stepdistill.errors import UserError
+from stepdistill.families import random_sizes
+from stepdistill.trainers.loop.cost import measure_step, record
+from stepdistill.trainers.plans.job import make_job
 
 
 @pytest.mark.parametrize("method", ["dmd2", "sim", "swiftbrush", "boot"])
@@ -25,3 +28,28 @@ def test_every_pass_of_an_update_is_recorded(method):
         call.replay()
     assert meter.forward - before == sum(len(call.x) for call in calls)
     assert meter.backward > backward
+
+
+def test_an_update_of_a_teacher_of_random_weights_is_measured(tmp_path, monkeypatch):
+    """In place of the config's teacher and data, which need not exist."""
+    small = {"block_out_channels": (32, 32), "cross_attention_dim": 8, "sample_size": 8, "layers_per_block": 1}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    for sizes, value in (
+        (random_sizes.RANDOM_SIZES, small | blocks),
+        (random_sizes.PIPELINE_SIZES, small | blocks),
+        (random_sizes.TEXT_ENCODERS, [(8, 1, 2)]),
+        (random_sizes.VAE_CHANNELS, (32, 32, 32, 32)),
+    ):
+        monkeypatch.setitem(sizes, "tiny", value)
+    raw = {
+        "method": "dmd2",
+        "output": str(tmp_path),
+        "teacher": {"path": "nowhere"},
+        "train": {"updates": 9, "batch_size": 2},
+    }
+    table = measure_step(make_job(raw | {"dmd2": {"fake_score_updates": 1}}), 0.0, "tiny")
+    assert "UNet2DConditionModel" in table
+    assert "student forward+backward" in table
+    with pytest.raises(UserError, match="--random-size huge: sizes are sd-small, sd15, tiny"):
+        measure_step(make_job(raw), 0.0, "huge")
