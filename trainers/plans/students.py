@@ -104,7 +104,7 @@ class Students(Plan):
 
     def list_parts(self) -> list[PartRecord]:
         """Every stage and student under its names in this folder; none draws every condition but what is shared."""
-        plans = {} if self.shared is None else {"shared": self.shared}
+        plans: dict[str, Plan] = {} if self.shared is None else {SHARED: self.shared}
         plans |= {f"student {number}": student for number, student in enumerate(self.students)}
         parts = []
         for name, plan in plans.items():
