@@ -24,7 +24,7 @@ def train(root: Path, batch: int, limit: float) -> dict:
 
     from stepdistill.data import images as data
     from stepdistill.data.streams import RealSource
-    from stepdistill.trainers.loop.causes import RunStopped
+    from stepdistill.trainers.methods.base import RunStopped
     from stepdistill.trainers.plans.build import build_trainer
     from stepdistill.trainers.plans.job import make_job
 
