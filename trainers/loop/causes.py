@@ -44,13 +44,13 @@ def advice(cause: NotFinite | None, role: str, updates: dict[str, int], learning
         return "the encoded conditions are not finite; the text encoder overflows: set teacher.dtype=float32"
     if cause.name.startswith(REWARD):
         return f"{cause.name} gives numbers that are not finite; mend it, or remove it from the config"
-    said = f"the {cause.name}'s prediction is not finite{cause.when}"
+    problem = f"the {cause.name}'s prediction is not finite{cause.when}"
     if cause.name not in learning:
-        return f"{said}; {_of_the_teacher(config)}"
+        return f"{problem}; {_of_the_teacher(config)}"
     optimizer = next(name for name in (cause.name, "fake_score", role) if name in updates)
     if updates[optimizer] == 0:
-        return f"{said}, before its first update; {_of_the_teacher(config)}"
-    return f"{said}; lower optimizer.{optimizer}.lr"
+        return f"{problem}, before its first update; {_of_the_teacher(config)}"
+    return f"{problem}; lower optimizer.{optimizer}.lr"
 
 
 def _of_the_teacher(config: RunSettings) -> str:
@@ -64,10 +64,10 @@ def _of_the_teacher(config: RunSettings) -> str:
 
 def lines(skipped: dict[str, int], updates: dict[str, int], causes: dict[str, int]) -> list[str]:
     """What was skipped in a whole run, for its end; [] where nothing was."""
-    found = [
+    skipped_lines = [
         f"note: {count} of {count + updates[role]} updates of the {role} were skipped, not finite"
         for role, count in skipped.items()
         if count
     ]
     names = ", ".join(f"{name} {count}" for name, count in sorted(causes.items()))
-    return [*found, f"note: what was not finite first, and how often: {names}"] if found else []
+    return [*skipped_lines, f"note: what was not finite first, and how often: {names}"] if skipped_lines else []

@@ -58,11 +58,11 @@ def condition_items(
     Raises:
         UserError: labels out of range, no prompts for a text-conditional teacher, prompts for another.
     """
-    own = config.data
+    settings = config.data
     if family.condition_kind == "prompt":
-        if own.labels != "all":
+        if settings.labels != "all":
             raise UserError(f"data.labels: the teacher {config.teacher.path} takes prompts; remove the key")
-        prompts = load_prompts(own, notes, images)
+        prompts = load_prompts(settings, notes, images)
         if prompts is None:
             raise UserError(
                 "data: this teacher takes prompts; set data.prompts (a file), data.prompt_dataset or "
@@ -70,13 +70,13 @@ def condition_items(
             )
         return prompts
     for key in ("prompts", "prompt_dataset", "prompts_from_images", "shown"):
-        if getattr(own, key):
+        if getattr(settings, key):
             raise UserError(f"data.{key}: the teacher {config.teacher.path} takes no prompts; remove the key")
     if family.condition_kind == "none":
-        if own.labels != "all":
+        if settings.labels != "all":
             raise UserError(f"data.labels: the teacher {config.teacher.path} takes no labels; remove the key")
         return []
-    labels = list(family.labels) if own.labels == "all" else own.labels
+    labels = list(family.labels) if settings.labels == "all" else settings.labels
     for label in labels:
         if label not in family.labels:
             known = label_ranges(family.labels)
@@ -101,10 +101,10 @@ def check_judge(config: RunSettings, family: Family) -> None:
     Raises:
         UserError: they are missing, or do not fit each other or the pictures.
     """
-    own = config.evaluation
-    if own.enabled and own.extractor is not None:
-        reference = ReferenceStatistics.load(assets.resolve(own.reference))
-        extractor = load_extractor(own.extractor, "cpu")
+    settings = config.evaluation
+    if settings.enabled and settings.extractor is not None:
+        reference = ReferenceStatistics.load(assets.resolve(settings.reference))
+        extractor = load_extractor(settings.extractor, "cpu")
         reference.check(extractor, family.image_shape)
         extractor(torch.zeros(2, *family.image_shape, dtype=torch.uint8))
 
@@ -239,24 +239,24 @@ def _part(job: Job, family: Family, fit: Fit, router: Router) -> Fit:
         if encoder.fingerprint != router.encoder:
             raise UserError(f"{part.router}: made with another text encoder or tokenizer; make it anew in a new folder")
 
-    def own(values: list) -> list[int]:
+    def of_part(values: list) -> list[int]:
         if router.kind == "labels":
-            mine = set(router.parameters["labels"][part.student])
-            return [index for index, value in enumerate(values) if value in mine]
+            labels = set(router.parameters["labels"][part.student])
+            return [index for index, value in enumerate(values) if value in labels]
         folder = Path(part.router).parent / CACHE
         routes = router.route_cached(values, lambda prompts: encoder(prompts)[1], folder)
         return [index for index, route in enumerate(routes) if route == part.student]
 
     items, images, subset = fit.items, fit.images, fit.subset
-    mine = [items[index] for index in own(items)]
-    if not mine:
+    part_items = [items[index] for index in of_part(items)]
+    if not part_items:
         raise UserError(f"msd: none of the run's conditions is of student {part.student}; use fewer students")
     if images is not None and job.needs.divides_images:
         usable = range(len(images)) if subset is None else subset
-        subset = [usable[index] for index in own([images.labels[index] for index in usable])]
+        subset = [usable[index] for index in of_part([images.labels[index] for index in usable])]
         if not subset:
             raise UserError(f"data.images: none of its images is of student {part.student}'s conditions; add some")
-    return replace(fit, items=mine, subset=subset, router=router.hash)
+    return replace(fit, items=part_items, subset=subset, router=router.hash)
 
 
 def make_accelerator(**arguments: Any) -> Accelerator:
