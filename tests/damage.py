@@ -573,9 +573,9 @@ UNNOTICED = {"changed", "nan", "dropped", "renamed", "reshaped", "retyped", "mor
 
 def damage(draw: random.Random, path: Path) -> str:
     """Damage one file; the kind of damage."""
-    own = FORMATS.get(path.suffix)
-    if own is not None and draw.random() < 0.6:
-        return own(draw, path)
+    mutate_format = FORMATS.get(path.suffix)
+    if mutate_format is not None and draw.random() < 0.6:
+        return mutate_format(draw, path)
     return _whole_file(draw, path)
 
 
@@ -637,18 +637,18 @@ def file_cases(seed: int, count: int, targets: list[Target]) -> Iterator[Case]:
 
 def shipped() -> list[tuple[Path, str, dict[str, Any]]]:
     """Every shipped config with the command that takes it, on the world's teachers and data."""
-    found = []
+    cases = []
     for path in sorted(CONFIGS.rglob("*.yaml")):
         raw = read_yaml(path)
         if "runs" in raw:
-            found.append((path, "compare {} --finished", raw))
+            cases.append((path, "compare {} --finished", raw))
         elif "teacher" not in raw:
             verb = "teacher features" if "features" in path.stem else "teacher train"
             lengths = " ".join(LENGTHS[raw.get("kind", "features" if "train" in raw else "teacher")])
-            found.append((path, f"{verb} {{}} {lengths}", _short(raw)))
+            cases.append((path, f"{verb} {{}} {lengths}", _short(raw)))
         else:
-            found.append((path, "distill {} output=new --dry-run", _on_tiny(raw)))
-    return found
+            cases.append((path, "distill {} output=new --dry-run", _on_tiny(raw)))
+    return cases
 
 
 def _on_tiny(raw: dict[str, Any]) -> dict[str, Any]:
@@ -677,8 +677,8 @@ def _local(value: Any, student: str, key: str = "") -> Any:
     if not isinstance(value, dict):
         return {"student_from": student, "distance": "mse", "rank": 2}.get(key, value)
     if "reward" in value:
-        kept = {k: v for k, v in value.items() if k in ("weight", "hinge")}
-        return {**kept, "reward": "stepdistill.judges.rewards:Brightness"}
+        parts = {k: v for k, v in value.items() if k in ("weight", "hinge")}
+        return {**parts, "reward": "stepdistill.judges.rewards:Brightness"}
     if key == "clip":
         gone = ("pretrained", "hub", "decoder")
         return {**{k: v for k, v in value.items() if k not in gone}, "model": "judges/matching.safetensors"}
@@ -809,12 +809,12 @@ def counts(cases: list[Case]) -> str:
     """A line for each kind of case: how many ended how."""
     lines = []
     for kind in dict.fromkeys(case.kind for case in cases):
-        own = [case for case in cases if case.kind == kind]
-        codes = collections.Counter(case.code for case in own)
-        problems = collections.Counter(case.problem for case in own if case.problem)
+        of_kind = [case for case in cases if case.kind == kind]
+        codes = collections.Counter(case.code for case in of_kind)
+        problems = collections.Counter(case.problem for case in of_kind if case.problem)
         ended = ", ".join(f"{codes[code]} with {code}" for code in PASSES if codes[code])
-        found = ", ".join(f"{count} {what}" for what, count in sorted(problems.items())) or "none"
-        lines.append(f"{kind:8s} {len(own):4d} cases: {ended}; problems: {found}")
+        listing = ", ".join(f"{count} {what}" for what, count in sorted(problems.items())) or "none"
+        lines.append(f"{kind:8s} {len(of_kind):4d} cases: {ended}; problems: {listing}")
     return "\n".join(lines)
 
 
@@ -834,23 +834,23 @@ def main() -> None:
     parser.add_argument("--configs", type=int, default=500)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--world", type=Path, help="a folder to build the world in, or one that holds it")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     from odd_configs import OVERRIDES, TEXTS
 
-    world = asked.world or Path(tempfile.mkdtemp(prefix="world-"))
+    world = arguments.world or Path(tempfile.mkdtemp(prefix="world-"))
     if not (world / "compared").exists():
         build(world.resolve(), whole=True)
     cases = [
-        *file_cases(asked.seed, asked.files, TARGETS),
-        *config_cases(asked.seed, asked.configs),
+        *file_cases(arguments.seed, arguments.files, TARGETS),
+        *config_cases(arguments.seed, arguments.configs),
         *odd_cases(TEXTS, OVERRIDES),
     ]
     started = time.monotonic()
-    run(cases, world.resolve(), asked.workers)
+    run(cases, world.resolve(), arguments.workers)
     print(failures(cases))
     print(counts(cases))
     print(f"{time.monotonic() - started:.0f} seconds")
-    if asked.world is None:
+    if arguments.world is None:
         shutil.rmtree(world)
     sys.exit(any(case.problem for case in cases))
 

@@ -199,11 +199,11 @@ def command(arguments: list[str], root: Path, kind: str = "count", at: int = 0, 
     os.close(writes)
     os.close(counts)
     with open(reads, "rb") as pipe, open(counted, "rb") as numbers:
-        said, found = pipe.read().decode(errors="replace"), numbers.read().decode()
+        printed, outcomes = pipe.read().decode(errors="replace"), numbers.read().decode()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
+    lines = [line for line in printed.replace("\r", "\n").splitlines() if line.strip()]
     lines = [line for line in lines if "update/s" not in line and not line.startswith("note: ")]
-    content = json.loads(found) if found else {"log": [], "states": []}
+    content = json.loads(outcomes) if outcomes else {"log": [], "states": []}
     return Outcome(code, lines, **content)
 
 
@@ -302,7 +302,7 @@ class Scenario:
         wrong = {}
         for state in dict.fromkeys(state for _, state in outcome.states):
             self.reset(shots / state / "output")
-            if problem := self.made_good():
+            if problem := self.repair():
                 wrong[state] = problem
         return outcome.states, wrong
 
@@ -318,12 +318,12 @@ class Scenario:
             return f"exit code {outcome.code}: {outcome.errors[-3:]}"
         state = state_of(self.output)
         if state not in self.good:
-            if problem := self.made_good():
+            if problem := self.repair():
                 return problem
             self.good.add(state)
         return ""
 
-    def made_good(self) -> str:
+    def repair(self) -> str:
         """What is wrong with what lies there, or comes of going on with it; "" for nothing."""
         if self.student is not None and not is_whole(self.student):
             return "the student is not whole"
@@ -417,27 +417,27 @@ def main(request: list[dict]) -> None:
     ):
         gc.freeze()  # a fork copies no page for its collector
         for name, scenario in scenarios(Path(folder).resolve()):
-            wanted = [own for own in request if own["scenario"] == name]
-            log = scenario.undisturbed() if wanted else []
-            for own in wanted:
-                result = {**own, "operations": len(log), **_tried(scenario, own, log, Path(folder))}
+            requests = [order for order in request if order["scenario"] == name]
+            log = scenario.undisturbed() if requests else []
+            for order in requests:
+                result = {**order, "operations": len(log), **_tried(scenario, order, log, Path(folder))}
                 results.append(json.loads(json.dumps(result).replace(folder, "")))
                 print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     print(json.dumps(results, indent=1))
 
 
-def _tried(scenario: Scenario, own: dict, log: list[str], folder: Path) -> dict[str, object]:
-    if own["kind"] == "kills":
-        shots = folder / f"{own['scenario']}-shots"
+def _tried(scenario: Scenario, order: dict, log: list[str], folder: Path) -> dict[str, object]:
+    if order["kind"] == "kills":
+        shots = folder / f"{order['scenario']}-shots"
         shots.mkdir()
         states, bad = scenario.kills(shots)
         wrong = {f"{at}: {log[at]}": bad[state] for at, state in states if state in bad}
         shutil.rmtree(shots)
         return {"points": len(states), "states": len({state for _, state in states}), "wrong": wrong}
-    at = own.get("limits") or points(len(log), own.get("count"))
-    found = {point: scenario.try_at(own["kind"], point) for point in at}
-    named = "{} bytes".format if own["kind"] == "limit" else lambda point: f"{point}: {log[point]}"
-    return {"points": len(found), "wrong": {named(point): problem for point, problem in found.items() if problem}}
+    at = order.get("limits") or points(len(log), order.get("count"))
+    outcomes = {point: scenario.try_at(order["kind"], point) for point in at}
+    named = "{} bytes".format if order["kind"] == "limit" else lambda point: f"{point}: {log[point]}"
+    return {"points": len(outcomes), "wrong": {named(point): problem for point, problem in outcomes.items() if problem}}
 
 
 def points(total: int, count: int | None) -> list[int]:

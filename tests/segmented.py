@@ -55,14 +55,16 @@ def real_source(family, latents=None):
     return RealSource(family, ImageSet("toy", None, len(latents), [0] * 64, ""), latents, 0)
 
 
-def trainer_of(family=None, segments=1, points=40, real=None, sampler=None, train=None, student=None, **own) -> TSCD:
-    """``own``: keys of the method's section."""
+def trainer_of(
+    family=None, segments=1, points=40, real=None, sampler=None, train=None, student=None, **changes
+) -> TSCD:
+    """``changes``: keys of the method's section."""
     family = family or toy_family()
     return toy_trainer(
         family,
         real or real_source(family),
         method="tscd",
-        tscd={"segments": segments, "grid": points, **own},
+        tscd={"segments": segments, "grid": points, **changes},
         sampler={"steps": segments, "transition": "ode", **(sampler or {})},
         data={"images": {"folder": "unused"}},
         train=train or {},
@@ -70,21 +72,21 @@ def trainer_of(family=None, segments=1, points=40, real=None, sampler=None, trai
     )
 
 
-def self_taught(**own) -> TSCD:
+def self_taught(**changes) -> TSCD:
     """The teacher is the network itself, so that it has features, and student = teacher at first."""
     family = toy_family()
     family.teacher_denoiser = lambda: None
-    return trainer_of(family, **own)
+    return trainer_of(family, **changes)
 
 
-def unets(weights="full", student=None, **own) -> TSCD:
+def unets(weights="full", student=None, **changes) -> TSCD:
     """Four segments under a class-conditional UNet teacher with a null label."""
     family = UNet2DFamily(tiny.unet(labels=3, null=True), tiny.scheduler("v"))
     return toy_trainer(
         family,
         real_source(family),
         method="tscd",
-        tscd={"segments": 4, **own},
+        tscd={"segments": 4, **changes},
         sampler={"steps": 4, "transition": "ode"},
         roles={"weights": weights, "lora": {"rank": 2}},
         data={"images": {"folder": "unused"}},
@@ -115,7 +117,7 @@ def gradients(trainer, loss):
 
 def state_of(trainer):
     tensors, meta = trainer.state()
-    return {group: {k: v.clone() for k, v in own.items()} for group, own in tensors.items()}, meta
+    return {group: {k: v.clone() for k, v in values.items()} for group, values in tensors.items()}, meta
 
 
 def assert_same(a, b):

@@ -57,5 +57,5 @@ def test_guidance_is_null_plus_scale_times_difference_and_one_is_none():
         torch.testing.assert_close(guided(denoiser, x_t, t, label, null, scale).eps, eps)
     torch.testing.assert_close(guided(denoiser, x_t, t, label, None, 1.0).x0, cond.x0, rtol=0, atol=0)
     per_sample = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
-    given = guided(denoiser, x_t, t, label, null, per_sample).x0
-    torch.testing.assert_close(given, uncond.x0 + per_sample[:, None] * (cond.x0 - uncond.x0))
+    result = guided(denoiser, x_t, t, label, null, per_sample).x0
+    torch.testing.assert_close(result, uncond.x0 + per_sample[:, None] * (cond.x0 - uncond.x0))

@@ -36,9 +36,9 @@ def test_round_trip_keeps_values_types_and_meta(tmp_path):
     loaded, meta = checkpoint.load(path)
     assert meta == META
     assert loaded.keys() == tensors().keys()
-    for group, own in tensors().items():
-        assert loaded[group].keys() == own.keys()
-        for key, value in own.items():
+    for group, expected in tensors().items():
+        assert loaded[group].keys() == expected.keys()
+        for key, value in expected.items():
             assert loaded[group][key].dtype == value.dtype
             assert torch.equal(loaded[group][key], value)
 
@@ -157,8 +157,8 @@ def test_an_old_one_that_cannot_be_deleted_is_a_note_and_tried_again(tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "rmtree", fail)
         checkpoint.save(tmp_path, 2, tensors(), META, keep=1)
-    assert "note:" in (said := capsys.readouterr().out)
-    assert "step-00000001: an old checkpoint that cannot be deleted (Input/output error)" in said
+    assert "note:" in (printed := capsys.readouterr().out)
+    assert "step-00000001: an old checkpoint that cannot be deleted (Input/output error)" in printed
     assert [p.name for p in checkpoint.folders(tmp_path)] == ["step-00000002"]
     checkpoint.save(tmp_path, 3, tensors(), META, keep=1)
     assert names(tmp_path) == ["step-00000003"]

@@ -63,12 +63,12 @@ def test_an_edm_network_is_told_the_scaled_sample_and_a_quarter_of_the_logarithm
     torch.testing.assert_close(result.score, (result.x0 - x_t) / s**2)
 
 
-@pytest.mark.parametrize("said", [torch.bfloat16, torch.float32])
-def test_an_output_comes_back_in_the_samples_precision_or_its_own(said):
-    denoiser = NetworkDenoiser(lambda x, time, condition: x.to(said), linear_betas(), "eps")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_output_comes_back_in_the_samples_precision_or_its_own(dtype):
+    denoiser = NetworkDenoiser(lambda x, time, condition: x.to(dtype), linear_betas(), "eps")
     assert denoiser(samples(dtype=torch.float32), torch.tensor([5, 5, 5]), {}).output.dtype == torch.float32
     half = denoiser(samples().bfloat16(), torch.tensor([5, 5, 5]), {})
-    assert half.output.dtype == said
+    assert half.output.dtype == dtype
     assert half.x0.dtype == torch.bfloat16
 
 

@@ -101,13 +101,13 @@ def test_what_is_no_number_in_json_is_null(tmp_path):
 
 
 def test_leftovers_are_those_of_writers_that_are_gone(tmp_path):
-    host, own = files._host(), os.getpid()
+    host, pid = files._host(), os.getpid()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    old = tmp_path / f".a.elsewhere-{own}-00000000.tmp"
+    old = tmp_path / f".a.elsewhere-{pid}-00000000.tmp"
     for name in (
         f".a.{host}-{gone.pid}-00000000.tmp",
-        f".a.{host}-{own}-00000000.tmp",  # of an earlier process with this number
+        f".a.{host}-{pid}-00000000.tmp",  # of an earlier process with this number
         f".a.{host}-{os.getppid()}-00000000.tmp",
         ".a.elsewhere-1-00000000.tmp",
         old.name,

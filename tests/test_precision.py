@@ -42,7 +42,7 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_half_precision_weights_compute_in_bfloat16_and_float32_ones_as_requested():
     rows = [(torch.float32, None, None), (torch.float32, torch.bfloat16, torch.bfloat16), (torch.float64, None, None)]
-    rows += [(dtype, asked, torch.bfloat16) for dtype in HALF.values() for asked in (None, torch.bfloat16)]
+    rows += [(dtype, requested, torch.bfloat16) for dtype in HALF.values() for requested in (None, torch.bfloat16)]
     for dtype, requested, expected in rows:
         assert precision.autocast_dtype(nn.Linear(2, 2).to(dtype), requested) == expected
     mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).to(torch.float16))
@@ -86,7 +86,7 @@ def test_gradients_of_a_half_precision_teachers_student_are_finite_and_float32(f
 @pytest.mark.parametrize("dtype", HALF)
 def test_pairs_of_a_half_precision_teacher_are_those_of_the_float32_one(folders, tmp_path, dtype):
     prompts, pairs = ["a cat", "a dog"], []
-    for index, (family, asked) in enumerate(
+    for index, (family, requested) in enumerate(
         [
             (load_family(folders["stable_diffusion"], dtype=HALF[dtype]), torch.bfloat16),
             (load_family(folders["stable_diffusion"]), torch.bfloat16),
@@ -94,7 +94,7 @@ def test_pairs_of_a_half_precision_teacher_are_those_of_the_float32_one(folders,
         ]
     ):
         recipe = PairRecipe(4, 4, steps=3, guidance_scale=1.5, seed=0)
-        make_pairs(family, prompts, recipe, tmp_path / str(index), batch=4, autocast_dtype=asked)
+        make_pairs(family, prompts, recipe, tmp_path / str(index), batch=4, autocast_dtype=requested)
         pairs.append(PairSet(tmp_path / str(index), family, prompts, recipe))
     half, bf16, exact = pairs
     assert torch.equal(half.noise, exact.noise)

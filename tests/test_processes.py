@@ -115,8 +115,8 @@ ROWS = {
 
 
 def raw_config(row: dict, root: Path, batch: int) -> dict:
-    own = {"fake_score_updates": 1, "guidance_scale": row.get("guidance", 1.0)}
-    sections = row.get("settings") or {"dmd2": own}
+    section = {"fake_score_updates": 1, "guidance_scale": row.get("guidance", 1.0)}
+    sections = row.get("settings") or {"dmd2": section}
     raw = {
         "method": row.get("method", "dmd2"),
         "output": str(root / "unused"),
@@ -138,7 +138,7 @@ def raw_config(row: dict, root: Path, batch: int) -> dict:
         **sections,
     }
     if row.get("gan"):
-        own["gan"] = {"student_weight": 0.01}
+        section["gan"] = {"student_weight": 0.01}
         raw["data"] = {"images": {"npz": str(root / "images.npz")}}
     return json.loads(json.dumps(raw).replace("{root}", str(root)))
 
@@ -159,15 +159,15 @@ def train(row: dict, root: Path, batch: int) -> tuple[dict, dict]:
     gradients = {}
     for role, optimizer in trainer.optimizers.items():
 
-        def keep(own, _arguments, _keywords, role=role):
-            parameters = [p for group in own.param_groups for p in group["params"] if p.grad is not None]
+        def keep(optimizer, _arguments, _keywords, role=role):
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             count = trainer.counters[role]
             gradients[f"{role}/{count}"] = torch.cat([p.grad.flatten().clone() for p in parameters])
 
         optimizer.register_step_pre_hook(keep)
     trainer.fit()
     tensors, meta = trainer.state()
-    flat = {f"{group}/{key}": value.clone() for group, own in tensors.items() for key, value in own.items()}
+    flat = {f"{group}/{key}": value.clone() for group, values in tensors.items() for key, value in values.items()}
     return gradients, {"tensors": flat, "counters": dict(meta["counters"]), "world": trainer.world}
 
 

@@ -64,8 +64,8 @@ def test_ci_reads_the_lowest_torch_from_the_project():
     """The workflow's sed expression, here in Python, finds both."""
     workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     expression = re.search(r"sed -nE 's/(.+)/\\1==\\2\.\*/p' pyproject.toml", workflow)[1]
-    found = re.findall(expression, (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
-    assert [name for name, _ in found] == ["torch", "torchvision"]
+    pairs = re.findall(expression, (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    assert [name for name, _ in pairs] == ["torch", "torchvision"]
 
 
 def test_contributing_names_files_that_are_there():

@@ -152,6 +152,8 @@ def test_no_two_shards_of_pairs_start_alike_and_their_noise_is_the_one_that_it_w
 
 def test_no_two_samples_of_several_students_have_the_same_noise_between_steps():
     generators = MSDPipeline._generators(torch.Generator().manual_seed(3), 20_000)
-    assert len({own.initial_seed() for own in generators}) == 20_000
+    assert len({generator.initial_seed() for generator in generators}) == 20_000
     again = MSDPipeline._generators(torch.Generator().manual_seed(3), 2)
-    assert [own.initial_seed() for own in again] == [own.initial_seed() for own in generators[:2]]
+    assert [generator.initial_seed() for generator in again] == [
+        generator.initial_seed() for generator in generators[:2]
+    ]

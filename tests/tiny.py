@@ -87,10 +87,10 @@ def unet(channels: int = 1, labels: int | None = None, null: bool = False, seed:
 
 def save_pixels(path: Path, kind: str = "v", provenance: dict | None = None, **network) -> Path:
     """A ConsistencyModelPipeline folder around :func:`unet` with the scheduler ``kind``."""
-    own = scheduler(kind)
+    stock = scheduler(kind)
     if provenance is not None:
-        own.register_to_config(_stepdistill=provenance)
-    ConsistencyModelPipeline(unet(**network), own).save_pretrained(path)
+        stock.register_to_config(_stepdistill=provenance)
+    ConsistencyModelPipeline(unet(**network), stock).save_pretrained(path)
     return path
 
 

@@ -144,8 +144,8 @@ class Gaussians:
         x_t = self.schedule.add_noise(x0, self.n, self.t)
         if detach:
             x_t = x_t.detach()
-        said = [denoiser(x_t, self.t, {}) for denoiser in (self.teacher, self.fake_score)]
-        return (*score_terms(*said, x0, space), x0, said[0].x0)
+        predictions = [denoiser(x_t, self.t, {}) for denoiser in (self.teacher, self.fake_score)]
+        return (*score_terms(*predictions, x0, space), x0, predictions[0].x0)
 
     def gradient(self, loss):
         """d/da and d/dB of the weighted mean of ``loss`` (N,)."""
@@ -216,11 +216,11 @@ def assert_reaches_the_mixture(most: float = 0.03, steps: int = 1500, **changes)
     mixture = GaussianMixture([[-1.0, 0.3], [0.9, 0.6], [0.1, -1.0]], 0.03, weights=[0.4, 0.3, 0.3])
     family = toy_family(mixture, zero_snr(), hidden=128)
     fit_to_teacher(family, mixture, steps)
-    own = {
+    defaults = {
         "train": {"updates": 400, "batch_size": 256, "ema_decay": 0.98},
         "optimizer": {"student": {"lr": 5e-4, "warmup": 50}, "fake_score": {"lr": 1e-3, "warmup": 50}},
     }
-    trainer = toy_trainer(family, **merge(own, changes))
+    trainer = toy_trainer(family, **merge(defaults, changes))
     truth = mixture.sample(4000, torch.Generator().manual_seed(1))
     before = energy_distance(students_samples(trainer), truth)
     trainer.fit()

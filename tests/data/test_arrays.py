@@ -33,12 +33,12 @@ def test_what_is_written_is_read(tmp_path, shape):
 # -- arrays ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "wanted"), [((4, 6), GRAY), ((4, 6, 1), GRAY), ((4, 6, 3), COLOUR)])
-def test_npz_pixels_are_exact_and_in_range(tmp_path, shape, wanted):
+@pytest.mark.parametrize(("shape", "taken"), [((4, 6), GRAY), ((4, 6, 1), GRAY), ((4, 6, 3), COLOUR)])
+def test_npz_pixels_are_exact_and_in_range(tmp_path, shape, taken):
     array = random_pixels(5, shape)
     array.reshape(-1)[:2] = 0, 255
     np.savez(tmp_path / "a.npz", images=array, labels=np.arange(5))
-    images = read_npz(tmp_path / "a.npz", wanted)
+    images = read_npz(tmp_path / "a.npz", taken)
     batch = images.batch([3, 0, 3])
     assert batch.dtype == torch.float32
     assert torch.equal(batch, as_batch(array)[[3, 0, 3]])

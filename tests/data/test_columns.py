@@ -169,7 +169,7 @@ def test_what_is_no_label_is_named_with_row_and_type(tmp_path, values):
 
 
 @pytest.mark.parametrize(
-    ("conditions", "given", "says"),
+    ("conditions", "columns_named", "says"),
     [
         (PROMPTS, {}, r"has no captions, which this teacher's images need; set caption_column .*image, label, text"),
         (
@@ -190,10 +190,10 @@ def test_what_is_no_label_is_named_with_row_and_type(tmp_path, values):
         (PROMPTS, {"caption_column": "label"}, r"column 'label': row 0: int 0 is no text"),
     ],
 )
-def test_the_column_that_is_needed_is_named(tmp_path, conditions, given, says):
+def test_the_column_that_is_needed_is_named(tmp_path, conditions, columns_named, says):
     path = saved(tmp_path / "set", image=[Image.fromarray(PIXELS[0])] * 2, label=[0, 1], text=["a", "b"])
     with pytest.raises(UserError, match=says):
-        images_of(path, conditions, **given)
+        images_of(path, conditions, **columns_named)
 
 
 def test_labels_and_captions_are_not_both():

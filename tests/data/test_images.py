@@ -77,13 +77,13 @@ def test_a_wrong_size_names_file_sizes_and_remedy(tmp_path):
 def test_resizing_crops_the_centre_and_uses_lanczos(tmp_path, size):
     height, width = size
     array = save(tmp_path / "a.png", random_pixels(1, (height, width, 3))[0])
-    found = read_folder(tmp_path, COLOUR, resize=True).batch([0])
+    result = read_folder(tmp_path, COLOUR, resize=True).batch([0])
     side = min(width / 6, height / 4)  # the largest 6:4 window, in the middle
     left, top = (width - 6 * side) / 2, (height - 4 * side) / 2
     box = (left, top, width - left, height - top)
     expected = Image.fromarray(array).resize((6, 4), Image.Resampling.LANCZOS, box=box)
-    assert found.shape == (1, 3, 4, 6)
-    assert torch.equal(found, as_batch(np.asarray(expected)[None]))
+    assert result.shape == (1, 3, 4, 6)
+    assert torch.equal(result, as_batch(np.asarray(expected)[None]))
 
 
 def test_the_centre_is_what_stays():
@@ -93,8 +93,8 @@ def test_the_centre_is_what_stays():
     strip = np.zeros((8, 24, 3), dtype=np.uint8)
     for part in range(3):
         strip[:, 8 * part : 8 * part + 8, part] = 255
-    kept = fit(Image.fromarray(strip), (3, 8, 8), True, "strip")
-    assert (kept == np.array([0, 255, 0], dtype=np.uint8)).all()
+    result = fit(Image.fromarray(strip), (3, 8, 8), True, "strip")
+    assert (result == np.array([0, 255, 0], dtype=np.uint8)).all()
 
 
 def test_pictures_that_cannot_be_read(tmp_path):

@@ -100,9 +100,9 @@ def test_pictures_that_cannot_be_read_have_no_latent_and_are_remembered(tmp_path
     assert set(again.unreadable) == {0, 5}
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_more_than_tolerated_end_it_with_nothing_written(tmp_path, kept):
-    if kept:
+@pytest.mark.parametrize("cached", [False, True])
+def test_more_than_tolerated_end_it_with_nothing_written(tmp_path, cached):
+    if cached:
         encode_latents_cached(Encoder(), pictures(broken=(0, 5), max_unreadable=0.3), tmp_path)
     before = list(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"2 of 7 pictures cannot be used: 0\.png, 5\.png; the first: 0\.png: not a"):

@@ -203,9 +203,9 @@ def test_a_background_that_is_no_colour_is_refused(text):
 
 def test_mirrored_turns_about_half_of_the_pictures_left_to_right():
     images = torch.rand(400, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    made = mirror_half(images, torch.Generator().manual_seed(1))
-    same = (made == images).flatten(1).all(1)
-    turned = (made == images.flip(-1)).flatten(1).all(1)
+    result = mirror_half(images, torch.Generator().manual_seed(1))
+    same = (result == images).flatten(1).all(1)
+    turned = (result == images.flip(-1)).flatten(1).all(1)
     assert (same ^ turned).all()
     assert 150 < turned.sum() < 250
-    assert torch.equal(made, mirror_half(images, torch.Generator().manual_seed(1)))
+    assert torch.equal(result, mirror_half(images, torch.Generator().manual_seed(1)))

@@ -210,10 +210,10 @@ def test_a_dataset_that_is_not_there_is_named(tmp_path):
         read_preferences(PreferenceSettings(dataset=str(tmp_path / "empty")), SHAPE)
 
 
-@pytest.mark.parametrize("given", [{}, {"folder": "a", "dataset": "b"}])
-def test_one_source_is_named(given):
+@pytest.mark.parametrize("raw", [{}, {"folder": "a", "dataset": "b"}])
+def test_one_source_is_named(raw):
     with pytest.raises(UserError, match="set exactly one of folder, dataset"):
-        check(PreferenceSettings, given, "config")
+        check(PreferenceSettings, raw, "config")
 
 
 def test_the_pictures_of_a_pair_are_read_by_value(tmp_path):
@@ -225,5 +225,5 @@ def test_the_pictures_of_a_pair_are_read_by_value(tmp_path):
     pairs = folder(tmp_path)
     ((winner, loser),) = pairs.order
     for (part, index), values in zip((winner, loser), pixels, strict=True):
-        wanted = torch.from_numpy(values).permute(2, 0, 1).float() / 127.5 - 1
-        assert torch.equal(pairs.sets[part].batch([index])[0], wanted)
+        expected = torch.from_numpy(values).permute(2, 0, 1).float() / 127.5 - 1
+        assert torch.equal(pairs.sets[part].batch([index])[0], expected)

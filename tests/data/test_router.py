@@ -61,7 +61,7 @@ def router_of(table: Table, prompts=None, **settings) -> Router:
 
 
 def routes(router: Router, table: Table, prompts=None, batch=64) -> list[int]:
-    return router.route(prompts or table.prompts, lambda own: table(own)[1], batch)
+    return router.route(prompts or table.prompts, lambda texts: table(texts)[1], batch)
 
 
 def label_parts(labels=range(10), **settings) -> list[list[int]]:
@@ -217,16 +217,16 @@ def test_medians_cut_the_principal_axes_nested():
     axes = torch.tensor(router.parameters["axes"]).abs()
     torch.testing.assert_close(axes, torch.eye(3)[:2])
     assert [len(level) for level in router.parameters["thresholds"]] == [1, 2]
-    found = routes(router, Table(x))
-    assert found == [0, 0, 1, 1, 2, 2, 3, 3]
+    result = routes(router, Table(x))
+    assert result == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_kmeans_keeps_clusters_of_equal_size_together():
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [20.0, 0.0], [0.0, 20.0]])
     table = Table(centres.repeat(50, 1) + torch.randn(150, 2, generator=generator))
-    found = routes(router_of(table, students=3, partition="kmeans"), table)
-    clusters = [set(found[k::3]) for k in range(3)]
+    result = routes(router_of(table, students=3, partition="kmeans"), table)
+    clusters = [set(result[k::3]) for k in range(3)]
     assert all(len(cluster) == 1 for cluster in clusters)
     assert set.union(*clusters) == {0, 1, 2}
 
@@ -285,19 +285,19 @@ def saved(tmp_path) -> Path:
 
 def test_a_changed_file_is_refused_by_its_hash(tmp_path):
     file = saved(tmp_path)
-    said = json.loads(file.read_text())
-    said["parameters"]["thresholds"][0][0] += 1e-6
-    file.write_text(json.dumps(said))
-    with pytest.raises(UserError, match=f"its hash says {said['hash'][:12]} and its content is .* it was changed"):
+    content = json.loads(file.read_text())
+    content["parameters"]["thresholds"][0][0] += 1e-6
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"its hash says {content['hash'][:12]} and its content is .* it was changed"):
         Router.load(file)
 
 
 @pytest.mark.parametrize("key", ["kind", "students", "parameters", "encoder", "hash"])
 def test_every_part_of_the_file_is_needed(key, tmp_path):
     file = saved(tmp_path)
-    said = json.loads(file.read_text())
-    del said[key]
-    file.write_text(json.dumps(said))
+    content = json.loads(file.read_text())
+    del content[key]
+    file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"router\.json: damaged"):
         Router.load(file)
 
@@ -468,12 +468,12 @@ def test_routes_are_kept_by_router_and_prompts(family, tmp_path):
         return encoder(prompts)[1]
 
     routes = router.route_cached(PROMPTS, embed, tmp_path)
-    made = len(calls)
+    calls_made = len(calls)
     assert routes == router.route(PROMPTS, lambda prompts: encoder(prompts)[1])
     assert router.route_cached(PROMPTS, embed, tmp_path) == routes
-    assert len(calls) == made > 0
+    assert len(calls) == calls_made > 0
     assert router.route_cached(PROMPTS[:5], embed, tmp_path) == routes[:5]
-    assert len(calls) == made + 1
+    assert len(calls) == calls_made + 1
     (file, _) = sorted(tmp_path.glob("routes-*.json"), key=lambda path: -path.stat().st_size)
     file.write_text("[0, 1")
     assert router.route_cached(PROMPTS, embed, tmp_path) == routes

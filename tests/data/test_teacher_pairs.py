@@ -38,8 +38,8 @@ def bytes_of(folder):
 def assert_same_tensors(a, b):
     assert {path.name for path in a.iterdir()} == {path.name for path in b.iterdir()}
     for path in a.iterdir():
-        ours, theirs = load_file(path), load_file(b / path.name)
-        assert all(torch.equal(ours[key], theirs[key]) for key in ("noise", "x0"))
+        first, second = load_file(path), load_file(b / path.name)
+        assert all(torch.equal(first[key], second[key]) for key in ("noise", "x0"))
 
 
 def test_a_pair_is_noise_and_the_teachers_deterministic_sample_of_it(family, tmp_path):

@@ -144,8 +144,8 @@ def test_target_is_the_same_for_every_kind_of_teacher(name):
     x_t, weight = schedule.add_noise(y_t, eps, t), schedule.signal_weight(t, s)
     expected = y_t + weight[0] * (x0 - y_t)
     for kind in ("eps", "v", "x0", "flow"):
-        said = schedule.to_x0(schedule.from_x0(x0, kind, x_t, t), kind, x_t, t)
-        torch.testing.assert_close(signal_target(y_t, said, weight), expected, rtol=1e-9, atol=1e-9)
+        prediction = schedule.to_x0(schedule.from_x0(x0, kind, x_t, t), kind, x_t, t)
+        torch.testing.assert_close(signal_target(y_t, prediction, weight), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("stated", "zero"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)])
@@ -358,14 +358,14 @@ def test_velocity_form_is_oftsrs_and_ours():
     s = t * torch.rand(8, dtype=F64, generator=generator)
     V_t, eps = randn(2, 8, 2, 1, 1)
     x_t = eps - (1 - t).reshape(-1, 1, 1, 1) * V_t
-    said = f(x_t, t, {})
-    target = signal_target(eps - V_t, said.x0, schedule.signal_weight(t, s))
+    prediction = f(x_t, t, {})
+    target = signal_target(eps - V_t, prediction.x0, schedule.signal_weight(t, s))
     coefficient = ((t - s) / (1 - s)).reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(eps - target, V_t + coefficient * (said.flow - V_t), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(eps - target, V_t + coefficient * (prediction.flow - V_t), rtol=1e-9, atol=1e-9)
     # the third party's own variables
     tau, v_t = 1 - t, -V_t
     dt, tau_s = t - s, 1 - s
-    v_teacher = -said.flow
+    v_teacher = -prediction.flow
     torch.testing.assert_close(x_t, eps + tau.reshape(-1, 1, 1, 1) * v_t)
     v_boot = v_t + (dt / tau_s).reshape(-1, 1, 1, 1) * (v_teacher - v_t)
     torch.testing.assert_close(-(eps - target), v_boot, rtol=1e-9, atol=1e-9)

@@ -57,9 +57,9 @@ def test_score_form_is_the_gradient_of_the_kl(gaussian):
     g = gaussian
     A, b = g["A"].clone().requires_grad_(), g["b"].clone().requires_grad_()
     eye = torch.eye(D, dtype=torch.float64)
-    own = g["alpha"] ** 2 * A @ A.T + g["sigma"] ** 2 * eye
+    covariance = g["alpha"] ** 2 * A @ A.T + g["sigma"] ** 2 * eye
     kl = torch.distributions.kl_divergence(
-        torch.distributions.MultivariateNormal(g["alpha"] * b, own),
+        torch.distributions.MultivariateNormal(g["alpha"] * b, covariance),
         torch.distributions.MultivariateNormal(g["alpha"] * g["mu"], torch.linalg.inv(g["P"])),
     )
     grad_A, grad_b = torch.autograd.grad(kl, (A, b))

@@ -29,8 +29,8 @@ def ratio(a, mu, mu0=MU0, s=S):
     """The log ratio of actions a (B,) under N(mu, s^2) and N(mu0, s^2), (B, 1): one step."""
     x = torch.as_tensor(a, dtype=F64).reshape(-1, 1)
     std = torch.full((len(x),), s, dtype=F64)
-    mean, theirs = (torch.as_tensor(m, dtype=F64).reshape(1, 1).expand(len(x), 1) for m in (mu, mu0))
-    return gaussian_log_ratio(x, mean, theirs, std)[:, None]
+    mean, reference = (torch.as_tensor(m, dtype=F64).reshape(1, 1).expand(len(x), 1) for m in (mu, mu0))
+    return gaussian_log_ratio(x, mean, reference, std)[:, None]
 
 
 def slope(mu, winners, losers, limit=None, beta=BETA, **policy):
@@ -41,7 +41,7 @@ def slope(mu, winners, losers, limit=None, beta=BETA, **policy):
     return loss.item(), torch.autograd.grad(loss, mu)[0].item()
 
 
-def made(*shape, seed=0, dtype=F64):
+def random_tensor(*shape, seed=0, dtype=F64):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
@@ -74,18 +74,18 @@ def test_at_the_reference_the_loss_is_log_2_and_the_gradient_is_half_its_most():
 
 
 def test_the_log_ratio_is_the_difference_of_two_log_densities():
-    x, mean, theirs = (made(5, 3, 4, 2, seed=seed) for seed in range(3))
+    x, mean, reference = (random_tensor(5, 3, 4, 2, seed=seed) for seed in range(3))
     std = torch.tensor([0.1, 0.5, 1.0, 2.0, 14.6], dtype=F64)
     for reduction in ("mean", "sum"):
-        found = gaussian_log_ratio(x, mean, theirs, std, reduction)
-        ours, other = (gaussian_log_prob(x, m, std, reduction) for m in (mean, theirs))
-        torch.testing.assert_close(found, ours - other, rtol=1e-11, atol=1e-11)
+        result = gaussian_log_ratio(x, mean, reference, std, reduction)
+        ours, other = (gaussian_log_prob(x, m, std, reduction) for m in (mean, reference))
+        torch.testing.assert_close(result, ours - other, rtol=1e-11, atol=1e-11)
         normal = torch.distributions.Normal(mean, std[:, None, None, None]).log_prob(x).flatten(1)
         torch.testing.assert_close(ours, normal.mean(1) if reduction == "mean" else normal.sum(1), rtol=1e-12, atol=0)
 
 
 def test_equal_means_have_log_ratio_exactly_zero():
-    x, mean = made(4, 7, dtype=torch.float32), made(4, 7, seed=1, dtype=torch.float32)
+    x, mean = random_tensor(4, 7, dtype=torch.float32), random_tensor(4, 7, seed=1, dtype=torch.float32)
     assert gaussian_log_ratio(x, mean, mean.clone(), torch.full((4,), 0.03)).tolist() == [0.0] * 4
     assert gaussian_log_ratio(x, mean + 1e-3, mean, torch.full((4,), 0.03)).abs().min() > 0
 
@@ -97,26 +97,26 @@ def test_the_mean_over_dimensions_divides_the_gradient_by_their_number():
     x = torch.tensor([[0.9], [-0.3]], dtype=F64)
     mu = torch.full((1, 12), 0.35, dtype=F64, requires_grad=True)
     std = torch.full((1,), S, dtype=F64)
-    theirs = torch.full((1, 12), MU0, dtype=F64)
+    reference = torch.full((1, 12), MU0, dtype=F64)
     gradients = {}
     for reduction in ("mean", "sum"):
         winner, loser = (
-            gaussian_log_ratio(a.expand(1, 12), mu, theirs, std, reduction)[:, None] for a in (x[:1], x[1:])
+            gaussian_log_ratio(a.expand(1, 12), mu, reference, std, reduction)[:, None] for a in (x[:1], x[1:])
         )
         z = (BETA * (winner - loser)).item()
         assert z == pytest.approx(1.1020408 * (1 if reduction == "mean" else 12), rel=1e-7)
         gradients[reduction] = torch.autograd.grad(preference_loss(winner, loser, BETA), mu)[0]
     torch.testing.assert_close(gradients["mean"], torch.full((1, 12), -1.8320158 / 12, dtype=F64), rtol=1e-7, atol=0)
-    wanted = -BETA * 1.2 / S**2 / (1 + math.exp(12 * 1.1020408163265305))
-    torch.testing.assert_close(gradients["sum"], torch.full((1, 12), wanted, dtype=F64), rtol=1e-10, atol=0)
+    expected = -BETA * 1.2 / S**2 / (1 + math.exp(12 * 1.1020408163265305))
+    torch.testing.assert_close(gradients["sum"], torch.full((1, 12), expected, dtype=F64), rtol=1e-10, atol=0)
 
 
 def test_tiling_a_picture_leaves_the_means_loss_and_multiplies_the_sums_logit():
-    x, other, mean, theirs = (made(3, 2, 4, 4, seed=seed) for seed in range(4))
+    x, other, mean, reference = (random_tensor(3, 2, 4, 4, seed=seed) for seed in range(4))
     std = torch.tensor([0.4, 1.0, 3.0], dtype=F64)
 
     def logit(reduction, times):
-        tiled = [part.repeat(1, 1, times, times) for part in (x, other, mean, theirs)]
+        tiled = [part.repeat(1, 1, times, times) for part in (x, other, mean, reference)]
         winner, loser = (gaussian_log_ratio(part, *tiled[2:], std, reduction)[:, None] for part in tiled[:2])
         return winner - loser, preference_loss(winner, loser, 0.7)
 
@@ -156,8 +156,8 @@ def test_bradley_terry_labels_of_a_linear_reward_lead_to_the_kl_regularised_opti
 def test_one_pair_with_label_noise_is_stationary_where_sigmoid_z_is_its_share(share):
     right, wrong = round(10 * share), round(10 * (1 - share))
     winners, losers = [0.9] * right + [-0.3] * wrong, [-0.3] * right + [0.9] * wrong
-    found = root(lambda mu: slope(mu, winners, losers)[1], -2.0, 3.0)
-    assert found == pytest.approx(MU0 + S**2 * math.log(share / (1 - share)) / (BETA * 1.2), abs=1e-10)
+    result = root(lambda mu: slope(mu, winners, losers)[1], -2.0, 3.0)
+    assert result == pytest.approx(MU0 + S**2 * math.log(share / (1 - share)) / (BETA * 1.2), abs=1e-10)
 
 
 def test_hard_labels_have_no_optimum():
@@ -205,16 +205,16 @@ def test_near_the_reference_the_clamp_does_nothing():
 
 
 def log_ratios(pairs=6, moves=3):
-    return made(pairs, moves, seed=1), made(pairs, moves, seed=2)
+    return random_tensor(pairs, moves, seed=1), random_tensor(pairs, moves, seed=2)
 
 
 @pytest.mark.parametrize("over_steps", ["step", "sum"])
 def test_swapping_winner_and_loser_turns_the_logit(over_steps):
     winner, loser = log_ratios()
     logit = BETA * (winner - loser)
-    wanted = logit.mean() if over_steps == "step" else logit.sum(1).mean()
+    expected = logit.mean() if over_steps == "step" else logit.sum(1).mean()
     swapped = preference_loss(loser, winner, BETA, over_steps)
-    torch.testing.assert_close(swapped - preference_loss(winner, loser, BETA, over_steps), wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(swapped - preference_loss(winner, loser, BETA, over_steps), expected, rtol=1e-12, atol=0)
 
 
 def test_swapping_at_the_reference_turns_the_gradient_so_that_random_labels_teach_nothing():
@@ -254,7 +254,7 @@ def test_adding_to_both_sides_changes_nothing():
 
 def test_by_jensen_the_moves_mean_at_m_beta_is_above_the_sums_loss():
     for seed in range(20):
-        winner, loser = made(1, 3, seed=seed), made(1, 3, seed=100 + seed)
+        winner, loser = random_tensor(1, 3, seed=seed), random_tensor(1, 3, seed=100 + seed)
         assert preference_loss(winner, loser, 3 * BETA) > preference_loss(winner, loser, BETA, "sum")
     winner, loser = winner[:, :1].expand(1, 3), loser[:, :1].expand(1, 3)
     torch.testing.assert_close(preference_loss(winner, loser, 3 * BETA), preference_loss(winner, loser, BETA, "sum"))
@@ -303,29 +303,29 @@ def test_ties_alone_give_loss_and_gradient_zero():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_worked_on_in_float32(dtype):
-    x, mean, theirs = (made(2, 4, 8, 8, seed=seed, dtype=torch.float32).to(dtype) for seed in range(3))
+    x, mean, reference = (random_tensor(2, 4, 8, 8, seed=seed, dtype=torch.float32).to(dtype) for seed in range(3))
     std = torch.tensor([0.3, 0.97], dtype=F64)
-    whole = [part.float() for part in (x, mean, theirs)]
+    whole = [part.float() for part in (x, mean, reference)]
     for reduction in ("mean", "sum"):
-        found = gaussian_log_prob(x, mean, std, reduction)
-        assert found.dtype == torch.float32
-        assert torch.equal(found, gaussian_log_prob(*whole[:2], std, reduction))
-        found = gaussian_log_ratio(x, mean, theirs, std, reduction)
-        assert found.dtype == torch.float32
-        assert torch.equal(found, gaussian_log_ratio(*whole, std, reduction))
+        result = gaussian_log_prob(x, mean, std, reduction)
+        assert result.dtype == torch.float32
+        assert torch.equal(result, gaussian_log_prob(*whole[:2], std, reduction))
+        result = gaussian_log_ratio(x, mean, reference, std, reduction)
+        assert result.dtype == torch.float32
+        assert torch.equal(result, gaussian_log_ratio(*whole, std, reduction))
         assert torch.equal(reduce_dims(x, reduction), reduce_dims(whole[0], reduction))
 
 
 def test_float32_keeps_the_small_difference_of_two_large_sums():
     """65,536 dimensions whose means are 1e-5 apart: the difference of two float32 log densities is noise."""
-    x, mean = made(1, 4, 128, 128), made(1, 4, 128, 128, seed=1)
-    theirs = mean + 1e-5 * made(1, 4, 128, 128, seed=2)
+    x, mean = random_tensor(1, 4, 128, 128), random_tensor(1, 4, 128, 128, seed=1)
+    reference = mean + 1e-5 * random_tensor(1, 4, 128, 128, seed=2)
     std = torch.tensor([0.5], dtype=F64)
-    singles = [part.float() for part in (x, mean, theirs)]
+    singles = [part.float() for part in (x, mean, reference)]
     exact = gaussian_log_ratio(*(part.double() for part in singles), std, "sum").item()
-    found = gaussian_log_ratio(*singles, std, "sum").item()
+    result = gaussian_log_ratio(*singles, std, "sum").item()
     naive = [gaussian_log_prob(singles[0], m, std, "sum").item() for m in singles[1:]]
-    assert abs(found - exact) < 1e-4 * abs(exact)
+    assert abs(result - exact) < 1e-4 * abs(exact)
     assert abs(naive[0] - naive[1] - exact) > 1e-2 * abs(exact)
 
 
@@ -333,12 +333,12 @@ def test_float32_keeps_the_small_difference_of_two_large_sums():
 
 
 def test_the_denoising_log_ratio_by_hand_and_its_factors():
-    error, theirs = torch.tensor([0.3, 1.0], dtype=F64), torch.tensor([0.5, 0.2], dtype=F64)
-    assert denoising_log_ratio(error, theirs).tolist() == pytest.approx([0.1, -0.4], rel=1e-14)
-    assert denoising_log_ratio(error, theirs, 1.0).tolist() == pytest.approx([0.2, -0.8], rel=1e-14)
+    error, reference = torch.tensor([0.3, 1.0], dtype=F64), torch.tensor([0.5, 0.2], dtype=F64)
+    assert denoising_log_ratio(error, reference).tolist() == pytest.approx([0.1, -0.4], rel=1e-14)
+    assert denoising_log_ratio(error, reference, 1.0).tolist() == pytest.approx([0.2, -0.8], rel=1e-14)
     factor = torch.tensor([2.0, 3.0], dtype=F64)
-    assert denoising_log_ratio(error, theirs, factor).tolist() == pytest.approx([0.4, -2.4], rel=1e-14)
-    (m_w, m_l), (r_w, r_l) = error.tolist(), theirs.tolist()
+    assert denoising_log_ratio(error, reference, factor).tolist() == pytest.approx([0.4, -2.4], rel=1e-14)
+    (m_w, m_l), (r_w, r_l) = error.tolist(), reference.tolist()
     logit = BETA * (denoising_log_ratio(scalar(m_w), scalar(r_w)) - denoising_log_ratio(scalar(m_l), scalar(r_l)))
     assert logit.item() == pytest.approx(-0.5 * BETA * ((m_w - r_w) - (m_l - r_l)), rel=1e-14)  # 2311.12908
 
@@ -347,18 +347,20 @@ def test_the_denoising_log_ratio_by_hand_and_its_factors():
 def test_eps_x0_and_v_errors_agree_after_their_weights(level):
     """``|eps|^2 = SNR |x0|^2`` and ``|v|^2 = |x0|^2 / sigma^2`` of errors at one x_t."""
     schedule = linear_betas()
-    x0, eps, said, theirs = (made(3, 2, 4, 4, seed=seed) for seed in range(4))
+    x0, eps, tuned, reference = (random_tensor(3, 2, 4, 4, seed=seed) for seed in range(4))
     t = torch.full((3,), level)
     alpha, sigma = schedule.alpha_sigma(t)
     x_t = schedule.add_noise(x0, eps, t)
-    found = {}
+    result = {}
     for kind, factor in (("eps", 0.5), ("x0", 0.5 * (alpha / sigma) ** 2), ("v", 0.5 * alpha**2)):
-        aim = schedule.target(x0, eps, kind, x_t, t)
-        errors = [reduce_dims((schedule.from_x0(p, kind, x_t, t) - aim).square(), "mean") for p in (said, theirs)]
-        found[kind] = denoising_log_ratio(*errors, factor)
-    assert found["eps"].abs().min() > 1e-5
-    torch.testing.assert_close(found["x0"], found["eps"], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found["v"], found["eps"], rtol=1e-9, atol=1e-12)
+        target = schedule.target(x0, eps, kind, x_t, t)
+        errors = [
+            reduce_dims((schedule.from_x0(p, kind, x_t, t) - target).square(), "mean") for p in (tuned, reference)
+        ]
+        result[kind] = denoising_log_ratio(*errors, factor)
+    assert result["eps"].abs().min() > 1e-5
+    torch.testing.assert_close(result["x0"], result["eps"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(result["v"], result["eps"], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("t", "following"), [(999, 749), (749, 499), (499, 249)])
@@ -368,15 +370,15 @@ def test_the_denoising_ratio_with_the_snr_factor_is_the_transitions_expected_log
     schedule = linear_betas()
     (alpha, sigma), (alpha_next, sigma_next) = (schedule.alpha_sigma(torch.tensor([k])) for k in (t, following))
     z = sigma_points(5)
-    x0, said, theirs = (made(1, 5, seed=seed) for seed in range(3))
+    x0, tuned, reference = (random_tensor(1, 5, seed=seed) for seed in range(3))
     x = alpha_next * x0 + sigma_next * z
-    means = [(alpha_next * p).expand_as(x) for p in (said, theirs)]
-    found = gaussian_log_ratio(x, *means, sigma_next.expand(len(z)), "sum")
-    errors = [reduce_dims((alpha / sigma * (x0 - p)).square(), "sum") for p in (said, theirs)]
+    means = [(alpha_next * p).expand_as(x) for p in (tuned, reference)]
+    result = gaussian_log_ratio(x, *means, sigma_next.expand(len(z)), "sum")
+    errors = [reduce_dims((alpha / sigma * (x0 - p)).square(), "sum") for p in (tuned, reference)]
     snr, snr_next = (alpha / sigma) ** 2, (alpha_next / sigma_next) ** 2
-    wanted = denoising_log_ratio(*errors, snr_next / (2 * snr))
-    assert found.std() > 0.1
-    torch.testing.assert_close(found.mean(0, keepdim=True), wanted, rtol=1e-9, atol=1e-12)
+    expected = denoising_log_ratio(*errors, snr_next / (2 * snr))
+    assert result.std() > 0.1
+    torch.testing.assert_close(result.mean(0, keepdim=True), expected, rtol=1e-9, atol=1e-12)
 
 
 # -- the score ---------------------------------------------------------------------------------------------
@@ -390,7 +392,9 @@ def test_the_expected_score_is_zero_and_its_square_the_fisher_information():
     x = math.sin(theta) + std * nodes[:, None]
     scores = torch.func.vmap(
         torch.func.grad(
-            lambda own, x: gaussian_log_prob(x[None], own.sin().reshape(1, 1), torch.tensor([std], dtype=F64))[0]
+            lambda parameter, x: gaussian_log_prob(
+                x[None], parameter.sin().reshape(1, 1), torch.tensor([std], dtype=F64)
+            )[0]
         ),
         in_dims=(None, 0),
     )(torch.tensor(theta, dtype=F64), x)

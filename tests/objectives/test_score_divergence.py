@@ -254,8 +254,8 @@ def test_sid_is_the_form_that_its_authors_compute(alpha):
     x0, teacher = pair()
     fake, _ = pair(seed=1)
     t = torch.ones(len(x0), dtype=F64)
-    said = [Prediction(EDMSchedule(), x0, t, m, "x0") for m in (teacher, fake)]
-    ours = sid_loss(*score_terms(*said, x0, "x0"), alpha) * sid_weight(x0, teacher)
-    theirs = (teacher - fake) * ((teacher - x0) - alpha * (teacher - fake))
-    theirs = theirs / (x0 - teacher).abs().mean((1, 2, 3), keepdim=True)
-    torch.testing.assert_close(ours, theirs.sum((1, 2, 3)))
+    predictions = [Prediction(EDMSchedule(), x0, t, m, "x0") for m in (teacher, fake)]
+    ours = sid_loss(*score_terms(*predictions, x0, "x0"), alpha) * sid_weight(x0, teacher)
+    formula = (teacher - fake) * ((teacher - x0) - alpha * (teacher - fake))
+    formula = formula / (x0 - teacher).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(ours, formula.sum((1, 2, 3)))

@@ -11,7 +11,7 @@ from stepdistill.objectives.variational import variational_score_gradient
 F64 = torch.float64
 
 
-def said(g):
+def predictions(g):
     x0 = (g.z @ g.B.T + g.a).detach()
     x_t = g.schedule.add_noise(x0, g.n, g.t)
     return x0, g.teacher(x_t, g.t, {}), g.fake_score(x_t, g.t, {})
@@ -20,7 +20,7 @@ def said(g):
 def test_expected_gradient_is_the_sheets(gaussians):
     """w sigma alpha Q^-1 (a - m) and w sigma alpha (Q^-1 - P^-1) B with w = sigma^2."""
     g = gaussians
-    _, teacher, fake = said(g)
+    _, teacher, fake = predictions(g)
     gradient = variational_score_gradient(teacher.eps, fake.eps, g.sigma.expand(len(g.z)))
     factor = g.sigma**3 * g.alpha
     # the linear map multiplies a difference of two predictions, so the tolerance is absolute in its size
@@ -32,7 +32,7 @@ def test_expected_gradient_is_the_sheets(gaussians):
 
 def test_it_is_sigma_cubed_times_the_score_difference(gaussians):
     g = gaussians
-    _, teacher, fake = said(g)
+    _, teacher, fake = predictions(g)
     gradient = variational_score_gradient(teacher.eps, fake.eps, g.sigma.expand(len(g.z)))
     torch.testing.assert_close(gradient, g.sigma**3 * (fake.score - teacher.score), rtol=1e-6, atol=1e-9)
 
@@ -40,7 +40,7 @@ def test_it_is_sigma_cubed_times_the_score_difference(gaussians):
 def test_fake_scores_optimum_is_the_students_exact_eps(gaussians):
     """e = sigma P^-1 (x - alpha a): stationary in every affine direction, with or without the alpha^2 weight."""
     g = gaussians
-    x0, _, fake = said(g)
+    x0, _, fake = predictions(g)
     x_t = g.schedule.add_noise(x0, g.n, g.t)
     torch.testing.assert_close(fake.eps, g.sigma * (x_t - g.alpha * g.a.detach()) @ g.P_inverse, rtol=1e-6, atol=1e-9)
     weight = (g.alpha**2).expand(len(x0))

@@ -172,28 +172,28 @@ def test_a_lora_on_top_leaves_the_one_below_alone_and_both_are_exported_as_one(s
     below = {k: p.clone() for k, p in roles.student.switch.parameters("under").items()}
     out = ask(roles.student, family)
     out.square().mean().backward()
-    own = roles.student.parameters()
-    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in own.values())
+    trained = roles.student.parameters()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
     assert all(p.grad is None for p in roles.student.switch.parameters("under").values())
-    assert not own.keys() & below.keys()
+    assert not trained.keys() & below.keys()
     shake(roles.student, 2)
     role = roles.student
     half = {}
     with torch.no_grad(), role.switch.scaled("student", 0.5):
-        half["said"] = ask(role, family)
+        half["output"] = ask(role, family)
         half["plain"] = role.plain_state_dict()
         half["lora"] = role.switch.lora("student")
     with torch.no_grad():
-        assert not torch.allclose(ask(role, family), half["said"], atol=1e-3)
+        assert not torch.allclose(ask(role, family), half["output"], atol=1e-3)
     assert half["lora"].rank == 6
     half["lora"].save(tmp_path, "unet")
     again, loaded = roles_under(teacher, tmp_path, lora_from=str(tmp_path))
     with torch.no_grad():
-        torch.testing.assert_close(ask(loaded.student, again), half["said"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(ask(loaded.student, again), half["output"], rtol=0, atol=1e-5)
     network = family.fresh_network()
     network.load_state_dict(half["plain"])
     with torch.no_grad():
-        torch.testing.assert_close(ask(family.denoiser(network), family), half["said"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(ask(family.denoiser(network), family), half["output"], rtol=0, atol=1e-5)
     assert all(torch.equal(p, below[k]) for k, p in role.switch.parameters("under").items())
 
 
@@ -232,14 +232,14 @@ def test_what_is_no_lora_of_this_teacher_is_refused(student, tmp_path):
 def lora_file(folder, change=None, metadata=None, keep_digest=False):
     """A small LoRA of one module, after ``change(tensors)`` and with ``metadata`` in place of its own."""
     file = LoRA(2, 4.0, {"a.b": (torch.ones(2, 3), torch.ones(5, 2))}).save(folder, "unet")
-    tensors, said = read_tensors(file)
+    tensors, written = read_tensors(file)
     if not keep_digest:
-        del said["sha256"]
+        del written["sha256"]
     if change is not None:
         change(tensors)
     if metadata is not None:
-        said["lora_adapter_metadata"] = metadata
-    save_file(tensors, file, said)
+        written["lora_adapter_metadata"] = metadata
+    save_file(tensors, file, written)
     return file
 
 

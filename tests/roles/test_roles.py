@@ -72,7 +72,7 @@ def build(name: str, weights: str):
 
 
 @pytest.fixture(params=[(f, m) for f in FAMILIES for m in MODES], ids=lambda p: "-".join(p))
-def made(request):
+def built(request):
     """A family, an untouched copy of its network, and roles that differ from one another."""
     family, untouched, roles = copy.deepcopy(build(*request.param))
     assert roles.family is family
@@ -92,8 +92,8 @@ def test_before_training_all_roles_are_the_teacher():
                 torch.testing.assert_close(role(*call).output, expected, rtol=0, atol=2e-6)
 
 
-def test_the_teacher_is_bit_equal_to_the_untouched_network(made):
-    family, untouched, roles = made
+def test_the_teacher_is_bit_equal_to_the_untouched_network(built):
+    family, untouched, roles = built
     x, t, condition = inputs(family)
     expected = family.forward(untouched, x, t, condition)
     for _ in range(2):
@@ -103,8 +103,8 @@ def test_the_teacher_is_bit_equal_to_the_untouched_network(made):
     assert torch.equal(family.denoiser()(x, t, condition).output, expected)
 
 
-def test_student_and_fake_score_differ_from_the_teacher_and_each_other(made):
-    family, _, roles = made
+def test_student_and_fake_score_differ_from_the_teacher_and_each_other(built):
+    family, _, roles = built
     call = inputs(family)
     outputs = [role(*call).output for role in (roles.teacher, roles.student, roles.fake_score)]
     for i in range(3):
@@ -119,8 +119,8 @@ def separate(family, role) -> nn.Module:
     return network.eval()
 
 
-def test_merged_weights_are_the_adapters_own_output(made):
-    family, untouched, roles = made
+def test_merged_weights_are_the_adapters_own_output(built):
+    family, untouched, roles = built
     x, t, condition = inputs(family)
     for role in (roles.student, roles.fake_score, roles.teacher):
         merged = role.plain_state_dict()
@@ -136,9 +136,9 @@ def test_merged_weights_are_the_adapters_own_output(made):
         assert torch.equal(value, untouched.state_dict()[key])
 
 
-def test_roles_between_forward_and_backward_do_not_mix_gradients(made):
+def test_roles_between_forward_and_backward_do_not_mix_gradients(built):
     """Forward student, forward fake score, then both backwards: each as if it had a network of its own."""
-    family, _, roles = made
+    family, _, roles = built
     x, t, condition = inputs(family)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
     ask = {"student": roles.student, "fake_score": roles.fake_score}
@@ -155,9 +155,9 @@ def test_roles_between_forward_and_backward_do_not_mix_gradients(made):
         alone = separate(family, role).requires_grad_(True)
         loss(family.forward(alone, x, t, condition)).backward()
         weights = {k: p.grad for k, p in alone.named_parameters() if p.grad is not None}
-        for key, expected in own_gradients(role, weights).items():
-            found = role.parameters()[key].grad
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()) + 1e-6)
+        for key, expected in separate_gradients(role, weights).items():
+            gradient = role.parameters()[key].grad
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()) + 1e-6)
         assert sum(float(p.grad.abs().sum()) for p in role.parameters().values() if p.grad is not None) > 1
     trained = {id(p) for role in ask.values() for p in role.parameters().values()}
     for key, parameter in family.network.named_parameters():
@@ -165,7 +165,7 @@ def test_roles_between_forward_and_backward_do_not_mix_gradients(made):
             assert parameter.grad is None, f"the frozen {key} has a gradient"
 
 
-def own_gradients(role, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def separate_gradients(role, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The gradients of a role's parameters from those of the whole weights W: of B they are scale dL/dW A^T."""
     if role.adapter is None:
         return weights
@@ -203,8 +203,8 @@ def test_nested_calls_restore_the_outer_adapter(weights):
             assert all(layer._disable_adapters for layer in switch.layers)
 
 
-def test_switching_never_touches_requires_grad(made):
-    family, _, roles = made
+def test_switching_never_touches_requires_grad(built):
+    family, _, roles = built
     before = {k: p.requires_grad for k, p in family.network.named_parameters()}
     call = inputs(family)
     for role in (roles.student, roles.teacher, roles.fake_score, roles.student):
@@ -243,8 +243,8 @@ def test_adapters_of_a_half_precision_teacher_are_float32_masters():
 # -- saving and loading ------------------------------------------------------------------------------------
 
 
-def test_state_round_trip(made):
-    family, _, roles = made
+def test_state_round_trip(built):
+    family, _, roles = built
     call = inputs(family)
     for role in roles.trained():
         saved = {k: v.clone() for k, v in role.state_dict().items()}
@@ -255,8 +255,8 @@ def test_state_round_trip(made):
         assert torch.equal(role(*call).output, expected)
 
 
-def test_loading_is_strict(made):
-    _, _, roles = made
+def test_loading_is_strict(built):
+    _, _, roles = built
     for role in roles.trained():
         saved = {k: v.clone() for k, v in role.state_dict().items()}
         first = next(iter(saved))
@@ -276,8 +276,8 @@ def test_a_fake_score_goes_on_with_that_of_another_runs_newest_checkpoint(weight
         shake(first.fake_score, step)
         checkpoint.save(tmp_path / "checkpoints", step, {"fake_score": first.fake_score.state_dict()}, {}, 2)
     family = unet2d()
-    own = RolesSettings(weights=weights, lora=LoRASettings(rank=2, alpha=3.0), fake_score_from=str(tmp_path))
-    again = Roles(family, own)
+    result = RolesSettings(weights=weights, lora=LoRASettings(rank=2, alpha=3.0), fake_score_from=str(tmp_path))
+    again = Roles(family, result)
     call = inputs(family)
     torch.testing.assert_close(again.fake_score(*call).output, first.fake_score(*call).output)
     assert (again.fake_score(*call).output - again.teacher(*call).output).abs().max() > 1e-3
@@ -285,10 +285,10 @@ def test_a_fake_score_goes_on_with_that_of_another_runs_newest_checkpoint(weight
 
 
 def test_the_students_lora_may_be_another_than_the_fake_scores():
-    own = RolesSettings(
+    result = RolesSettings(
         weights="shared", lora=LoRASettings(rank=2), student_lora=LoRASettings(rank=3, alpha=6.0, targets=["to_q"])
     )
-    roles = Roles(unet2d(), own)
+    roles = Roles(unet2d(), result)
     ranks = [{len(p) for k, p in role.parameters().items() if "lora_A" in k} for role in roles.trained()]
     assert ranks == [{3}, {2}]
     assert all(".to_q." in key for key in roles.student.parameters())
@@ -347,7 +347,7 @@ def test_ema_is_one_update_ahead_of_diffusers():
     """Its decay after n updates is EMAModel's after n + 1."""
     role = Roles(unet2d(), settings("full")).student
     ema = EMA(role, 0.9999)
-    theirs = EMAModel(role.network.parameters(), decay=0.9999)
+    average = EMAModel(role.network.parameters(), decay=0.9999)
     key, parameter = next(iter(role.parameters().items()))
     decays = []
     for _ in range(5):
@@ -356,8 +356,8 @@ def test_ema_is_one_update_ahead_of_diffusers():
             parameter.fill_(1.0)
         ema.update()
         decays.append(1 - ema.shadow[key].mean().item())
-    assert decays == pytest.approx([theirs.get_decay(n + 1) for n in range(1, 6)])
-    assert theirs.get_decay(1) == 0
+    assert decays == pytest.approx([average.get_decay(n + 1) for n in range(1, 6)])
+    assert average.get_decay(1) == 0
 
 
 @pytest.mark.parametrize("weights", ["full", "shared"])
@@ -368,12 +368,12 @@ def test_applied_computes_with_the_average_and_restores_exactly(weights):
     call = inputs(family)
     averaged = role(*call).output.detach()  # nothing has moved yet
     shake(role, 3)
-    before, own = {k: p.detach().clone() for k, p in role.parameters().items()}, role(*call).output.detach()
+    before, result = {k: p.detach().clone() for k, p in role.parameters().items()}, role(*call).output.detach()
     identities = [id(p) for p in role.parameters().values()]
     with contextlib.suppress(KeyError), ema.applied():
         assert torch.equal(role(*call).output, averaged)
         raise KeyError
-    assert torch.equal(role(*call).output, own)
+    assert torch.equal(role(*call).output, result)
     assert all(torch.equal(p, before[k]) for k, p in role.parameters().items())
     assert [id(p) for p in role.parameters().values()] == identities
 

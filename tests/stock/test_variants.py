@@ -222,11 +222,11 @@ def test_an_exported_student_says_the_variant_and_the_benchmark_takes_it(folders
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(raw))
     student = export_student(trainer.family, trainer.roles.student, trainer.sampler, run / "student", facts)
-    asked, hub_folder = [], inference.hub_folder
-    monkeypatch.setattr(inference, "hub_folder", lambda *place: asked.append(place) or hub_folder(*place))
+    lookups, hub_folder = [], inference.hub_folder
+    monkeypatch.setattr(inference, "hub_folder", lambda *place: lookups.append(place) or hub_folder(*place))
     case = inference.load_inference(str(student), None, "cpu", torch.float32, teacher_steps=2)
     assert torch.equal(weight_of(case.teacher.denoiser), EMA)
-    assert asked == [(str(folders["both"]), "v2")]
+    assert lookups == [(str(folders["both"]), "v2")]
     (run / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"was distilled from both, which is no folder here .*; name it by --teacher"):
         inference.load_inference(str(student), None, "cpu", torch.float32)

@@ -17,7 +17,7 @@ SIZES = {"train": 4, "test": 3}
 
 def files(**changes):
     """The package's files with a few pictures each; the pixels say which picture and which place they are."""
-    made, at = {}, 0
+    contents, at = {}, 0
     for split, (names, labels) in SPLITS.items():
         count = SIZES[split]
         for name in names:
@@ -27,10 +27,10 @@ def files(**changes):
             rows[:, :, 2] = np.arange(1024) % 32
             buffer = io.BytesIO()
             Image.fromarray(rows).save(buffer, "PNG")
-            made[name] = buffer.getvalue()
+            contents[name] = buffer.getvalue()
             at += count
-        made[labels] = json.dumps([i % 10 for i in range(count * len(names))]).encode()
-    return {**made, **changes}
+        contents[labels] = json.dumps([i % 10 for i in range(count * len(names))]).encode()
+    return {**contents, **changes}
 
 
 def tarball(path, contents):

@@ -79,12 +79,12 @@ def test_a_gradient_that_is_not_finite_spoils_no_teacher(tmp_path, monkeypatch, 
         return loss(*arguments) * (float("nan") if len(calls) - 1 in broken else 1)
 
     monkeypatch.setattr(class_conditional, "denoising_loss", sometimes)
-    made = config(tmp_path, "teacher", steps=20)
+    settings = config(tmp_path, "teacher", steps=20)
     if ends:
-        network = load_family(str(train_teacher(made))).network
+        network = load_family(str(train_teacher(settings))).network
         assert all(value.isfinite().all() for value in network.state_dict().values())
         return
     with pytest.raises(UserError, match=r"stopped at step 12: 10 non-finite gradients in a row; lower lr") as stop:
-        train_teacher(made)
+        train_teacher(settings)
     partial = str(stop.value).rpartition("what was saved last is in ")[2]
     assert all(value.isfinite().all() for value in load_file(partial).values())

@@ -34,9 +34,9 @@ NAMES = ["red heart", "blue heart", "grinning face", "cat face", "up arrow", "cl
 
 
 def entries():
-    made = [Entry(caption_of(n, s), n, s, ["round", "small"]) for n in NAMES for s in ("noto", "flat")]
-    made[-1].split, made[0].split = "held-out-name", "held-out-pair"
-    return made
+    result = [Entry(caption_of(n, s), n, s, ["round", "small"]) for n in NAMES for s in ("noto", "flat")]
+    result[-1].split, result[0].split = "held-out-name", "held-out-pair"
+    return result
 
 
 @pytest.fixture
@@ -140,8 +140,8 @@ def test_the_command_writes_pictures_captions_and_prompts(sources, drawn, tmp_pa
 def test_styles_and_words_may_be_left_out(sources, drawn, tmp_path):
     emoji.make_emoji(*sources, tmp_path / "all", size=8)
     whole = {e.caption: e for e in captioned.read_pictures(tmp_path / "all")[1]}
-    said = ("--icons", sources[0], "--keywords", sources[1], "--output", tmp_path / "some")
-    answer = stepdistill("teacher", "emoji", *said, "--styles", "noto, flat", "--without", "heart")
+    arguments = ("--icons", sources[0], "--keywords", sources[1], "--output", tmp_path / "some")
+    answer = stepdistill("teacher", "emoji", *arguments, "--styles", "noto, flat", "--without", "heart")
     assert answer.code == 0, answer.err
     some = {e.caption: e for e in captioned.read_pictures(tmp_path / "some")[1]}
     assert {c for c, e in whole.items() if e.style in ("noto", "flat") and "heart" not in e.name} == set(some)
@@ -149,9 +149,9 @@ def test_styles_and_words_may_be_left_out(sources, drawn, tmp_path):
     assert "red heart, noto style" not in some
     owed = json.loads((tmp_path / "some/captions.json").read_text())["credits"]
     assert [line["style"] for line in owed] == ["noto", "flat"]
-    assert "the styles are noto, blob," in stepdistill("teacher", "emoji", *said, "--styles", "noto,nota").error
+    assert "the styles are noto, blob," in stepdistill("teacher", "emoji", *arguments, "--styles", "noto,nota").error
     words = ",".join({w for e in whole.values() for w in e.name.split()})
-    assert "no picture is left" in stepdistill("teacher", "emoji", *said, "--without", words).error
+    assert "no picture is left" in stepdistill("teacher", "emoji", *arguments, "--without", words).error
 
 
 def test_held_out_names_and_pairs_are_stable_and_of_the_wanted_kind():
@@ -161,9 +161,9 @@ def test_held_out_names_and_pairs_are_stable_and_of_the_wanted_kind():
     of_names = {}
     for (name, _), part in zip(pairs, parts, strict=True):
         of_names.setdefault(name, set()).add(part)
-    whole = [n for n, found in of_names.items() if "held-out-name" in found]
+    whole = [n for n, splits in of_names.items() if "held-out-name" in splits]
     assert all(of_names[n] == {"held-out-name"} for n in whole)
-    assert all("train" in found for found in of_names.values() if "held-out-pair" in found)
+    assert all("train" in splits for splits in of_names.values() if "held-out-pair" in splits)
     assert 8 <= len(whole) <= 35
     assert 0.03 < parts.count("held-out-pair") / len(parts) < 0.07
     assert set(emoji.split_pairs([("alone", "noto")], share=0.999)) <= {"train", "held-out-name"}
@@ -214,20 +214,20 @@ def test_the_commands_say_what_is_wrong_in_one_line(tmp_path):
 
 def test_the_tokenizer_learns_words_and_survives_saving(tmp_path):
     texts = [entry.caption for entry in entries()] * 3
-    made = build_tokenizer(texts, 600, 12)
-    assert made.tokenize("heart") == ["heart</w>"]
-    assert made("Red  heart, noto style").input_ids == made("red heart, noto style").input_ids
-    assert made.unk_token_id not in made("zebra ☃ 42", add_special_tokens=False).input_ids
-    assert made.decode(made("zebra ☃!").input_ids, skip_special_tokens=True) == "zebra ☃!"
-    assert len(made) <= 600
-    made.save_pretrained(tmp_path / "saved")
+    result = build_tokenizer(texts, 600, 12)
+    assert result.tokenize("heart") == ["heart</w>"]
+    assert result("Red  heart, noto style").input_ids == result("red heart, noto style").input_ids
+    assert result.unk_token_id not in result("zebra ☃ 42", add_special_tokens=False).input_ids
+    assert result.decode(result("zebra ☃!").input_ids, skip_special_tokens=True) == "zebra ☃!"
+    assert len(result) <= 600
+    result.save_pretrained(tmp_path / "saved")
     loaded = CLIPTokenizer.from_pretrained(tmp_path / "saved")
-    assert loaded.get_vocab() == made.get_vocab()
+    assert loaded.get_vocab() == result.get_vocab()
     for text in [*texts, "", "Zebra ☃, no style", "x" * 50]:
         options = {"padding": "max_length", "truncation": True, "max_length": loaded.model_max_length}
-        assert loaded(text, **options).input_ids == made(text, **options).input_ids
+        assert loaded(text, **options).input_ids == result(text, **options).input_ids
         assert len(loaded(text, **options).input_ids) == 12
-    assert loaded("").input_ids == [len(made) - 2, len(made) - 1]
+    assert loaded("").input_ids == [len(result) - 2, len(result) - 1]
 
 
 def test_standardised_latents_decode_to_the_same_pictures():
@@ -284,8 +284,8 @@ def test_a_stopped_training_goes_on_to_the_same_weights(data, tmp_path, monkeypa
     facts = family.network.config["_stepdistill"]
     assert facts["trained_steps"] == 2
     called = config(data, whole).samples
-    said = StockPipeline.load(whole)
-    assert (said.default_steps, said.default_guidance) == (called.steps, called.guidance_scale)
+    arguments = StockPipeline.load(whole)
+    assert (arguments.default_steps, arguments.default_guidance) == (called.steps, called.guidance_scale)
     assert facts["config"]["denoiser"]["block_channels"] == [16, 16]
     pictures = {path.name for path in (tmp_path / "whole.work/pictures").iterdir()}
     assert pictures == {"vae-1.png", "vae.png", "samples-1.png", "samples.png"}
@@ -336,8 +336,8 @@ def test_latents_are_of_this_vae_and_these_pictures(data, tmp_path, capsys):
     assert not torch.allclose(first, second, atol=0.1)
     vae = load_vae(work / "vae")
     images, words = captioned.read_pictures(data)
-    kept = [i for i, entry in enumerate(words) if entry.split == "train"]
-    pixels = torch.from_numpy(images[kept]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    training = [i for i, entry in enumerate(words) if entry.split == "train"]
+    pixels = torch.from_numpy(images[training]).permute(0, 3, 1, 2).float() / 127.5 - 1
     torch.testing.assert_close(autoencoder.encode_all(vae, pixels), second)
     captioned.write_pictures(data, images[:-2], words[:-2], [])
     train_text_teacher(check(TextTeacherConfig, other, "test"))
@@ -348,18 +348,18 @@ def test_the_loss_weight_is_one_at_pure_noise_and_capped_below():
     schedule = from_scheduler(text_teacher_scheduler())[0]
     t = torch.arange(1000)
     alpha, sigma = schedule.alpha_sigma(t)
-    found = capped_snr_weight(schedule, t, 5.0).double()
+    splits = capped_snr_weight(schedule, t, 5.0).double()
     snr = alpha**2 / sigma**2
-    torch.testing.assert_close(found, torch.minimum(torch.ones(1000).double(), 6 / (snr + 1)), atol=1e-6, rtol=1e-5)
-    assert found[-1] == 1
-    assert found[0] < 0.01
+    torch.testing.assert_close(splits, torch.minimum(torch.ones(1000).double(), 6 / (snr + 1)), atol=1e-6, rtol=1e-5)
+    assert splits[-1] == 1
+    assert splits[0] < 0.01
 
 
 def test_the_loss_is_weighted_by_the_cap(data, tmp_path):
     def unet(cap):
-        own = raw(data, tmp_path / str(cap))
-        own["denoiser"]["snr_cap"] = cap
-        path = train_text_teacher(check(TextTeacherConfig, own, "test"))
+        settings = raw(data, tmp_path / str(cap))
+        settings["denoiser"]["snr_cap"] = cap
+        path = train_text_teacher(check(TextTeacherConfig, settings, "test"))
         return load_file(path / "unet/diffusion_pytorch_model.safetensors")
 
     low, high = unet(0.5), unet(1e6)
