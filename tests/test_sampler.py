@@ -107,8 +107,8 @@ def test_a_signal_students_scheduler_reads_the_noise_with_the_last_levels_coeffi
 
 def test_a_tuned_lcm_model_keeps_its_own_scheduler_and_times():
     family = family_of(LCMScheduler(**SD_BETAS))
-    own = FewStepSampler(family.schedule, (999.0, 759.0, 499.0, 259.0))
-    assert student_scheduler(family, own).config.original_inference_steps == 50
+    sampler = FewStepSampler(family.schedule, (999.0, 759.0, 499.0, 259.0))
+    assert student_scheduler(family, sampler).config.original_inference_steps == 50
     others = FewStepSampler(family.schedule, few_step_times(family.schedule, 4))
     stock = student_scheduler(family, others)
     stock.set_timesteps(4)
@@ -172,7 +172,7 @@ def test_every_step_is_told_the_condition_and_its_own_time():
     condition = {"label": torch.tensor([2, 0, 1])}
     result = sampler.sample(student, noise_of(), condition, drawing())
     assert [t.tolist() for _, t, _ in seen] == [[999] * 3, [749] * 3, [499] * 3, [249] * 3]
-    assert all(own is condition for *_, own in seen)
+    assert all(condition_seen is condition for *_, condition_seen in seen)
     torch.testing.assert_close(result, 0.5 * seen[3][0])
     inputs = [x_t for x_t, *_ in seen]
     for exit_index in range(4):

@@ -50,50 +50,50 @@ def no_draw(like):
 def test_eta_0_is_ddim_over_its_times_and_ends_at_timestep_0(steps):
     schedule = linear_betas()
     student, noise = mixture_student(schedule), noise_of()
-    found = sampler_of(steps, 0.0).sample(student, noise, {}, no_draw)
+    result = sampler_of(steps, 0.0).sample(student, noise, {}, no_draw)
     times = [torch.full((6,), int(t)) for t in (*few_step_times(schedule, steps), 0)]
     x = noise
     for t, following in pairwise(times):
-        said = student(x, t, {})
-        x = schedule.add_noise(said.x0, said.eps, following)
-    assert torch.equal(found, x)
+        prediction = student(x, t, {})
+        x = schedule.add_noise(prediction.x0, prediction.eps, following)
+    assert torch.equal(result, x)
     # the ode sampler moves alike and ends on the clean sample
     ode = sampler_of(steps, transition="ode").sample(student, noise, {}, no_draw)
     assert torch.equal(
         ode, ode_sample(lambda x, t: student(x, t, {}).x0, schedule, few_step_times(schedule, steps), noise)
     )
-    assert torch.equal(ode, said.x0)
-    assert (found - ode).abs().max() > 1e-3
+    assert torch.equal(ode, prediction.x0)
+    assert (result - ode).abs().max() > 1e-3
 
 
 def test_eta_1_is_fresh_noise_from_timestep_0():
     """s = 0: the consistency step, but from the sample at timestep 0 rather than the clean one."""
     schedule = linear_betas()
     student, noise, draws = mixture_student(schedule), noise_of(), drawing()
-    found = sampler_of(4, 1.0).sample(student, noise, {}, draws)
+    result = sampler_of(4, 1.0).sample(student, noise, {}, draws)
     draws, zero, x = drawing(), torch.zeros(6, dtype=torch.long), noise
     for t in (999, 749, 499, 249):
-        said = student(x, torch.full((6,), t), {})
-        x = schedule.add_noise(said.x0, said.eps, zero)
+        prediction = student(x, torch.full((6,), t), {})
+        x = schedule.add_noise(prediction.x0, prediction.eps, zero)
         if t > 249:
             following = torch.full((6,), t - 250)
             ratio = (schedule.alphas_cumprod[t - 250] / schedule.alphas_cumprod[0]).sqrt()
             z = draws(x)
             torch.testing.assert_close(renoised(schedule, x, zero, following, z), ratio * x + (1 - ratio**2).sqrt() * z)
             x = ratio * x + (1 - ratio**2).sqrt() * z
-    torch.testing.assert_close(found, x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(result, x, rtol=1e-10, atol=1e-10)
     plain = sampler_of(4, transition="renoise").sample(student, noise, {}, drawing())
-    assert 1e-4 < (found - plain).abs().mean() < 0.05
+    assert 1e-4 < (result - plain).abs().mean() < 0.05
     between = sampler_of(4, 0.3).sample(student, noise, {}, drawing())
-    assert (found - between).abs().mean() > 0.01
+    assert (result - between).abs().mean() > 0.01
 
 
 # -- the stock scheduler -----------------------------------------------------------------------------------------
 
 
-def stock_tcd(theirs="epsilon", **own) -> TCDScheduler:
+def stock_tcd(kind="epsilon", **settings) -> TCDScheduler:
     """As published, on a float64 copy of its table."""
-    stock = TCDScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type=theirs, **own)
+    stock = TCDScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type=kind, **settings)
     stock.alphas_cumprod = stock.alphas_cumprod.double()
     return stock
 
@@ -109,10 +109,10 @@ def test_golden_numbers_of_the_sheet():
     at = {z: strategic_step(schedule, x0, x, t, following, 0.3, lambda like, z=z: tall(z)).item() for z in (0, 1)}
     assert at[0] == pytest.approx(0.7392057 * 3.2778624, abs=2e-6)
     assert at[1] - at[0] == pytest.approx(0.6734797, abs=1e-6)
-    theirs = stock.step(eps, 999, x, eta=0.3, generator=torch.Generator().manual_seed(3))
+    stepped = stock.step(eps, 999, x, eta=0.3, generator=torch.Generator().manual_seed(3))
     z = torch.randn(1, 1, 1, 1, dtype=F64, generator=torch.Generator().manual_seed(3)).item()
-    assert theirs.pred_noised_sample.item() == pytest.approx(3.2778624, abs=2e-6)
-    assert theirs.prev_sample.item() == pytest.approx(at[0] + (at[1] - at[0]) * z, abs=1e-9)
+    assert stepped.pred_noised_sample.item() == pytest.approx(3.2778624, abs=2e-6)
+    assert stepped.prev_sample.item() == pytest.approx(at[0] + (at[1] - at[0]) * z, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,8 +120,8 @@ def test_golden_numbers_of_the_sheet():
 @pytest.mark.parametrize("times", [(999, 749, 499, 249), (999, 759, 499, 259), (999,)])
 def test_equals_the_stock_scheduler_step_by_step(times, eta, kind):
     """Both on the times that ours give it and on its own fifty."""
-    ours, theirs = kind
-    stock = stock_tcd(theirs, original_inference_steps=50 if 759 in times else len(times))
+    ours, prediction_type = kind
+    stock = stock_tcd(prediction_type, original_inference_steps=50 if 759 in times else len(times))
     stock.set_timesteps(len(times))
     assert stock.timesteps.tolist() == list(times)
     schedule = VPSchedule(stock.alphas_cumprod)
@@ -130,12 +130,12 @@ def test_equals_the_stock_scheduler_step_by_step(times, eta, kind):
     for index, t in enumerate(times):
         x, output = noise_of(seed=index), noise_of(seed=10 + index)
         x0 = schedule.to_x0(output, ours, x, sampler.time(index, x))
-        wanted = stock.step(output, t, x, eta=eta, generator=generator).prev_sample
+        expected = stock.step(output, t, x, eta=eta, generator=generator).prev_sample
         if index + 1 < len(times):
             moved = sampler.move(x0, x, index, draw)
         else:
             moved = schedule.step(x0, x, sampler.time(index, x), torch.zeros(6, dtype=torch.long))
-        torch.testing.assert_close(moved, wanted, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("eta", ETAS)
@@ -147,12 +147,12 @@ def test_a_whole_sample_is_the_exported_schedulers(steps, eta):
     stock.alphas_cumprod = stock.alphas_cumprod.double()
     schedule = VPSchedule(stock.alphas_cumprod)
     student, x = mixture_student(schedule), noise_of()
-    found = sampler_of(steps, eta, schedule).sample(student, x, {}, drawing())
+    result = sampler_of(steps, eta, schedule).sample(student, x, {}, drawing())
     stock.set_timesteps(steps)
     generator = torch.Generator().manual_seed(7)
     for t in stock.timesteps:
         x = stock.step(student(x, t.expand(6), {}).eps, t, x, eta=eta, generator=generator).prev_sample
-    torch.testing.assert_close(found, x, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(result, x, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(("steps", "eta"), [(4, 0.3), (36, 0.3), (3, 0.8), (9, 0.9)])
@@ -167,8 +167,8 @@ def test_the_level_s_is_the_stock_schedulers_where_it_is_whole(steps, eta):
     generator, draw, off = torch.Generator().manual_seed(7), drawing(7), []
     for index, t in enumerate(stock.timesteps[:-1]):
         x, x0 = noise_of(seed=index), noise_of(seed=100 + index)
-        wanted = stock.step(x0, t, x, eta=eta, generator=generator).prev_sample
-        if not torch.allclose(sampler.move(x0, x, index, draw), wanted, rtol=1e-9, atol=1e-9):
+        expected = stock.step(x0, t, x, eta=eta, generator=generator).prev_sample
+        if not torch.allclose(sampler.move(x0, x, index, draw), expected, rtol=1e-9, atol=1e-9):
             off.append(int(sampler.times[index + 1]))
     assert off == []
 
@@ -219,15 +219,15 @@ def test_fresh_noise_is_phased_consistencys_noise_travel():
     s, t = torch.tensor([0, 0, 349, 998, 19, 500]), torch.tensor([1, 999, 499, 999, 759, 500])
     x, z = noise_of(), noise_of(seed=1)
     ratio = scale(schedule.alphas_cumprod[t] / schedule.alphas_cumprod[s])
-    found = renoised(schedule, x, s, t, z)
-    torch.testing.assert_close(found, ratio.sqrt() * x + (1 - ratio).sqrt() * z, rtol=1e-9, atol=1e-9)
-    assert torch.equal(found[-1], x[-1])
+    result = renoised(schedule, x, s, t, z)
+    torch.testing.assert_close(result, ratio.sqrt() * x + (1 - ratio).sqrt() * z, rtol=1e-9, atol=1e-9)
+    assert torch.equal(result[-1], x[-1])
 
 
 def test_fresh_noise_up_to_a_last_level_without_signal_is_noise_alone():
     x, z = noise_of(), noise_of(seed=1)
-    found = renoised(zero_snr(), x, torch.full((6,), 400), torch.full((6,), 999), z)
-    assert torch.equal(found, z)
+    result = renoised(zero_snr(), x, torch.full((6,), 400), torch.full((6,), 999), z)
+    assert torch.equal(result, z)
 
 
 @pytest.mark.parametrize(("eta", "draws"), [(0.0, 0), (0.3, 3), (1.0, 3)])

@@ -32,7 +32,7 @@ VP = linear_betas()
 TIMES = (999.0, 749.0, 499.0, 249.0)
 
 
-def made(*shape, seed=0, dtype=F64):
+def drawn_samples(*shape, seed=0, dtype=F64):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
@@ -82,10 +82,11 @@ def test_euler_ancestral_from_999_to_749_by_number():
 )
 def test_euler_ancestral_in_four_steps_by_number(index, sigma, following, up, down):
     sampler = sampler_of(VP, "ancestral")
-    (alpha, own), (alpha_next, sigma_next) = (VP.alpha_sigma(torch.tensor([int(t)])) for t in TIMES[index : index + 2])
-    assert (own / alpha).item() == pytest.approx(sigma, abs=5e-5)
+    both = [VP.alpha_sigma(torch.tensor([int(t)])) for t in TIMES[index : index + 2]]
+    (alpha, sigma_t), (alpha_next, sigma_next) = both
+    assert (sigma_t / alpha).item() == pytest.approx(sigma, abs=5e-5)
     assert (sigma_next / alpha_next).item() == pytest.approx(following, abs=5e-5)
-    mean, std = sampler.transition_kernel(pixel(0), pixel(own.item()), index)  # x0 = 0 and eps = 1: the mean is down
+    mean, std = sampler.transition_kernel(pixel(0), pixel(sigma_t.item()), index)  # x0 = 0, eps = 1: the mean is down
     assert (std / alpha_next).item() == pytest.approx(up, abs=5e-5)
     assert mean.item() / alpha_next.item() == pytest.approx(down, abs=5e-5)
 
@@ -93,7 +94,7 @@ def test_euler_ancestral_in_four_steps_by_number(index, sigma, following, up, do
 def test_the_official_renoising_formula_on_a_batch():
     """2410.03190's released code for DMD2, in its own terms: eps, timesteps, alphas_cumprod."""
     sampler = sampler_of(VP, "renoise")
-    x, eps, following = (made(5, 4, 3, 3, seed=seed) for seed in range(3))
+    x, eps, following = (drawn_samples(5, 4, 3, 3, seed=seed) for seed in range(3))
     for index, (t, earlier) in enumerate(((999, 749), (749, 499), (499, 249))):
         abar, abar_next = VP.alphas_cumprod[t], VP.alphas_cumprod[earlier]
         x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
@@ -102,15 +103,15 @@ def test_the_official_renoising_formula_on_a_batch():
         ours = sampler.transition_kernel(VP.to_x0(eps, "eps", x, sampler.time(index, x)), x, index)
         torch.testing.assert_close(ours[0], mean, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(ours[1], std.expand(5), rtol=1e-14, atol=0)
-        found = gaussian_log_prob(following, *ours)
-        torch.testing.assert_close(found, log_prob.mean(dim=(1, 2, 3)), rtol=1e-12, atol=1e-12)
+        result = gaussian_log_prob(following, *ours)
+        torch.testing.assert_close(result, log_prob.mean(dim=(1, 2, 3)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_renoising_is_around_1_minus_s_times_x0_with_spread_s(shift):
     schedule = FlowSchedule(shift)
     sampler = sampler_of(schedule, "renoise")
-    x, velocity = made(3, 2, 2, 2), made(3, 2, 2, 2, seed=1)
+    x, velocity = drawn_samples(3, 2, 2, 2), drawn_samples(3, 2, 2, 2, seed=1)
     for index in range(3):
         t, s = sampler.times[index : index + 2]
         x0 = schedule.to_x0(velocity, "flow", x, sampler.time(index, x))
@@ -138,15 +139,15 @@ MOVES = {
 def test_a_move_is_the_kernels_mean_and_its_spread_times_the_noise(name, dtype):
     schedule, transition, eta = MOVES[name]
     sampler = sampler_of(schedule, transition, eta)
-    x0, x_t, noise = (made(3, 2, 4, 4, seed=seed, dtype=dtype) for seed in range(3))
+    x0, x_t, noise = (drawn_samples(3, 2, 4, 4, seed=seed, dtype=dtype) for seed in range(3))
     for index in range(3):
         mean, std = sampler.transition_kernel(x0, x_t, index)
         assert std.min() > 1e-2
-        found = sampler.move(x0, x_t, index, lambda _: noise)
-        wanted = mean + std.to(dtype)[:, None, None, None] * noise
+        result = sampler.move(x0, x_t, index, lambda _: noise)
+        expected = mean + std.to(dtype)[:, None, None, None] * noise
         close = 1e-12 if dtype == F64 else 5e-6
-        torch.testing.assert_close(found, wanted, rtol=close, atol=close)
-        assert (found - sampler.move(x0, x_t, index, torch.zeros_like)).abs().max() > 1e-2
+        torch.testing.assert_close(result, expected, rtol=close, atol=close)
+        assert (result - sampler.move(x0, x_t, index, torch.zeros_like)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", [*MOVES, "ode", "tcd_without_noise"])
@@ -156,8 +157,8 @@ def test_what_is_kept_of_the_old_noise_and_what_is_new_make_the_next_level(name)
     schedule, transition, eta = (MOVES | special)[name]
     sampler = sampler_of(schedule, transition, eta)
     for index in range(3):
-        own, following = (schedule.alpha_sigma(sampler.time(i, pixel(0)))[1] for i in (index, index + 1))
-        mean, std = sampler.transition_kernel(pixel(0), pixel(own.item()), index)
+        sigma_t, following = (schedule.alpha_sigma(sampler.time(i, pixel(0)))[1] for i in (index, index + 1))
+        mean, std = sampler.transition_kernel(pixel(0), pixel(sigma_t.item()), index)
         assert mean.item() ** 2 + std.item() ** 2 == pytest.approx(following.item() ** 2, rel=1e-12)
         assert (mean.item() == 0) == (transition == "renoise")
         assert (std.item() == 0) == (name in special)
@@ -166,7 +167,7 @@ def test_what_is_kept_of_the_old_noise_and_what_is_new_make_the_next_level(name)
 @pytest.mark.parametrize(("transition", "eta"), [("ode", 0.3), ("tcd", 0.0)])
 def test_a_deterministic_move_has_no_spread_and_is_the_mean(transition, eta):
     sampler = sampler_of(VP, transition, eta)
-    x0, x_t = made(3, 2, 4, 4), made(3, 2, 4, 4, seed=1)
+    x0, x_t = drawn_samples(3, 2, 4, 4), drawn_samples(3, 2, 4, 4, seed=1)
     for index in range(3):
         mean, std = sampler.transition_kernel(x0, x_t, index)
         assert std.tolist() == [0.0] * 3
@@ -183,7 +184,7 @@ def test_the_spread_of_tcd_is_what_its_lower_time_leaves():
 
 def test_ancestral_moves_are_those_of_ddim_with_eta_1():
     sampler = sampler_of(VP, "ancestral")
-    x0, x_t = made(3, 2, 4, 4), made(3, 2, 4, 4, seed=1)
+    x0, x_t = drawn_samples(3, 2, 4, 4), drawn_samples(3, 2, 4, 4, seed=1)
     for index, (t, s) in enumerate(((999, 749), (749, 499), (499, 249))):
         abar, low = VP.alphas_cumprod[t], VP.alphas_cumprod[s]
         variance = (1 - low) / (1 - abar) * (1 - abar / low)  # 2010.02502, eq. 16
@@ -208,7 +209,7 @@ def stock():
     return scheduler
 
 
-def said(x, time):
+def double_output(x, time):
     """Some eps-network of the scaled input and the timestep."""
     return torch.tanh(0.8 * x + 0.3 * x.roll(1, -1)) * (1 + time.reshape(-1, 1, 1, 1).to(x.dtype) / 2000)
 
@@ -219,26 +220,26 @@ def test_one_ancestral_step_is_diffusers(index):
     schedule = VPSchedule(scheduler.alphas_cumprod)
     sampler = sampler_of(schedule, "ancestral")
     alpha, alpha_next = (schedule.alpha_sigma(sampler.time(i, pixel(0)))[0].item() for i in (index, index + 1))
-    x, output = made(2, 4, 8, 8, dtype=torch.float32), made(2, 4, 8, 8, seed=1, dtype=torch.float32)
+    x, output = drawn_samples(2, 4, 8, 8, dtype=torch.float32), drawn_samples(2, 4, 8, 8, seed=1, dtype=torch.float32)
     timestep = scheduler.timesteps[index]
     assert timestep.item() == sampler.times[index]
-    theirs = scheduler.step(output, timestep, x / alpha, generator=torch.Generator().manual_seed(7)).prev_sample
+    stepped = scheduler.step(output, timestep, x / alpha, generator=torch.Generator().manual_seed(7)).prev_sample
     x0 = schedule.to_x0(output, "eps", x, sampler.time(index, x))
-    ours = sampler.move(x0, x, index, lambda like: made(*like.shape, seed=7, dtype=like.dtype))
-    torch.testing.assert_close(ours / alpha_next, theirs, rtol=1e-4, atol=1e-4)
-    unlike = sampler_of(schedule, "renoise").move(x0, x, index, lambda like: made(*like.shape, seed=7).float())
-    assert (unlike / alpha_next - theirs).abs().max() > 0.1
+    ours = sampler.move(x0, x, index, lambda like: drawn_samples(*like.shape, seed=7, dtype=like.dtype))
+    torch.testing.assert_close(ours / alpha_next, stepped, rtol=1e-4, atol=1e-4)
+    unlike = sampler_of(schedule, "renoise").move(x0, x, index, lambda like: drawn_samples(*like.shape, seed=7).float())
+    assert (unlike / alpha_next - stepped).abs().max() > 0.1
 
 
 def test_four_ancestral_steps_are_diffusers():
     scheduler = stock()
     schedule = VPSchedule(scheduler.alphas_cumprod)
-    noise, drawn = made(2, 4, 8, 8, dtype=torch.float32), torch.Generator().manual_seed(3)
+    noise, drawn = drawn_samples(2, 4, 8, 8, dtype=torch.float32), torch.Generator().manual_seed(3)
     x = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, timestep)
-        x = scheduler.step(said(scaled, timestep), timestep, x, generator=drawn).prev_sample
-    student = NetworkDenoiser(lambda x, t, _: said(x, t), schedule, "eps")
+        x = scheduler.step(double_output(scaled, timestep), timestep, x, generator=drawn).prev_sample
+    student = NetworkDenoiser(lambda x, t, _: double_output(x, t), schedule, "eps")
     again = torch.Generator().manual_seed(3)
     sampler = sampler_of(schedule, "ancestral")
     ours = sampler.sample(student, noise, {}, lambda like: torch.randn(like.shape, generator=again))

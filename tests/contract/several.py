@@ -36,14 +36,14 @@ class Several:
     router: Router
 
     def route(self, items: list) -> list[int]:
-        return self.router.route(items, lambda own: self.family.prompt_encoder(own)[1])
+        return self.router.route(items, lambda prompts: self.family.prompt_encoder(prompts)[1])
 
     def sample(self, items: list, noise: torch.Tensor, seeds: list[int]) -> torch.Tensor:
         """Our sampler on each sample by itself, with the student of its condition: pixels in [0, 1]."""
         drawn = []
         for item, k, start, seed in zip(items, self.route(items), noise, seeds, strict=True):
             generator = torch.Generator().manual_seed(seed)
-            draw = lambda like, own=generator: torch.randn(like.shape, generator=own)  # noqa: E731
+            draw = lambda like, fixed=generator: torch.randn(like.shape, generator=fixed)  # noqa: E731
             condition = self.family.encode_conditions([item])
             with torch.no_grad():
                 drawn.append(self.sampler.sample(self.students[k], start[None], condition, draw))
@@ -79,6 +79,6 @@ def gathered_of(root: Path, name: str, case: tuple, count: int, **network) -> Se
     return Several(export_students(folders, router, root / name), family, students, sampler, router)
 
 
-def conditioned(made: Several, items: list) -> dict:
+def conditioned(several: Several, items: list) -> dict:
     """The arguments of the gathered pipeline's call that say what is drawn."""
-    return {CONDITION_ARGUMENTS[made.family.condition_kind]: items}
+    return {CONDITION_ARGUMENTS[several.family.condition_kind]: items}

@@ -172,16 +172,16 @@ def exports(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_latents_are_our_samplers(exports, name):
-    ours, theirs = exports[0][name], exports[1][name]
+    ours, stock = exports[0][name], exports[1][name]
     scale = ours["latents"].abs().max().clamp(min=1)
-    error = ((ours["latents"] - theirs["latents"]).abs().max() / scale).item()
+    error = ((ours["latents"] - stock["latents"]).abs().max() / scale).item()
     assert error <= 1e-5, f"relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_pictures_are_ours(exports, name):
-    ours, theirs = exports[0][name], exports[1][name]
-    torch.testing.assert_close(ours["pixels"], theirs["pixels"], rtol=0, atol=2e-5)
+    ours, stock = exports[0][name], exports[1][name]
+    torch.testing.assert_close(ours["pixels"], stock["pixels"], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

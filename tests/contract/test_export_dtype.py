@@ -67,13 +67,13 @@ def student_of(folder, loaded: str, weights: str):
 
 def dtypes_of(folder) -> dict[str, set[str]]:
     """What is stored, by the part's name."""
-    found: dict[str, set[str]] = {}
+    dtypes: dict[str, set[str]] = {}
     for file in folder.rglob("*.safetensors"):
         if file.parent.name != "lora":
             with safe_open(file, "pt") as opened:
                 tensors = [opened.get_tensor(key) for key in opened.keys()]  # noqa: SIM118
-            found[file.parent.name] = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
-    return found
+            dtypes[file.parent.name] = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
+    return dtypes
 
 
 def loaded_dtypes(pipeline) -> set[torch.dtype]:
@@ -177,14 +177,14 @@ def test_students_in_half_precision_are_merged_in_float32(stored, tmp_path):
 
 def test_students_of_prompts_in_half_precision_are_routed_as_before(tmp_path):
     """The router knows the text encoder by its hash, so that part stays in float32."""
-    made = several.gathered(tmp_path, "prompts", "sd_ddim_eps", 1, 2)
+    gathered = several.gathered(tmp_path, "prompts", "sd_ddim_eps", 1, 2)
     folders = []
-    for k, student in enumerate(made.students):
-        facts = {"method": "test", "teacher": "tiny", "msd": {"router": made.router.hash, "student": k}}
-        folders.append(export_student(made.family, student, made.sampler, tmp_path / f"half-{k}", facts, F16))
+    for k, student in enumerate(gathered.students):
+        facts = {"method": "test", "teacher": "tiny", "msd": {"router": gathered.router.hash, "student": k}}
+        folders.append(export_student(gathered.family, student, gathered.sampler, tmp_path / f"half-{k}", facts, F16))
         assert dtypes_of(folders[k]) == {"unet": {"float16"}, "vae": {"float16"}, "text_encoder": {"float32"}}
-    half = MSDPipeline.from_pretrained(export_students(folders, made.router, tmp_path / "half"))
-    whole = MSDPipeline.from_pretrained(made.folder)
+    half = MSDPipeline.from_pretrained(export_students(folders, gathered.router, tmp_path / "half"))
+    whole = MSDPipeline.from_pretrained(gathered.folder)
     assert half.route(several.PROMPTS) == whole.route(several.PROMPTS)
     pictures = []
     for pipeline in (half, whole):
@@ -196,10 +196,10 @@ def test_students_of_prompts_in_half_precision_are_routed_as_before(tmp_path):
 
 def test_students_that_others_saved_in_half_precision_are_loaded_in_one_dtype(tmp_path):
     """A text encoder whose config names float16 serves routing and drawing as float32 ones do."""
-    made = several.gathered(tmp_path, "prompts", "sd_ddim_eps", 1, 2)
+    gathered = several.gathered(tmp_path, "prompts", "sd_ddim_eps", 1, 2)
     for k in range(2):
-        file = made.folder / f"student-{k}" / "text_encoder" / "config.json"
+        file = gathered.folder / f"student-{k}" / "text_encoder" / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float16"}))
-    pipeline = MSDPipeline.from_pretrained(made.folder)
+    pipeline = MSDPipeline.from_pretrained(gathered.folder)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(several.PROMPTS[:2], output_type="pt").images.isfinite().all()

@@ -49,7 +49,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, several.Several]:
+def groups(tmp_path_factory) -> dict[str, several.Several]:
     root = tmp_path_factory.mktemp("several")
     return {name: several.gathered(root, name, *case) for name, case in CASES.items()}
 
@@ -64,16 +64,16 @@ def one(tmp_path_factory) -> several.Several:
     return several.gathered(tmp_path_factory.mktemp("one"), "one", "v", 1, 1)
 
 
-def load(own: several.Several | Path, **arguments) -> MSDPipeline:
-    pipe = MSDPipeline.from_pretrained(own if isinstance(own, Path) else own.folder, **arguments)
+def load(group: several.Several | Path, **arguments) -> MSDPipeline:
+    pipe = MSDPipeline.from_pretrained(group if isinstance(group, Path) else group.folder, **arguments)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def inputs(own: several.Several) -> tuple[list, torch.Tensor, list[int]]:
+def inputs(group: several.Several) -> tuple[list, torch.Tensor, list[int]]:
     """Conditions of both students, noise and a seed for each."""
-    items = ITEMS[own.family.condition_kind]
-    noise = torch.randn(len(items), *own.family.sample_shape, generator=torch.Generator().manual_seed(9))
+    items = ITEMS[group.family.condition_kind]
+    noise = torch.randn(len(items), *group.family.sample_shape, generator=torch.Generator().manual_seed(9))
     return items, noise, [50 + i for i in range(len(items))]
 
 
@@ -87,19 +87,19 @@ def draw(pipe: MSDPipeline, items: list, noise: torch.Tensor | None, seeds: list
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_sample_is_our_sampler_with_its_own_student_in_order(name, made):
-    own = made[name]
-    items, noise, seeds = inputs(own)
-    assert set(own.route(items)) == {0, 1}
-    assert own.route(items) != sorted(own.route(items))
-    torch.testing.assert_close(draw(load(own), items, noise, seeds), own.sample(items, noise, seeds), **CLOSE)
+def test_every_sample_is_our_sampler_with_its_own_student_in_order(name, groups):
+    group = groups[name]
+    items, noise, seeds = inputs(group)
+    assert set(group.route(items)) == {0, 1}
+    assert group.route(items) != sorted(group.route(items))
+    torch.testing.assert_close(draw(load(group), items, noise, seeds), group.sample(items, noise, seeds), **CLOSE)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_sample_depends_neither_on_its_group_nor_on_its_place(name, made):
-    own = made[name]
-    items, noise, seeds = inputs(own)
-    pipe = load(own)
+def test_a_sample_depends_neither_on_its_group_nor_on_its_place(name, groups):
+    group = groups[name]
+    items, noise, seeds = inputs(group)
+    pipe = load(group)
     together = draw(pipe, items, noise, seeds)
     for i, item in enumerate(items):
         torch.testing.assert_close(draw(pipe, [item], noise[i : i + 1], seeds[i : i + 1])[0], together[i], **CLOSE)
@@ -110,10 +110,10 @@ def test_a_sample_depends_neither_on_its_group_nor_on_its_place(name, made):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_exactly_one_student_runs_for_a_sample(name, made):
-    own = made[name]
-    items, noise, seeds = inputs(own)
-    pipe, passed = load(own), [0, 0]
+def test_exactly_one_student_runs_for_a_sample(name, groups):
+    group = groups[name]
+    items, noise, seeds = inputs(group)
+    pipe, passed = load(group), [0, 0]
 
     def counted(k):
         def count(_module, args, kwargs):
@@ -124,20 +124,20 @@ def test_exactly_one_student_runs_for_a_sample(name, made):
     for k in range(2):
         pipe.student(k).unet.register_forward_pre_hook(counted(k), with_kwargs=True)
     draw(pipe, items, noise, seeds)
-    routes = own.route(items)
+    routes = group.route(items)
     assert passed == [routes.count(k) * CASES[name][1] for k in range(2)]
 
 
 @pytest.mark.parametrize("name", ["label-1", "prompt-1"])
-def test_noise_is_drawn_for_the_batch_as_a_stock_pipeline_draws_it(name, made):
-    own = made[name]
-    items, _, seeds = inputs(own)
-    kind = own.family.condition_kind
-    noise = torch.randn(len(items), *own.family.sample_shape, generator=torch.Generator().manual_seed(7))
-    given = {"class_labels" if kind == "label" else "prompt": items, "output_type": "pt"}
-    images = load(own)(**given, generator=torch.Generator().manual_seed(7)).images
-    torch.testing.assert_close(images, own.sample(items, noise, seeds), **CLOSE)
-    again = load(own)(**given, generator=torch.Generator().manual_seed(7)).images
+def test_noise_is_drawn_for_the_batch_as_a_stock_pipeline_draws_it(name, groups):
+    group = groups[name]
+    items, _, seeds = inputs(group)
+    kind = group.family.condition_kind
+    noise = torch.randn(len(items), *group.family.sample_shape, generator=torch.Generator().manual_seed(7))
+    arguments = {"class_labels" if kind == "label" else "prompt": items, "output_type": "pt"}
+    images = load(group)(**arguments, generator=torch.Generator().manual_seed(7)).images
+    torch.testing.assert_close(images, group.sample(items, noise, seeds), **CLOSE)
+    again = load(group)(**arguments, generator=torch.Generator().manual_seed(7)).images
     assert torch.equal(images, again)
 
 
@@ -147,32 +147,32 @@ def seeds_by(generator: torch.Generator, count: int) -> list[int]:
     return [(first + index) % 2**32 for index in range(count)]
 
 
-def test_one_generator_seeds_the_noise_between_steps_of_every_sample(made):
-    own = made["label-4"]
-    items, noise, _ = inputs(own)
-    given = {"class_labels": items, "latents": noise, "output_type": "pt"}
-    one, again, other = (load(own)(**given, generator=torch.Generator().manual_seed(s)).images for s in (7, 7, 8))
+def test_one_generator_seeds_the_noise_between_steps_of_every_sample(groups):
+    group = groups["label-4"]
+    items, noise, _ = inputs(group)
+    arguments = {"class_labels": items, "latents": noise, "output_type": "pt"}
+    one, again, other = (load(group)(**arguments, generator=torch.Generator().manual_seed(s)).images for s in (7, 7, 8))
     assert torch.equal(one, again)
     assert (one - other).abs().flatten(1).amax(1).min() > 1e-3
     # a seed for each sample, counted up from a draw
     seeds = seeds_by(torch.Generator().manual_seed(7), len(items))
-    torch.testing.assert_close(one, own.sample(items, noise, seeds), **CLOSE)
+    torch.testing.assert_close(one, group.sample(items, noise, seeds), **CLOSE)
 
 
 def test_one_student_is_the_stock_pipeline_with_the_same_generator(one):
     stock = DiffusionPipeline.from_pretrained(one.folder / "student-0")
     stock.set_progress_bar_config(disable=True)
     labels = [3, 0, 5, 2]
-    ours, theirs = (
+    ours, others = (
         pipe(class_labels=labels, generator=torch.Generator().manual_seed(4), output_type="pt", **more).images
         for pipe, more in ((load(one), {}), (stock, {"batch_size": 4, "num_inference_steps": 1}))
     )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, others, rtol=0, atol=1e-6)
 
 
-def test_conditions_may_be_one_a_list_a_tensor_or_repeated(made):
-    own, pipe = made["label-1"], load(made["label-1"])
-    _, noise, _ = inputs(own)
+def test_conditions_may_be_one_a_list_a_tensor_or_repeated(groups):
+    group, pipe = groups["label-1"], load(groups["label-1"])
+    _, noise, _ = inputs(group)
     call = {"latents": noise[:2], "output_type": "pt"}
     twice = pipe(class_labels=[4, 4], **call).images
     assert torch.equal(pipe(class_labels=4, num_images_per_prompt=2, **call).images, twice)
@@ -184,18 +184,18 @@ def test_conditions_may_be_one_a_list_a_tensor_or_repeated(made):
     np.testing.assert_allclose(arrays.transpose(0, 3, 1, 2), twice.numpy(), atol=1e-6)
     pictures = pipe(class_labels=[4, 0], latents=noise[:2]).images
     assert [picture.size for picture in pictures] == [(16, 16)] * 2
-    prompt = load(made["prompt-1"])("an owl at sea", latents=torch.zeros(1, 4, 8, 8), output_type="pt").images
+    prompt = load(groups["prompt-1"])("an owl at sea", latents=torch.zeros(1, 4, 8, 8), output_type="pt").images
     assert prompt.shape == (1, 3, 16, 16)
 
 
-def test_the_manifest_says_what_is_there(made):
+def test_the_manifest_says_what_is_there(groups):
     for name, (_, steps, students, _) in CASES.items():
-        manifest = json.loads((made[name].folder / "msd.json").read_text())
+        manifest = json.loads((groups[name].folder / "msd.json").read_text())
         assert (manifest["students"], manifest["steps"]) == (students, steps)
-        assert manifest["router"] == made[name].router.hash
-        unet = DiffusionPipeline.from_pretrained(made[name].folder / "student-1").unet
+        assert manifest["router"] == groups[name].router.hash
+        unet = DiffusionPipeline.from_pretrained(groups[name].folder / "student-1").unet
         assert manifest["parameters"] == [unet.num_parameters()] * 2
-        assert f"{students} students" in (made[name].folder / "README.md").read_text()
+        assert f"{students} students" in (groups[name].folder / "README.md").read_text()
 
 
 # -- another process ---------------------------------------------------------------------------------------
@@ -211,34 +211,34 @@ for name, case in cases.items():
     for k, items in enumerate(case["parts"]):
         pipe = DiffusionPipeline.from_pretrained(f"{case['folder']}/student-{k}")
         pipe.set_progress_bar_config(disable=True)
-        own = {"prompt": items} if case["kind"] == "prompt" else {"class_labels": items, "batch_size": len(items)}
-        own |= case["call"] | {"generator": torch.Generator().manual_seed(7), "output_type": "pt"}
-        result[f"{name} {k}"] = pipe(**own).images
+        group = {"prompt": items} if case["kind"] == "prompt" else {"class_labels": items, "batch_size": len(items)}
+        group |= case["call"] | {"generator": torch.Generator().manual_seed(7), "output_type": "pt"}
+        result[f"{name} {k}"] = pipe(**group).images
 del sys.modules["stepdistill"]
 from stepdistill.pipelines import MSDPipeline
 for name, case in cases.items():
     pipe = MSDPipeline.from_pretrained(case["folder"])
     pipe.set_progress_bar_config(disable=True)
     items = [item for part in case["parts"] for item in part]
-    own = {"prompt" if case["kind"] == "prompt" else "class_labels": items}
+    group = {"prompt" if case["kind"] == "prompt" else "class_labels": items}
     noise = torch.randn(len(items), *case["shape"], generator=torch.Generator().manual_seed(9))
     seeds = [torch.Generator().manual_seed(50 + i) for i in range(len(items))]
-    result[name] = pipe(**own, latents=noise, generator=seeds, output_type="pt").images
+    result[name] = pipe(**group, latents=noise, generator=seeds, output_type="pt").images
 torch.save(result, sys.argv[2])
 """
 
 
 @pytest.mark.slow
-def test_another_process_draws_the_same_and_each_student_without_us(made, tmp_path):
+def test_another_process_draws_the_same_and_each_student_without_us(groups, tmp_path):
     """Students by stock diffusers where stepdistill cannot be imported; all of them by MSDPipeline."""
     names, cases = ("label-1", "label-4", "prompt-1"), {}
     for name in names:
-        own = made[name]
-        items, kind = ITEMS[own.family.condition_kind], own.family.condition_kind
-        parts = [[item for item, route in zip(items, own.route(items), strict=True) if route == k] for k in range(2)]
-        call = json.loads((own.folder / "msd.json").read_text())["call"]
-        shape = list(own.family.sample_shape)
-        cases[name] = {"folder": str(own.folder), "kind": kind, "parts": parts, "call": call, "shape": shape}
+        group = groups[name]
+        items, kind = ITEMS[group.family.condition_kind], group.family.condition_kind
+        parts = [[item for item, route in zip(items, group.route(items), strict=True) if route == k] for k in range(2)]
+        call = json.loads((group.folder / "msd.json").read_text())["call"]
+        shape = list(group.family.sample_shape)
+        cases[name] = {"folder": str(group.folder), "kind": kind, "parts": parts, "call": call, "shape": shape}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path / "cases.json"), str(tmp_path / "out.pt")],
@@ -248,20 +248,20 @@ def test_another_process_draws_the_same_and_each_student_without_us(made, tmp_pa
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    theirs = torch.load(tmp_path / "out.pt", weights_only=True)
+    stock = torch.load(tmp_path / "out.pt", weights_only=True)
     for name, case in cases.items():
-        own = made[name]
+        group = groups[name]
         items = [item for part in case["parts"] for item in part]
         noise = torch.randn(len(items), *case["shape"], generator=torch.Generator().manual_seed(9))
-        ours = own.sample(items, noise, [50 + i for i in range(len(items))])
-        torch.testing.assert_close(theirs[name], ours, **CLOSE)
+        ours = group.sample(items, noise, [50 + i for i in range(len(items))])
+        torch.testing.assert_close(stock[name], ours, **CLOSE)
         for k, part in enumerate(case["parts"]):
             generator = torch.Generator().manual_seed(7)
             noise = torch.randn(len(part), *case["shape"], generator=generator)
-            draw_more = lambda like, own=generator: torch.randn(like.shape, generator=own)  # noqa: E731
+            draw_more = lambda like, group=generator: torch.randn(like.shape, generator=group)  # noqa: E731
             with torch.no_grad():
-                x0 = own.sampler.sample(own.students[k], noise, own.family.encode_conditions(part), draw_more)
-            torch.testing.assert_close(theirs[f"{name} {k}"], (own.family.decode(x0) + 1) / 2, rtol=0, atol=2e-5)
+                x0 = group.sampler.sample(group.students[k], noise, group.family.encode_conditions(part), draw_more)
+            torch.testing.assert_close(stock[f"{name} {k}"], (group.family.decode(x0) + 1) / 2, rtol=0, atol=2e-5)
 
 
 # -- memory ------------------------------------------------------------------------------------------------
@@ -270,15 +270,15 @@ def test_another_process_draws_the_same_and_each_student_without_us(made, tmp_pa
 @contextlib.contextmanager
 def loads(pipe: MSDPipeline):
     """The students that are read from disk within the block; never more at a time than fit."""
-    found, own = [], DiffusionPipeline.from_pretrained
+    loads_seen, load_pipeline = [], DiffusionPipeline.from_pretrained
 
     def from_pretrained(path, **arguments):
         size = sum(pipe.manifest["parameters"][k] for k in [*pipe.loaded, int(str(path)[-1])]) * 4
-        found.append((Path(path).name, size))
-        return own(path, **arguments)
+        loads_seen.append((Path(path).name, size))
+        return load_pipeline(path, **arguments)
 
     with mock.patch.object(DiffusionPipeline, "from_pretrained", from_pretrained):
-        yield found
+        yield loads_seen
 
 
 def test_what_was_unused_for_longest_is_dropped_and_pictures_stay(three):
@@ -289,17 +289,17 @@ def test_what_was_unused_for_longest_is_dropped_and_pictures_stay(three):
     expected = draw(free, [0, 1, 2, 3, 4, 5], noise, range(6))
     assert list(free.loaded) == [0, 1, 2]
     pipe = load(three, memory=3 * size - 1)  # two fit
-    with loads(pipe) as found:
+    with loads(pipe) as loads_seen:
         for label, held in ((0, [0]), (2, [0, 1]), (1, [1, 0]), (4, [0, 2]), (5, [0, 2])):
             draw(pipe, [label], noise[:1], [0])
             assert list(pipe.loaded) == held
-        assert found == [("student-0", size), ("student-1", 2 * size), ("student-2", 2 * size)]
+        assert loads_seen == [("student-0", size), ("student-1", 2 * size), ("student-2", 2 * size)]
         torch.testing.assert_close(draw(pipe, [0, 1, 2, 3, 4, 5], noise, range(6)), expected, **CLOSE)
-        assert found[3:] == [("student-1", 2 * size)]  # those at hand came first
+        assert loads_seen[3:] == [("student-1", 2 * size)]  # those at hand came first
     single = load(three, memory=size)
-    with loads(single) as found:
+    with loads(single) as loads_seen:
         torch.testing.assert_close(draw(single, [0, 1, 2, 3, 4, 5], noise, range(6)), expected, **CLOSE)
-    assert found == [(f"student-{k}", size) for k in range(3)]
+    assert loads_seen == [(f"student-{k}", size) for k in range(3)]
     assert list(single.loaded) == [2]
 
 
@@ -334,9 +334,9 @@ def other_router(folder: Path) -> None:
 
 
 def edited_router(folder: Path) -> None:
-    said = json.loads((folder / "router.json").read_text())
-    said["parameters"]["labels"] = [[1, 0, 2], [3], [4, 5]]
-    (folder / "router.json").write_text(json.dumps(said))
+    content = json.loads((folder / "router.json").read_text())
+    content["parameters"]["labels"] = [[1, 0, 2], [3], [4, 5]]
+    (folder / "router.json").write_text(json.dumps(content))
 
 
 def swapped(folder: Path) -> None:
@@ -347,20 +347,20 @@ def swapped(folder: Path) -> None:
 
 def without_provenance(folder: Path) -> None:
     file = folder / "student-1" / "scheduler" / "scheduler_config.json"
-    said = json.loads(file.read_text())
-    del said["_stepdistill"]["msd"]
-    file.write_text(json.dumps(said))
+    content = json.loads(file.read_text())
+    del content["_stepdistill"]["msd"]
+    file.write_text(json.dumps(content))
 
 
 def fewer_parameters(folder: Path) -> None:
-    said = json.loads((folder / "msd.json").read_text())
-    (folder / "msd.json").write_text(json.dumps({**said, "parameters": said["parameters"][:2]}))
+    content = json.loads((folder / "msd.json").read_text())
+    (folder / "msd.json").write_text(json.dumps({**content, "parameters": content["parameters"][:2]}))
 
 
 def less_manifest(folder: Path) -> None:
-    said = json.loads((folder / "msd.json").read_text())
-    del said["noise_shape"]
-    (folder / "msd.json").write_text(json.dumps(said))
+    content = json.loads((folder / "msd.json").read_text())
+    del content["noise_shape"]
+    (folder / "msd.json").write_text(json.dumps(content))
 
 
 SPOILT = {
@@ -408,7 +408,7 @@ def test_a_broken_student_is_named_when_it_is_needed(held):
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "says"),
+    ("name", "arguments", "says"),
     [
         ("label-1", {"class_labels": [0, 6]}, r"label 6: no student draws it; the students' labels are 0\.\.5"),
         ("label-1", {"class_labels": -1}, "label -1: no student draws it"),
@@ -431,15 +431,15 @@ def test_a_broken_student_is_named_when_it_is_needed(held):
         ),
     ],
 )
-def test_calls_that_do_not_fit_are_refused(name, given, says, made):
+def test_calls_that_do_not_fit_are_refused(name, arguments, says, groups):
     with pytest.raises(UserError, match=says):
-        load(made[name])(**given)
+        load(groups[name])(**arguments)
 
 
 @pytest.mark.parametrize("what", ["weights", "vocabulary"])
-def test_another_text_encoder_is_refused(what, made, tmp_path):
+def test_another_text_encoder_is_refused(what, groups, tmp_path):
     folder = tmp_path / "students"
-    shutil.copytree(made["prompt-1"].folder, folder)
+    shutil.copytree(groups["prompt-1"].folder, folder)
     if what == "weights":
         file = next((folder / "student-0" / "text_encoder").glob("*.safetensors"))
         tensors = load_file(file)
@@ -448,10 +448,10 @@ def test_another_text_encoder_is_refused(what, made, tmp_path):
         (folder / "student-0" / "stepdistill.json").unlink()
     else:
         file = folder / "student-0" / "tokenizer" / "tokenizer.json"
-        said = json.loads(file.read_text())
-        vocabulary = said["model"]["vocab"]
+        content = json.loads(file.read_text())
+        vocabulary = content["model"]["vocab"]
         vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-        file.write_text(json.dumps(said))
+        file.write_text(json.dumps(content))
     pipe = load(folder)
     with pytest.raises(UserError, match="its text encoder or tokenizer is not the one that the router was made with"):
         pipe("a cat")
@@ -497,20 +497,20 @@ def settings(measure, **more) -> Protocol:
 
 
 @pytest.mark.parametrize("name", ["label-1", "label-4"])
-def test_the_distance_is_of_all_samples_together(name, made, measure, tmp_path):
+def test_the_distance_is_of_all_samples_together(name, groups, measure, tmp_path):
     """Conditions in turn over the full set, each drawn by its student, pooled; no mean of the students' distances."""
-    own, steps = made[name], CASES[name][1]
-    (row,) = evaluate([Target("students", own.folder)], settings(measure), tmp_path)
+    group, steps = groups[name], CASES[name][1]
+    (row,) = evaluate([Target("students", group.folder)], settings(measure), tmp_path)
     assert (row["steps"], row["passes_per_image"], row["samples"]) == (steps, steps, 20)
-    unet = DiffusionPipeline.from_pretrained(own.folder / "student-0").unet
+    unet = DiffusionPipeline.from_pretrained(group.folder / "student-0").unet
     assert row["parameters"] == [unet.num_parameters()] * 2
     pixels, routes = [], []
     for batch, count in enumerate((8, 8, 4)):
         items = [(8 * batch + i) % several.LABELS for i in range(count)]
-        noise = unit_noise(0, batch, count, own.family.sample_shape)
+        noise = unit_noise(0, batch, count, group.family.sample_shape)
         seeds = seeds_by(step_generator(0, batch), count)
-        pixels.append(own.sample(items, noise, seeds))
-        routes += own.route(items)
+        pixels.append(group.sample(items, noise, seeds))
+        routes += group.route(items)
     extractor, reference = load_extractor(measure["extractor"]), ReferenceStatistics.load(measure["reference"])
     features = extractor(unit_to_bytes(torch.cat(pixels)))
     assert row["frechet"] == pytest.approx(reference.frechet(features), rel=1e-3)
@@ -519,30 +519,30 @@ def test_the_distance_is_of_all_samples_together(name, made, measure, tmp_path):
     assert abs(np.mean(apart) - row["frechet"]) > 0.05 * row["frechet"]
 
 
-def test_a_pipeline_of_prompts_is_called_as_a_stock_one(made):
-    own = made["prompt-1"]
-    stock = StockPipeline.load(own.folder)
+def test_a_pipeline_of_prompts_is_called_as_a_stock_one(groups):
+    group = groups["prompt-1"]
+    stock = StockPipeline.load(group.folder)
     assert (stock.condition_kind, stock.noise_shape, stock.default_steps) == ("prompt", (4, 8, 8), 1)
     assert stock.default_guidance == 0
-    items, noise, seeds = inputs(own)
+    items, noise, seeds = inputs(group)
     images = stock.generate(items, noise, 1, torch.Generator(), stock.default_guidance)
-    torch.testing.assert_close(images, own.sample(items, noise, seeds), **CLOSE)
+    torch.testing.assert_close(images, group.sample(items, noise, seeds), **CLOSE)
     assert [sum(p.numel() for p in n.parameters()) for n in stock.denoisers] == stock.pipeline.manifest["parameters"]
 
 
-def test_the_commands_take_the_gathered_folder(made, measure, tmp_path):
-    folder = made["label-4"].folder
+def test_the_commands_take_the_gathered_folder(groups, measure, tmp_path):
+    folder = groups["label-4"].folder
     result = stepdistill("sample", folder, "--count", 7, "--output", tmp_path / "grid.png")
     assert result.code == 0, result.err
     assert (tmp_path / "grid.png").stat().st_size > 0
     result = stepdistill("sample", folder, "--label", 6, "--output", tmp_path / "none.png")
     assert (result.code, result.error) == (2, "stepdistill: --label 6: outside 0..5")
     result = stepdistill(
-        "sample", made["prompt-1"].folder, "--count", 2, "--prompt", "an owl", "--output", tmp_path / "owl.png"
+        "sample", groups["prompt-1"].folder, "--count", 2, "--prompt", "an owl", "--output", tmp_path / "owl.png"
     )
     assert result.code == 0, result.err
-    own = ["--extractor", measure["extractor"], "--reference", measure["reference"], "--samples", 12]
-    result = stepdistill("evaluate", folder, *own, "--output", tmp_path / "numbers.json")
+    group = ["--extractor", measure["extractor"], "--reference", measure["reference"], "--samples", 12]
+    result = stepdistill("evaluate", folder, *group, "--output", tmp_path / "numbers.json")
     assert result.code == 0, result.err
     (row,) = json.loads((tmp_path / "numbers.json").read_text())["rows"]
     assert row["passes_per_image"] == 4
@@ -551,10 +551,10 @@ def test_the_commands_take_the_gathered_folder(made, measure, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["label-1", "prompt-1"])
-def test_half_precision_routes_alike_and_draws_nearly_the_same(name, dtype, made):
-    own = made[name]
-    items, noise, seeds = inputs(own)
-    whole, half = load(own), load(own, dtype=dtype)
+def test_half_precision_routes_alike_and_draws_nearly_the_same(name, dtype, groups):
+    group = groups[name]
+    items, noise, seeds = inputs(group)
+    whole, half = load(group), load(group, dtype=dtype)
     assert half.route(items) == whole.route(items)
     pictures = draw(half, items, noise, seeds)
     assert pictures.dtype == dtype
@@ -564,8 +564,8 @@ def test_half_precision_routes_alike_and_draws_nearly_the_same(name, dtype, made
     assert 0 < error < 0.1
 
 
-def test_a_number_of_numpy_is_a_label(made):
-    own = made["label-1"]
-    _, noise, seeds = inputs(own)
-    found, expected = (draw(load(own), label, noise[:1], seeds[:1]) for label in (np.int64(3), 3))
-    assert torch.equal(found, expected)
+def test_a_number_of_numpy_is_a_label(groups):
+    group = groups["label-1"]
+    _, noise, seeds = inputs(group)
+    drawn, expected = (draw(load(group), label, noise[:1], seeds[:1]) for label in (np.int64(3), 3))
+    assert torch.equal(drawn, expected)

@@ -24,14 +24,14 @@ def test_an_exported_student_is_a_start(case, tmp_path):
     family, roles, sampler = build(case, tmp_path / "teacher")
     folder = export_student(family, roles.student, sampler, tmp_path / "student", {})
     again = Roles(load_family(str(tmp_path / "teacher")), RolesSettings(student_from=str(folder)))
-    own, given = again.student.network.state_dict(), roles.student.network.state_dict()
+    started, exported = again.student.network.state_dict(), roles.student.network.state_dict()
     teacher = family.network.state_dict()
-    for key, value in own.items():
+    for key, value in started.items():
         if key == "class_embedding.weight":
-            assert torch.equal(value[:3], given[key][:3])
+            assert torch.equal(value[:3], exported[key][:3])
             assert torch.equal(value[3], teacher[key][3])
         else:
-            assert torch.equal(value, given[key]), key
+            assert torch.equal(value, exported[key]), key
 
 
 def test_another_architecture_is_refused(tmp_path):

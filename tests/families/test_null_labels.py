@@ -148,16 +148,16 @@ def test_the_evaluation_draws_no_null_label_of_the_teacher(tmp_path, monkeypatch
     (tmp_path / "config.yaml").write_text(json.dumps(raw))
     done = console.stepdistill("distill", tmp_path / "config.yaml")
     assert done.code == 0, done.err
-    asked, generate = [], StockPipeline.generate
+    calls, generate = [], StockPipeline.generate
     monkeypatch.setattr(
         StockPipeline,
         "generate",
-        lambda self, conditions, *rest, **more: asked.append(conditions) or generate(self, conditions, *rest, **more),
+        lambda self, conditions, *rest, **more: calls.append(conditions) or generate(self, conditions, *rest, **more),
     )
     again = console.stepdistill("evaluate", tmp_path / "run")
     assert again.code == 0, again.err
-    assert len(asked) >= 4
-    assert all(set(conditions) == {1, 2, 3} for conditions in asked)
+    assert len(calls) >= 4
+    assert all(set(conditions) == {1, 2, 3} for conditions in calls)
 
 
 @pytest.mark.parametrize(

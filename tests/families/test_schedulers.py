@@ -78,13 +78,13 @@ def test_betas_of_a_table_are_exact_to_their_rounding(table):
 
 
 @pytest.mark.parametrize("count", [2, 3, 41, 200])
-@pytest.mark.parametrize("wanted", [2.4287349909002387e-09, 6e-10, 4e-5, 0.0047, 0.5, 0.0])
-def test_few_betas_keep_a_tiny_product(wanted, count):
+@pytest.mark.parametrize("product", [2.4287349909002387e-09, 6e-10, 4e-5, 0.0047, 0.5, 0.0])
+def test_few_betas_keep_a_tiny_product(product, count):
     """Two even ones alone were 1e-3 off at a cosine schedule's 2.4e-9."""
-    betas = torch.tensor(betas_with_product(wanted, count), dtype=torch.float32)
+    betas = torch.tensor(betas_with_product(product, count), dtype=torch.float32)
     assert len(betas) == count
     assert ((betas >= 0) & (betas <= 1)).all()
-    assert float((1 - betas).cumprod(0)[-1]) == pytest.approx(wanted, rel=4e-6)
+    assert float((1 - betas).cumprod(0)[-1]) == pytest.approx(product, rel=4e-6)
 
 
 @pytest.mark.slow

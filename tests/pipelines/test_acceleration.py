@@ -49,9 +49,9 @@ def folder(tmp_path_factory):
     path = tiny.save_stable_diffusion(tmp_path_factory.mktemp("speed") / "sd")
     pipe = load(path)
     with torch.no_grad():
-        for name, own in pipe.unet.named_modules():
+        for name, module in pipe.unet.named_modules():
             if name.endswith("attn2"):
-                own.to_v.weight.mul_(20)
+                module.to_v.weight.mul_(20)
     pipe.save_pretrained(path)
     return path
 
@@ -74,8 +74,8 @@ def draw(pipe, prompts="a cat", steps=1, seed=7, **call) -> torch.Tensor:
 
 
 def pixels(pipe) -> torch.Tensor:
-    made = pipe(batch_size=2, generator=torch.Generator().manual_seed(7), num_inference_steps=1, output_type="pt")
-    return made.images
+    result = pipe(batch_size=2, generator=torch.Generator().manual_seed(7), num_inference_steps=1, output_type="pt")
+    return result.images
 
 
 def networks(pipe) -> list:
@@ -84,7 +84,7 @@ def networks(pipe) -> list:
 
 def assert_stock(pipe) -> None:
     for network in networks(pipe):
-        assert {type(own.processor) for own in find_attention(network)} <= {AttnProcessor2_0}
+        assert {type(module.processor) for module in find_attention(network)} <= {AttnProcessor2_0}
         assert not [name for name, _ in network.named_buffers() if "fused" in name]
         assert all(module._compiled_call_impl is None for module in network.modules())
         assert all(p.is_contiguous() for p in network.parameters())
@@ -117,11 +117,11 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_pictures_stay_within_rounding_and_come_back_to_the_bit(part, pipe):
     stock = draw(pipe, ["a cat", "two dogs"])
-    made = accelerate(pipe, **{**OFF, **PARTS[part]})
-    assert made.done.keys() == {"attention", *(k for k in PARTS[part])}
+    acceleration = accelerate(pipe, **{**OFF, **PARTS[part]})
+    assert acceleration.done.keys() == {"attention", *(k for k in PARTS[part])}
     torch.testing.assert_close(draw(pipe, ["a cat", "two dogs"]), stock, rtol=0, atol=ROUNDING)
-    made.undo()
-    assert made.done == {}
+    acceleration.undo()
+    assert acceleration.done == {}
     assert_stock(pipe)
     assert torch.equal(draw(pipe, ["a cat", "two dogs"]), stock)
 
@@ -129,10 +129,10 @@ def test_pictures_stay_within_rounding_and_come_back_to_the_bit(part, pipe):
 def test_each_part_does_what_it_says(pipe):
     with accelerate(pipe, **{**OFF, **PARTS["all"]}):
         for network in networks(pipe):
-            for own in find_attention(network):
-                assert own.processor._attention_backend == AttentionBackendName("_native_math")
+            for module in find_attention(network):
+                assert module.processor._attention_backend == AttentionBackendName("_native_math")
                 with torch.no_grad():
-                    assert fused_projection(own) is not None
+                    assert fused_projection(module) is not None
         for weight in (pipe.unet.conv_in.weight, pipe.vae.decoder.conv_in.weight):
             assert weight.is_contiguous(memory_format=torch.channels_last)
             assert not weight.is_contiguous()
@@ -140,14 +140,14 @@ def test_each_part_does_what_it_says(pipe):
 
 
 def test_on_a_cpu_auto_is_native_and_fused_alone(pipe):
-    made = accelerate(pipe)
-    assert made.done == {"attention": "native", "fuse_qkv": "10 attentions"}
-    assert made.skipped.keys() == {
+    acceleration = accelerate(pipe)
+    assert acceleration.done == {"attention": "native", "fuse_qkv": "10 attentions"}
+    assert acceleration.skipped.keys() == {
         "attention: _native_cudnn, _native_flash, _native_efficient, flash, _flash_3, xformers",
         "channels_last",
         "compile",
     }
-    lines = str(made).splitlines()
+    lines = str(acceleration).splitlines()
     assert lines[:2] == ["attention: native", "fuse_qkv: 10 attentions"]
     assert "skipped channels_last (auto, on a cpu; True does it)" in lines
 
@@ -155,18 +155,18 @@ def test_on_a_cpu_auto_is_native_and_fused_alone(pipe):
 def test_parts_are_undone_one_by_one_in_any_order(pipe):
     stock = draw(pipe)
     for order in (("attention", "channels_last", "fuse_qkv"), ("fuse_qkv", "attention", "channels_last")):
-        made = accelerate(pipe, **{**OFF, **PARTS["all"]})
+        acceleration = accelerate(pipe, **{**OFF, **PARTS["all"]})
         for part in order:
-            made.undo(part)
-            assert part not in made.done
+            acceleration.undo(part)
+            assert part not in acceleration.done
             torch.testing.assert_close(draw(pipe), stock, rtol=0, atol=ROUNDING)
             with pytest.raises(UserError, match=f"{part}: was not done; done are "):
-                made.undo(part)
+                acceleration.undo(part)
         assert_stock(pipe)
         assert torch.equal(draw(pipe), stock)
-        made.undo()  # nothing left
+        acceleration.undo()  # nothing left
     with pytest.raises(UserError, match="compile: was not done; done are none"):
-        made.undo("compile")
+        acceleration.undo("compile")
 
 
 def test_leaving_the_block_is_undoing_even_through_an_error(pipe):
@@ -180,7 +180,7 @@ def test_one_inside_another_comes_back_to_the_outer_one(pipe):
         with accelerate(pipe, **{**OFF, "attention": "_native_flash"}):
             pass
         with accelerate(pipe, **OFF):
-            assert {type(own.processor) for own in find_attention(pipe.unet)} == {AttnProcessor2_0}
+            assert {type(module.processor) for module in find_attention(pipe.unet)} == {AttnProcessor2_0}
         for network in networks(pipe):
             backends = {module.processor._attention_backend.value for module in find_attention(network)}
             assert backends == {"_native_math"}
@@ -203,8 +203,8 @@ def test_saving_an_accelerated_pipeline_writes_the_stock_one(pipe, folder, tmp_p
     pipe.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert_stock(again)
-    for name, own in keys.items():
-        assert list(getattr(again, name).state_dict()) == own
+    for name, keys_of_part in keys.items():
+        assert list(getattr(again, name).state_dict()) == keys_of_part
         written = (tmp_path / "saved" / name / "diffusion_pytorch_model.safetensors").stat().st_size
         assert written == (folder / name / "diffusion_pytorch_model.safetensors").stat().st_size
     assert torch.equal(draw(again), stock)
@@ -214,10 +214,10 @@ def test_a_pixel_pipeline_too(tmp_path):
     pipe = ConsistencyModelPipeline.from_pretrained(tiny.save_pixels(tmp_path / "pixels"))
     pipe.set_progress_bar_config(disable=True)
     stock = pixels(pipe)
-    made = accelerate(pipe, **{**OFF, **PARTS["all"]})
-    assert made.done["fuse_qkv"] == "4 attentions"
+    acceleration = accelerate(pipe, **{**OFF, **PARTS["all"]})
+    assert acceleration.done["fuse_qkv"] == "4 attentions"
     torch.testing.assert_close(pixels(pipe), stock, rtol=0, atol=ROUNDING)
-    made.undo()
+    acceleration.undo()
     assert_stock(pipe)
     assert torch.equal(pixels(pipe), stock)
     with pytest.raises(UserError, match="tiny_vae: ConsistencyModelPipeline has no VAE"):
@@ -242,16 +242,16 @@ def test_a_kernel_that_is_not_there_is_one_line_and_nothing_is_done(attention, s
 
 
 def test_a_vae_that_a_kernel_does_not_run_on_is_left_out(pipe, monkeypatch):
-    own = kernels.try_backend
+    try_backend = kernels.try_backend
     monkeypatch.setattr(
-        kernels, "try_backend", lambda *given, **more: "too wide" if 8 in given else own(*given, **more)
+        kernels, "try_backend", lambda *call, **more: "too wide" if 8 in call else try_backend(*call, **more)
     )
     stock = draw(pipe)
-    made = accelerate(pipe, **{**OFF, "attention": "_native_math"})
-    assert made.skipped == {"vae attention": "_native_math does not run on its heads of 8"}
-    assert {type(own.processor) for own in find_attention(pipe.vae)} == {AttnProcessor2_0}
+    acceleration = accelerate(pipe, **{**OFF, "attention": "_native_math"})
+    assert acceleration.skipped == {"vae attention": "_native_math does not run on its heads of 8"}
+    assert {type(module.processor) for module in find_attention(pipe.vae)} == {AttnProcessor2_0}
     torch.testing.assert_close(draw(pipe), stock, rtol=0, atol=ROUNDING)
-    made.undo()
+    acceleration.undo()
     assert_stock(pipe)
 
 
@@ -269,8 +269,8 @@ def test_without_a_network_it_is_one_line():
 def test_compiled_block_by_block(pipe, caplog):
     """The pictures, no limit of recompilations in sight, the state dict, and the way back."""
     stock, keys = draw(pipe), list(pipe.unet.state_dict())
-    made = accelerate(pipe, **{**OFF, "fuse_qkv": True, "compile": {"backend": "eager"}})
-    assert made.done["compile"] == "8 blocks, each when it is first called"
+    acceleration = accelerate(pipe, **{**OFF, "fuse_qkv": True, "compile": {"backend": "eager"}})
+    assert acceleration.done["compile"] == "8 blocks, each when it is first called"
     compiled = [m for network in networks(pipe) for m in network.modules() if m._compiled_call_impl is not None]
     assert len(compiled) == 8
     with caplog.at_level(logging.WARNING), warnings.catch_warnings(record=True) as caught:
@@ -279,36 +279,36 @@ def test_compiled_block_by_block(pipe, caplog):
             got = draw(pipe, prompt)
             if prompt == "a cat":
                 torch.testing.assert_close(got, stock, rtol=0, atol=ROUNDING)
-    said = [str(w.message) for w in caught] + [record.getMessage() for record in caplog.records]
-    assert not [text for text in said if "recompile" in text]
+    messages = [str(w.message) for w in caught] + [record.getMessage() for record in caplog.records]
+    assert not [text for text in messages if "recompile" in text]
     assert list(pipe.unet.state_dict()) == keys
-    made.undo("compile")
+    acceleration.undo("compile")
     assert not [m for network in networks(pipe) for m in network.modules() if m._compiled_call_impl is not None]
-    made.undo()
+    acceleration.undo()
     assert_stock(pipe)
     assert torch.equal(draw(pipe), stock)
 
 
-@pytest.mark.parametrize(("asked", "blocks"), [(True, {}), ({"mode": "max-autotune"}, {"mode": "max-autotune"})])
-def test_compiles_arguments_are_passed_on(asked, blocks, pipe, monkeypatch):
-    given = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **own: given.append(own))
-    accelerate(pipe, **{**OFF, "compile": asked})
-    assert given == [blocks] * 8
+@pytest.mark.parametrize(("choice", "blocks"), [(True, {}), ({"mode": "max-autotune"}, {"mode": "max-autotune"})])
+def test_compiles_arguments_are_passed_on(choice, blocks, pipe, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: calls.append(options))
+    accelerate(pipe, **{**OFF, "compile": choice})
+    assert calls == [blocks] * 8
 
 
 def test_auto_does_it_all_on_a_gpu(pipe, monkeypatch):
     """Said to be one: the CPU's networks are changed."""
-    given = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **own: given.append(own))
-    made, own = Acceleration(), {name: getattr(pipe, name) for name in ("unet", "vae")}
-    speed._channels_last(made, own, torch.device("cuda"), "auto")
-    speed._compile(made, own, torch.device("cuda"), "auto")
-    assert made.done == {"channels_last": "unet, vae", "compile": "8 blocks, each when it is first called"}
-    assert made.skipped == {}
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: calls.append(options))
+    acceleration, networks = Acceleration(), {name: getattr(pipe, name) for name in ("unet", "vae")}
+    speed._channels_last(acceleration, networks, torch.device("cuda"), "auto")
+    speed._compile(acceleration, networks, torch.device("cuda"), "auto")
+    assert acceleration.done == {"channels_last": "unet, vae", "compile": "8 blocks, each when it is first called"}
+    assert acceleration.skipped == {}
     assert not pipe.unet.conv_in.weight.is_contiguous()
-    assert given == [{}] * 8
-    made.undo()
+    assert calls == [{}] * 8
+    acceleration.undo()
     assert_stock(pipe)
 
 
@@ -318,16 +318,16 @@ def test_auto_does_it_all_on_a_gpu(pipe, monkeypatch):
 def test_a_small_decoder_stands_in_for_the_vae(pipe, tmp_path):
     stock, latents = draw(pipe), draw(pipe, output_type="latent")
     taesd().save_pretrained(tmp_path / "taesd")
-    for given in (str(tmp_path / "taesd"), taesd()):
-        own = pipe.vae
-        with accelerate(pipe, tiny_vae=given, channels_last=True) as made:
+    for decoder in (str(tmp_path / "taesd"), taesd()):
+        vae = pipe.vae
+        with accelerate(pipe, tiny_vae=decoder, channels_last=True) as acceleration:
             assert isinstance(pipe.vae, AutoencoderTiny)
-            assert "tiny_vae" in made.done
+            assert "tiny_vae" in acceleration.done
             torch.testing.assert_close(draw(pipe, output_type="latent"), latents, rtol=0, atol=1e-5)
             expected = taesd().eval().decode(draw(pipe, output_type="latent")).sample
             torch.testing.assert_close(draw(pipe), (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=ROUNDING)
-            assert own.decoder.conv_in.weight.is_contiguous()  # the one that stays away is left alone
-        assert pipe.vae is own
+            assert vae.decoder.conv_in.weight.is_contiguous()  # the one that stays away is left alone
+        assert pipe.vae is vae
         assert_stock(pipe)
         assert torch.equal(draw(pipe), stock)
 
@@ -342,7 +342,7 @@ def test_a_small_decoder_is_saved_as_it_is(pipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("decoder", "says"),
     [
         (lambda folder: taesd(channels=16), "it decodes 16 channels by 2, the pipeline's VAE 4 by 2"),
         (lambda folder: taesd(levels=3), "it decodes 4 channels by 4, the pipeline's VAE 4 by 2"),
@@ -351,13 +351,13 @@ def test_a_small_decoder_is_saved_as_it_is(pipe, tmp_path):
         (lambda folder: str(folder / "unet"), "another network's"),
     ],
 )
-def test_a_decoder_that_does_not_fit_is_one_line_and_nothing_is_done(given, says, pipe, folder):
-    own = pipe.vae
+def test_a_decoder_that_does_not_fit_is_one_line_and_nothing_is_done(decoder, says, pipe, folder):
+    vae = pipe.vae
     with pytest.raises(UserError, match=re.escape(says)) as caught:
-        accelerate(pipe, tiny_vae=given(folder))
+        accelerate(pipe, tiny_vae=decoder(folder))
     assert str(caught.value).startswith("tiny_vae")
     assert "\n" not in str(caught.value)
-    assert pipe.vae is own
+    assert pipe.vae is vae
     assert_stock(pipe)
 
 
@@ -378,12 +378,12 @@ def test_a_live_lora_keeps_its_pictures(targets, pipe, folder, tmp_path):
     pipe.load_lora_weights(tmp_path)
     stock = draw(pipe)
     assert (stock - plain).abs().max() > 1e-4
-    made = accelerate(pipe, **{**OFF, **PARTS["all"]})
-    left = [reason for name, reason in made.skipped.items() if name.startswith("unet.")]
+    acceleration = accelerate(pipe, **{**OFF, **PARTS["all"]})
+    left = [reason for name, reason in acceleration.skipped.items() if name.startswith("unet.")]
     assert len(left) == (8 if targets[0] == "to_q" else 4)
     assert all(reason.startswith("its projections are peft's Linear") for reason in left)
     torch.testing.assert_close(draw(pipe), stock, rtol=0, atol=ROUNDING)
-    made.undo()
+    acceleration.undo()
     assert_stock(pipe)
     assert torch.equal(draw(pipe), stock)
 
@@ -399,15 +399,15 @@ def test_a_lora_loaded_fused_and_unloaded_afterwards_stays_in(pipe, folder):
     expected = draw(other)
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=ROUNDING)
     with torch.no_grad():
-        assert all(fused_projection(own) is not None for own in find_attention(pipe.unet))
+        assert all(fused_projection(module) is not None for module in find_attention(pipe.unet))
 
 
 def test_where_nothing_can_be_fused_nothing_stays_installed(pipe):
     with_lora(pipe)
-    made = accelerate(pipe, **{**OFF, "fuse_qkv": True}, tiny_vae=taesd())
-    assert "fuse_qkv" not in made.done
-    assert "fuse_qkv" in made.skipped
-    made.undo()
+    acceleration = accelerate(pipe, **{**OFF, "fuse_qkv": True}, tiny_vae=taesd())
+    assert "fuse_qkv" not in acceleration.done
+    assert "fuse_qkv" in acceleration.skipped
+    acceleration.undo()
     assert_stock(pipe)
 
 
@@ -430,12 +430,12 @@ def test_scale_zero_is_the_plain_picture_to_the_bit(pipe):
 def test_what_the_network_is_told(pipe):
     """It is told a and the pipeline's own encoding of the prompt, at every step."""
     negative = NegativePrompts(pipe)
-    given = negative("a dog", 0.7)["cross_attention_kwargs"]
-    assert given["negative_scale"] == 0.7
+    negatives = negative("a dog", 0.7)["cross_attention_kwargs"]
+    assert negatives["negative_scale"] == 0.7
     expected = pipe.encode_prompt("a dog", "cpu", 1, False)[0]
-    assert torch.equal(given["negative_hidden_states"], expected)
-    assert given["negative_hidden_states"].shape == (1, 16, 8)
-    assert not given["negative_hidden_states"].requires_grad
+    assert torch.equal(negatives["negative_hidden_states"], expected)
+    assert negatives["negative_hidden_states"].shape == (1, 16, 8)
+    assert not negatives["negative_hidden_states"].requires_grad
     calls = []
     pipe.unet.register_forward_pre_hook(lambda module, args, more: calls.append(more), with_kwargs=True)
     draw(pipe, ["a cat", "a cat"], steps=3, **negative("a dog", 0.7))
@@ -454,16 +454,16 @@ def test_a_list_is_each_alone(pipe):
     for i in range(2):
         alone = draw(pipe, prompts[i], latents=latents[i : i + 1], **negative(away[i], float(scales[i])))
         torch.testing.assert_close(whole[i : i + 1], alone, rtol=0, atol=ROUNDING)
-    own = {"num_images_per_prompt": 2, "latents": latents}
-    several = draw(pipe, prompts, **own, **negative(away, scales.repeat_interleave(2), images_per_prompt=2))
+    arguments = {"num_images_per_prompt": 2, "latents": latents}
+    several = draw(pipe, prompts, **arguments, **negative(away, scales.repeat_interleave(2), images_per_prompt=2))
     for i in range(4):
         one = draw(pipe, prompts[i // 2], latents=latents[i : i + 1], **negative(away[i // 2], float(scales[i // 2])))
         torch.testing.assert_close(several[i : i + 1], one, rtol=0, atol=ROUNDING)
-    one_for_all = draw(pipe, prompts, **own, **negative("blurry", 0.5, images_per_prompt=2))
-    each = draw(pipe, prompts, **own, **negative(["blurry"] * 2, 0.5, images_per_prompt=2))
+    one_for_all = draw(pipe, prompts, **arguments, **negative("blurry", 0.5, images_per_prompt=2))
+    each = draw(pipe, prompts, **arguments, **negative(["blurry"] * 2, 0.5, images_per_prompt=2))
     torch.testing.assert_close(one_for_all, each, rtol=0, atol=ROUNDING)
     with pytest.raises(ValueError, match=r"2 negative prompts for a batch of 4: .*images_per_prompt"):
-        draw(pipe, prompts, **own, **negative(away, 0.5))
+        draw(pipe, prompts, **arguments, **negative(away, 0.5))
 
 
 def test_with_guidance_on_one_prompt_steers_both_halves_and_a_list_is_refused(pipe):
@@ -479,10 +479,10 @@ def test_negative_prompts_leave_the_stock_pipeline(pipe, folder, tmp_path):
     stock = draw(pipe)
     before = pipe.unet.attn_processors
     with NegativePrompts(pipe) as negative:
-        assert {type(own.processor) for own in find_attention(pipe.unet)} == {AttentionProcessor}
+        assert {type(module.processor) for module in find_attention(pipe.unet)} == {AttentionProcessor}
         assert_stock_vae(pipe)
         pipe.save_pretrained(tmp_path / "saved")
-    assert all(pipe.unet.attn_processors[name] is own for name, own in before.items())
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
     assert torch.equal(draw(pipe), stock)
     again = load(tmp_path / "saved")
     assert_stock(again)
@@ -492,7 +492,7 @@ def test_negative_prompts_leave_the_stock_pipeline(pipe, folder, tmp_path):
 
 
 def assert_stock_vae(pipe) -> None:
-    assert {type(own.processor) for own in find_attention(pipe.vae)} == {AttnProcessor2_0}
+    assert {type(module.processor) for module in find_attention(pipe.vae)} == {AttnProcessor2_0}
 
 
 def test_two_on_one_pipeline_do_not_remove_each_other(pipe):
@@ -512,7 +512,7 @@ def test_beside_accelerate_in_any_order(negative_first, negative_leaves_first, p
         steered = draw(pipe, **alone("blurry", 0.5))
     if negative_first:
         negative = NegativePrompts(pipe)
-    made = accelerate(pipe, **{**OFF, **PARTS["all"]})
+    acceleration = accelerate(pipe, **{**OFF, **PARTS["all"]})
     if not negative_first:
         negative = NegativePrompts(pipe)
     torch.testing.assert_close(draw(pipe), stock, rtol=0, atol=ROUNDING)
@@ -520,9 +520,9 @@ def test_beside_accelerate_in_any_order(negative_first, negative_leaves_first, p
     if negative_leaves_first:
         negative.remove()
         torch.testing.assert_close(draw(pipe), stock, rtol=0, atol=ROUNDING)
-        made.undo()
+        acceleration.undo()
     else:
-        made.undo()
+        acceleration.undo()
         assert torch.equal(draw(pipe, **negative("blurry", 0.5)), steered)
         negative.remove()
     assert_stock(pipe)
@@ -626,7 +626,7 @@ def test_foreign_processors_are_refused_and_the_advice_works(pipe):
     with pytest.raises(UserError, match=r"unet\.down_blocks.* has a AttnProcessor already") as caught:
         NegativePrompts(pipe)
     assert "\n" not in str(caught.value)
-    assert all(pipe.unet.attn_processors[name] is own for name, own in before.items())
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
     (advice,) = re.findall(r"unet\.(\w+)\(AttnProcessor2_0\(\)\)", str(caught.value))
     getattr(pipe.unet, advice)(AttnProcessor2_0())
     NegativePrompts(pipe)
@@ -636,7 +636,7 @@ def test_one_foreign_processor_among_stock_ones_is_refused_and_all_stay(pipe):
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
     with pytest.raises(UserError, match=r"unet\.mid_block"):
         NegativePrompts(pipe)
-    kinds = [type(own.processor) for own in find_attention(pipe.unet)]
+    kinds = [type(module.processor) for module in find_attention(pipe.unet)]
     assert sorted(kind.__name__ for kind in kinds) == ["AttnProcessor", *["AttnProcessor2_0"] * 7]
 
 
