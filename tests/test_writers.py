@@ -108,7 +108,7 @@ def test_of_several_ranks_every_one_ends_when_another_process_writes(finished, r
             for n in "01"
         ]
         errors = [rank.communicate(timeout=100)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
     assert errors[0].count("another process is writing here") == 1
     assert "Traceback" not in errors[0] + errors[1]
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from stepdistill.errors import UserError
 
@@ -78,6 +77,8 @@ def choose_fastest(
 def time_backend(backend: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> float:
     """The median seconds of one call on 4,096 tokens."""
     query = torch.randn(1, heads, 4096, width, device=device, dtype=dtype)
+    from torch.utils.benchmark import Timer  # warns, when it is imported, where there is no CUDA
+
     call = {"attend": kernels.attend, "query": query, "backend": backend}
     timer = Timer("attend(query, query, query, None, backend)", globals=call, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=0.05).median

@@ -65,7 +65,16 @@ def _fail(message: str, code: int = 2) -> None:
         bar.close()  # which ends its line
     if os.environ.get("RANK", "0") == "0":
         print(f"stepdistill: {printable(message)}", file=sys.stderr)
+    _leave_processes()
     sys.exit(code)
+
+
+def _leave_processes() -> None:
+    """Leave the process group, if this process is in one: at exit its threads would abort where another process of it
+    has ended before."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

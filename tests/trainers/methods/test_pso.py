@@ -683,13 +683,13 @@ def test_the_reward_rises_and_the_samples_keep_their_spread():
         pso={"rewards": [{"reward": "judges:FirstValue"}], "beta": 5.0, "clamp": None},
         train={"updates": 200, "batch_size": 64},
     )
-    before, watched, own = students_samples(trainer), {}, trainer.log
+    before, watched, own = students_samples(trainer), {}, trainer.method.log
 
     def log(name, value):
         watched.setdefault(name, []).append(torch.as_tensor(value).item())
         own(name, value)
 
-    trainer.log = log
+    trainer.method.log = log
     trainer.fit()
     after = students_samples(trainer)
     assert after[:, 0].mean() > before[:, 0].mean() + 0.2

@@ -153,10 +153,12 @@ def test_a_killed_recipe_goes_on_to_the_same_weights(killed_in, done, root, tmp_
     """SIGKILL in a stage, --resume, and the student is the uninterrupted one's to the bit."""
     path = write(tmp_path, raw_recipe(root, tmp_path / "out", train={"checkpoint_every": 1}))
     program = (
-        "import sys, time; from stepdistill import cli; from stepdistill.trainers.loop.trainer import Trainer\n"
+        "import sys, time\n"
+        "from stepdistill.cli import main as cli\n"
+        "from stepdistill.trainers.loop.trainer import Trainer\n"
         "after_update = Trainer._after_update\n"
-        "def after(self, bar):\n"
-        "    after_update(self, bar)\n"
+        "def after(self, bar, counter):\n"
+        "    after_update(self, bar, counter)\n"
         f"    time.sleep(60 if self.run.path.name == {killed_in!r} else 0)\n"
         "Trainer._after_update = after\n"
         f"sys.argv = ['stepdistill', 'distill', {str(path)!r}]; cli.main()\n"
