@@ -8,8 +8,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from stepdistill.attention.kernels import AUTO, BACKENDS, NATIVE
-from stepdistill.data.latents import Posterior
-from stepdistill.data.pictures import Colour
+from stepdistill.data.picture_settings import PictureSettings
 from stepdistill.roles.settings import RolesSettings
 
 from .config import Section, UserPath
@@ -31,7 +30,7 @@ class TeacherSettings(Section):
     steps: int = Field(25, ge=1, le=10_000, description="the teacher's full number of steps, for grids and evaluation")
 
 
-class ImagesSettings(Section):
+class ImagesSettings(PictureSettings):
     """Real images, from one of four places."""
 
     folder: UserPath | None = None
@@ -47,20 +46,6 @@ class ImagesSettings(Section):
     )
     caption_column: str | None = Field(
         None, description="captions, or lists of them to draw from; of a folder's metadata: text, prompt or caption"
-    )
-    resize: bool = Field(False, description="centre-crop and Lanczos-resize what has another size")
-    background: Colour = Field("white", description="what lies under transparent pixels: a name, or '#rrggbb'")
-    posterior: Posterior = Field(
-        "mean",
-        description="of the teacher's VAE: latents are its posterior's mean, or a sample drawn at every use, as in the "
-        "released code of LCM and PCM (DMD2's are drawn once)",
-    )
-    max_unreadable: float = Field(
-        0.001,
-        ge=0,
-        lt=1,
-        description="the share of the pictures that may be unreadable, at least one of them; others are taken in their "
-        "place; above it the run is saved and ends; 0: at the first",
     )
 
     @model_validator(mode="after")

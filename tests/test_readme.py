@@ -108,14 +108,19 @@ def test_shipped_teacher_configs_are_valid():
     assert check(MatchingConfig, read_yaml(path), str(path)).reference_data == emoji.data
 
 
-def test_every_command_in_the_readme_exists():
+def test_every_command_and_link_of_the_pages_exists():
     from typer.main import get_command
 
     from stepdistill.cli.main import app
 
     known = get_command(app).commands
-    for name in re.findall(r"^stepdistill (\w+)|`stepdistill (\w+)", README, re.M):
-        assert (name[0] or name[1]) in known, name
+    pages = [ROOT / "README.md", ROOT / "configs/benchmark/README.md", ROOT / "tests/README.md"]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"^stepdistill (\w+)|`stepdistill (\w+)", text, re.M):
+            assert (name[0] or name[1]) in known, (page, name)
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):  # pictures and pages of this repository
+            assert (page.parent / link).exists(), (page, link)
 
 
 def test_modules_keep_to_their_rooms():

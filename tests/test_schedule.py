@@ -121,9 +121,9 @@ def test_float32_in_float32_out_with_float64_coefficients():
     _, eps, t, x_t = made(schedule, 999, dtype=torch.float32)
     assert x_t.dtype == torch.float32
     exact = schedule.to_x0(eps.double(), "eps", x_t.double(), t)
-    given = schedule.to_x0(eps, "eps", x_t, t)
-    assert given.dtype == torch.float32
-    torch.testing.assert_close(given.double(), exact, rtol=0, atol=1e-5)
+    arguments = schedule.to_x0(eps, "eps", x_t, t)
+    assert arguments.dtype == torch.float32
+    torch.testing.assert_close(arguments.double(), exact, rtol=0, atol=1e-5)
     half = schedule.to_x0(eps.bfloat16(), "eps", x_t.bfloat16(), t)
     assert half.dtype == torch.bfloat16
 
@@ -248,9 +248,9 @@ def test_deterministic_step_is_stock_ddim():
     ids=lambda value: type(value).__name__ if hasattr(value, "config") else str(value),
 )
 def test_schedules_read_off_stock_schedulers(scheduler, schedule_type, kind):
-    schedule, found = from_scheduler(scheduler)
+    schedule, result = from_scheduler(scheduler)
     assert type(schedule) is schedule_type
-    assert found == kind
+    assert result == kind
     if schedule_type is VPSchedule:
         torch.testing.assert_close(schedule.alphas_cumprod, scheduler.alphas_cumprod.double(), rtol=0, atol=0)
     if schedule_type is FlowSchedule:

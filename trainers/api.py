@@ -90,6 +90,8 @@ class MethodTrainer(Trainer):
         self.use_attention()
         if run is not None and not exists and accelerator.is_main_process:
             run.create(self.job.config, self.job.config.seed, self.teacher_digests)
+            self.job.method.make_record(self.job.config).save(run.path)
+        accelerator.wait_for_everyone()
         if run is not None and exists:
             resume_run(self, run)
 

@@ -9,20 +9,20 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from stepdistill.conditions import NONE, Conditions, list_first
-from stepdistill.config import Section, UserPath
+from stepdistill.config import UserPath
 from stepdistill.errors import UserError
 
 from .columns import read_column, read_dataset
 from .folders import read_folder
 from .images import ImageSet, Label
-from .latents import Posterior
 from .listing import list_pictures
-from .pictures import Colour, Shape
+from .picture_settings import PictureSettings
+from .pictures import Shape
 
 DEFAULT_PROMPTS = "prompt"
 
 
-class PreferenceSettings(Section):
+class PreferenceSettings(PictureSettings):
     """Where the pairs come from.
 
     A folder holds ``winner`` and ``loser`` with pictures of equal names, each as ``data.images.folder`` is read: a
@@ -43,19 +43,6 @@ class PreferenceSettings(Section):
         None,
         description="how much winner_column's picture is preferred: above 0.5 it is, below the other, 0.5 is a tie, "
         "left out; Pick-a-Pic: label_0",
-    )
-    resize: bool = Field(False, description="centre-crop and Lanczos-resize what has another size")
-    background: Colour = Field("white", description="what lies under transparent pixels: a name, or '#rrggbb'")
-    posterior: Posterior = Field(
-        "mean",
-        description="of a teacher with a VAE: the mean of its posterior, or a sample at every use (Diffusion-DPO)",
-    )
-    max_unreadable: float = Field(
-        0.001,
-        ge=0,
-        lt=1,
-        description="the share of the pictures that may be unreadable, at least one of them; others are taken in their "
-        "place; above it the run is saved and ends; 0: at the first",
     )
 
     @model_validator(mode="after")

@@ -103,9 +103,9 @@ def main() -> None:
         Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n")
         return
     before = json.loads(Path(file).read_text())
-    found = differences({name: before.get(name) for name in record}, record)
-    print("\n".join(found) or f"{len(record)} cases: equal to the bit")
-    sys.exit(bool(found))
+    result = differences({name: before.get(name) for name in record}, record)
+    print("\n".join(result) or f"{len(record)} cases: equal to the bit")
+    sys.exit(bool(result))
 
 
 if __name__ == "__main__":

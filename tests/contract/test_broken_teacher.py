@@ -97,8 +97,8 @@ def test_a_reward_that_is_no_number_ends_the_run_by_its_name(row, teachers, tmp_
 
 
 def test_targets_are_not_chosen_by_a_reward_that_is_no_number(teachers, tmp_path):  # noqa: F811
-    own = {"mode": "targets", "best": 0.5, "rewards": [{"reward": "judges:Broken"}]}
-    job = job_for("pso", merge(teachers["unet2d"], {"pso": own}), "shared", tmp_path / "run")
+    settings = {"mode": "targets", "best": 0.5, "rewards": [{"reward": "judges:Broken"}]}
+    job = job_for("pso", merge(teachers["unet2d"], {"pso": settings}), "shared", tmp_path / "run")
     with pytest.raises(UserError, match=r"pso.best: the rewards of image 0 of .*images.npz are not finite"):
         build_trainer(job, None)
 
@@ -132,11 +132,11 @@ def test_a_float16_teacher_is_told_that_float16_overflows(teachers, tmp_path):  
 def test_what_was_skipped_is_said_at_the_end_and_remembered(teachers, tmp_path):  # noqa: F811
     job = job_for("dmd2", teachers["unet2d"], "full", tmp_path / "run", updates=4)
     trainer, run = started(job, tmp_path / "run")
-    own, calls = trainer.method.distribution_matching, []
+    settings, calls = trainer.method.distribution_matching, []
 
     def once(x0, condition):
         calls.append(0)
-        return own(x0, condition) * (math.nan if len(calls) == 2 else 1)
+        return settings(x0, condition) * (math.nan if len(calls) == 2 else 1)
 
     trainer.method.distribution_matching = once
     trainer.fit()

@@ -62,7 +62,7 @@ def root(tmp_path_factory) -> Path:
 
 def config(root: Path, name: str, **train) -> Path:
     """The recipe with another teacher, its data, sizes for a minute, and rates that move a LoRA in four updates."""
-    own = {
+    settings = {
         "inherits": str(RECIPE),
         "output": str(root / name),
         "teacher": {"path": str(root / "teacher"), "steps": 4},
@@ -76,7 +76,7 @@ def config(root: Path, name: str, **train) -> Path:
         },
     }
     file = root / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(own))
+    file.write_text(yaml.safe_dump(settings))
     return file
 
 

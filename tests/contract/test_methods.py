@@ -54,7 +54,7 @@ def method_of(trainer):
 
 def tensors_of(trainer) -> dict[str, torch.Tensor]:
     tensors, _ = trainer.state()
-    return {f"{group}/{key}": value.clone() for group, own in tensors.items() for key, value in own.items()}
+    return {f"{group}/{key}": value.clone() for group, settings in tensors.items() for key, value in settings.items()}
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]):
@@ -139,15 +139,15 @@ def test_gradient_checkpointing_changes_no_gradient(row, teacher, weights, teach
             state = {k: v + 0.03 * torch.randn(v.shape, generator=generator) for k, v in state.items()}
             node = asdict(trainer.method.store.write(1, 0.0, state))
             trainer.method.memory["path"] = [node] * trainer.method.settings.nodes
-        kept = {}
-        trainer.step = lambda role, kept=kept, trainer=trainer: kept.update(
+        recorded = {}
+        trainer.step = lambda role, recorded=recorded, trainer=trainer: recorded.update(
             {f"{role}/{k}": p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}
         )
         trainer.begin() if row == "regression" else None
         trainer.iteration()
         if row.startswith("disback"):
             assert trainer.method.walk.teacher.denoiser is trainer.method.walk.node_teacher
-        gradients.append(kept)
+        gradients.append(recorded)
     plain, recomputed = gradients
     assert plain.keys() == recomputed.keys()
     assert any(key.startswith("student/") for key in plain)
@@ -182,11 +182,11 @@ def test_accumulation_is_the_mean_of_its_micro_batches(row, teachers, tmp_path):
     job = job_for(row, teachers["unet2d"], weights_of(row)[-1], tmp_path, gradient_accumulation=2)
     trainer = build_trainer(job, None)
     trainer.begin()
-    own, seen, taken = trainer.method.student_losses, [], {}
+    settings, seen, taken = trainer.method.student_losses, [], {}
 
     def keep(batch):
         seen.append((batch, trainer.noise.get_state(), dict(trainer.counters)))
-        return own(batch)
+        return settings(batch)
 
     trainer.method.student_losses = keep
     trainer.step = lambda role: taken.setdefault(
@@ -199,7 +199,7 @@ def test_accumulation_is_the_mean_of_its_micro_batches(row, teachers, tmp_path):
         trainer.noise.set_state(state)
         trainer.counters.update(counters)
         parameters = {k: p for k, p in trainer.trained["student"].items() if k in taken["student"]}
-        loss = sum(weight * value for weight, value in own(batch).values())
+        loss = sum(weight * value for weight, value in settings(batch).values())
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         for key, gradient in zip(parameters, gradients, strict=True):
             summed[key] = summed.get(key, 0) + gradient / 2
@@ -249,8 +249,8 @@ def test_accumulation_is_the_larger_batch(row, teachers, tmp_path):
 
     method_of(trainer).make_sample = make_and_keep
     gradients = []
-    own = method_of(trainer).sample_gradient
-    method_of(trainer).sample_gradient = lambda x0, batch: gradients.append(own(x0, batch)) or gradients[-1]
+    settings = method_of(trainer).sample_gradient
+    method_of(trainer).sample_gradient = lambda x0, batch: gradients.append(settings(x0, batch)) or gradients[-1]
     backward = {}
     trainer.step = lambda role: backward.update(
         {role: {k: p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}}
@@ -308,9 +308,9 @@ def test_a_runs_pictures_are_of_the_prompts_that_it_shows(shown, drawn, teachers
     base = teachers["stable_diffusion"]
     teacher = merge(base, {"data": {"shown": shown}})
     trainer, run = started(job_for("dmd2", teacher, "shared", tmp_path / "a", sample_count=2), tmp_path / "a")
-    asked, encode = [], trainer.family.encode_conditions
-    monkeypatch.setattr(trainer.family, "encode_conditions", lambda items: asked.extend(items) or encode(items))
+    calls, encode = [], trainer.family.encode_conditions
+    monkeypatch.setattr(trainer.family, "encode_conditions", lambda items: calls.extend(items) or encode(items))
     trainer.recorder.save_samples()
-    assert asked == drawn
+    assert calls == drawn
     assert (run.samples / "000000.png").is_file()
     assert choose_prompts(trainer.config.data) == (shown or ["a cat", "a dog", "a red bus"])

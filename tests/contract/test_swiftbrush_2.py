@@ -60,8 +60,8 @@ def test_from_a_one_step_model_to_a_merged_student(folder):
     full = stepdistill("distill", *shared, f"output={folder}/full")
     assert full.code == 0, full.err[-2000:]
     clip = f"{{model: 'brightness_clip:scorer', tau: 1.0, decoder: {folder}/taesd}}"
-    own = ["roles.weights=shared", "roles.student_lora={rank: 4, alpha: 8}", f"swiftbrush.clip={clip}"]
-    lora = stepdistill("distill", *shared, *own, f"output={folder}/lora")
+    settings = ["roles.weights=shared", "roles.student_lora={rank: 4, alpha: 8}", f"swiftbrush.clip={clip}"]
+    lora = stepdistill("distill", *shared, *settings, f"output={folder}/lora")
     assert lora.code == 0, lora.err[-2000:]
     rows = [json.loads(line) for line in (folder / "lora/metrics.jsonl").read_text().splitlines()]
     assert all(row["loss/clip"] > 0 and row["sample_grad/clip"] > 0 for row in rows)

@@ -75,11 +75,11 @@ def test_what_is_evaluated_is_our_sampler(name, steps, transition, tmp_path):
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_several_students_draw_as_our_sampler(name, tmp_path):
-    made = several.gathered_of(tmp_path, "several", TEACHERS[name].export_case(1), 2)
-    items = several.PROMPTS[:4] if made.family.condition_kind == "prompt" else [2, 0, 1, 1]
-    noise = torch.randn(4, *made.family.sample_shape)
-    pipe = MSDPipeline.from_pretrained(made.folder)
+    created = several.gathered_of(tmp_path, "several", TEACHERS[name].export_case(1), 2)
+    items = several.PROMPTS[:4] if created.family.condition_kind == "prompt" else [2, 0, 1, 1]
+    noise = torch.randn(4, *created.family.sample_shape)
+    pipe = MSDPipeline.from_pretrained(created.folder)
     pipe.set_progress_bar_config(disable=True)
-    drawn = pipe(**several.conditioned(made, items), latents=noise, output_type="pt").images
-    torch.testing.assert_close(drawn, made.sample(items, noise, [0] * 4), rtol=0, atol=5e-5)
-    assert {0, 1} == set(made.route(items)) or made.family.condition_kind == "prompt"
+    drawn = pipe(**several.conditioned(created, items), latents=noise, output_type="pt").images
+    torch.testing.assert_close(drawn, created.sample(items, noise, [0] * 4), rtol=0, atol=5e-5)
+    assert {0, 1} == set(created.route(items)) or created.family.condition_kind == "prompt"

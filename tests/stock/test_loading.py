@@ -37,8 +37,8 @@ def text(good, tmp_path):
     return shutil.copytree(good / "text", tmp_path / "text")
 
 
-def refused(folder, *says) -> str:
-    """What all readers of pipelines say of the folder."""
+def assert_refused(folder, *says) -> str:
+    """All readers of pipelines refuse the folder in one line with these parts; gives the first one's."""
     messages = []
     for read in (load_family, StockPipeline.load, lambda path: merge_students(path, path, 0.5, folder / "merged")):
         with pytest.raises(UserError) as caught:
@@ -63,8 +63,12 @@ def edit_weights(file, change):
 
 def test_good_folders_load(good):
     for name in ("text", "label"):
-        load_family(str(good / name))
-        StockPipeline.load(good / name)
+        family, stock = load_family(str(good / name)), StockPipeline.load(good / name)
+        expected = load_file(good / name / "unet" / WEIGHTS["unet"])
+        for network in (family.network, stock.first.unet):
+            state = network.state_dict()
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[key], value) for key, value in expected.items())
 
 
 def test_no_module_that_an_index_names_is_imported(text, tmp_path, monkeypatch):
@@ -73,7 +77,9 @@ def test_no_module_that_an_index_names_is_imported(text, tmp_path, monkeypatch):
     (code / "looks_harmless.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
     monkeypatch.syspath_prepend(code)
     edit_json(text / "model_index.json", unet=["looks_harmless", "UNet2DConditionModel"])
-    refused(text, "unet is of the library looks_harmless", "only classes of diffusers and transformers are loaded")
+    assert_refused(
+        text, "unet is of the library looks_harmless", "only classes of diffusers and transformers are loaded"
+    )
     assert "looks_harmless" not in sys.modules
     assert not (code / "ran").exists()
 
@@ -92,40 +98,41 @@ def test_no_module_that_an_index_names_is_imported(text, tmp_path, monkeypatch):
 )
 def test_an_index_of_other_things_is_refused(text, changes, says):
     edit_json(text / "model_index.json", **changes)
-    refused(text, says)
+    assert_refused(text, says)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", '"a"', "{", "[" * 100_000, "\udc80", '{"a": ' + "9" * 5000 + "}"])
 def test_an_index_of_another_type_is_refused(text, content):
     (text / "model_index.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    refused(text, "model_index.json")
+    assert_refused(text, "model_index.json")
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
 def test_a_tensor_that_is_missing_is_named(text, part):
     name = min(load_file(text / part / WEIGHTS[part]))
     edit_weights(text / part / WEIGHTS[part], lambda tensors: tensors.pop(name))
-    refused(text, f"its {part} has no weights ", name.removeprefix("text_model."))
+    assert_refused(text, f"its {part} has no weights ", name.removeprefix("text_model."))
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
 def test_a_tensor_of_another_shape_is_named(text, part):
     name = min(load_file(text / part / WEIGHTS[part]))
     edit_weights(text / part / WEIGHTS[part], lambda tensors: tensors.update({name: torch.zeros(3, 3)}))
-    refused(text, name.removeprefix("text_model."))
+    assert_refused(text, name.removeprefix("text_model."))
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
 def test_a_tensor_too_many_is_named(text, part):
     edit_weights(text / part / WEIGHTS[part], lambda tensors: tensors.update(odd=torch.zeros(3)))
-    refused(text, f"its {part} has weights that its config does not know, odd")
+    assert_refused(text, f"its {part} has weights that its config does not know, odd")
 
 
 def test_weights_that_older_versions_wrote_are_passed_over(text):
     """Stable Diffusion 1.5's text encoder holds its positions."""
     file = text / "text_encoder" / WEIGHTS["text_encoder"]
+    expected = load_family(str(text)).encode_conditions(["a cat"])["text"]
     edit_weights(file, lambda t: t.update({"text_model.embeddings.position_ids": torch.arange(16)[None]}))
-    load_family(str(text))
+    assert torch.equal(load_family(str(text)).encode_conditions(["a cat"])["text"], expected)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +149,7 @@ def test_weights_that_older_versions_wrote_are_passed_over(text):
 def test_sizes_that_no_network_has_are_refused_at_once(text, file, changes, says):
     edit_json(text / file, **changes)
     started = time.monotonic()
-    refused(text, file.rpartition("/")[2], says, "is more than any network has")
+    assert_refused(text, file.rpartition("/")[2], says, "is more than any network has")
     assert time.monotonic() - started < 5
 
 

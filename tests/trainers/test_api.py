@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from stepdistill import trainers
 from stepdistill.errors import UserError
+from stepdistill.run_record import RunRecord
 from stepdistill.trainers.loop.trainer import Trainer
 from stepdistill.trainers.methods.registry import METHODS
 
@@ -33,6 +34,7 @@ def test_a_run_is_fit_exported_and_goes_on(tmp_path):
     trainer = trainers.DMD2Trainer(config(tmp_path), ["dmd2.fake_score_updates=1"])
     trainer.fit()
     assert trainer.counters["student"] == trainer.counters["fake_score"] == 2
+    assert RunRecord.load(tmp_path / "run").guidance_scale == 1.0  # what an evaluation of the run reads
     pipe = DiffusionPipeline.from_pretrained(trainer.export(tmp_path / "student"))
     with trainer.exported():
         averaged = trainer.roles.student.plain_state_dict()

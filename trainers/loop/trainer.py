@@ -194,7 +194,7 @@ class Trainer:
 
         Args:
             after: called with the bar and the counter's name when an iteration has moved it.
-            planned: what the bar goes to, where the passes are known to end before ``total``.
+            planned: what the bar goes to, where the passes are known to end before the phase's count.
         """
         main, counter, total = self.accelerator.is_main_process, phase.counter, phase.count
         done, moved = self.counters[counter], True  # a spent budget ends the loop where the counter has just moved

@@ -133,8 +133,8 @@ def test_clipping_and_warm_up_are_per_role():
 
 
 def test_learning_rate_warms_up_then_decays_in_the_roles_own_updates():
-    own = OptimizerSettings(lr=1.0, warmup=4, decay=10)
-    rates = [learning_rate(own, done) for done in range(12)]
+    settings = OptimizerSettings(lr=1.0, warmup=4, decay=10)
+    rates = [learning_rate(settings, done) for done in range(12)]
     assert rates == pytest.approx([0.25, 0.45, 0.6, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.01, 0.01])
     assert learning_rate(OptimizerSettings(lr=0.5), 1000) == 0.5
 
@@ -258,12 +258,12 @@ def test_passes_of_all_processes_are_counted_whatever_their_number_was_before():
 
 
 def test_every_roles_optimizer_is_made_of_its_own_settings():
-    own = {
+    changes = {
         "student": {"lr": 1e-3, "betas": [0.1, 0.98], "eps": 1e-7, "weight_decay": 0.02},
         "fake_score": {"lr": 2e-3, "betas": [0.2, 0.97], "eps": 1e-6, "weight_decay": 0.03},
     }
-    trainer = toy_trainer(optimizer=own)
-    for role, settings in own.items():
+    trainer = toy_trainer(optimizer=changes)
+    for role, settings in changes.items():
         (group,) = trainer.optimizers[role].param_groups
         assert {key: group[key] for key in settings} == {**settings, "betas": tuple(settings["betas"])}
         assert {id(p) for p in group["params"]} == {id(p) for p in trainer.trained[role].values()}
@@ -283,8 +283,8 @@ def test_an_update_uses_its_gradients_up():
 
 
 def test_warm_up_and_decay_count_the_roles_own_updates_and_not_iterations():
-    own = {"student": {"lr": 1.0, "warmup": 4}, "fake_score": {"lr": 1.0, "warmup": 4, "decay": 100}}
-    trainer = toy_trainer(optimizer=own, dmd2={"fake_score_updates": 3})
+    settings = {"student": {"lr": 1.0, "warmup": 4}, "fake_score": {"lr": 1.0, "warmup": 4, "decay": 100}}
+    trainer = toy_trainer(optimizer=settings, dmd2={"fake_score_updates": 3})
     rates = {"student": [], "fake_score": []}
     for _ in range(6):
         for role in ("fake_score", "fake_score", "fake_score", "student"):
@@ -298,8 +298,8 @@ def test_warm_up_and_decay_count_the_roles_own_updates_and_not_iterations():
 
 
 def test_a_stopped_run_has_its_averages_moments_and_draws_back():
-    own = {"train": {"updates": 6, "ema_decay": 0.9}, "dmd2": {"fake_score_updates": 2}}
-    whole, first, second = (toy_trainer(**own) for _ in range(3))
+    settings = {"train": {"updates": 6, "ema_decay": 0.9}, "dmd2": {"fake_score_updates": 2}}
+    whole, first, second = (toy_trainer(**settings) for _ in range(3))
     for _ in range(5):
         whole.iteration()
         if whole.counters["iteration"] <= 3:

@@ -313,11 +313,11 @@ def test_pairs_take_another_pair(teachers, tmp_path, monkeypatch):
     for side in ("winner", "loser"):
         folder(tmp_path / "pairs" / side)
     cut(tmp_path / "pairs" / "loser" / "1" / "4.png")
-    own = {"mode": "pairs", "pairs": {"folder": str(tmp_path / "pairs")}, "probe": 2}
+    settings = {"mode": "pairs", "pairs": {"folder": str(tmp_path / "pairs")}, "probe": 2}
     config = {
         **raw(teachers, tmp_path / "run", {"npz": "unused"}),
         "method": "pso",
-        "pso": own,
+        "pso": settings,
         "data": {},
         "sampler": {"transition": "ode"},
     }

@@ -167,7 +167,7 @@ def solve(trainer, delta=DELTA):
 
 def error(trainer, expected):
     """The largest difference of the student's signals to those expected, for each label from LOW to T."""
-    parts = [(got - wanted).abs().amax(1)[LOW:] for got, wanted in zip(signals(trainer), expected, strict=True)]
+    parts = [(got - target).abs().amax(1)[LOW:] for got, target in zip(signals(trainer), expected, strict=True)]
     return torch.maximum(*parts)
 
 
@@ -182,9 +182,9 @@ def start_solved(trainer, delta=DELTA):
 def gradients(trainer, name, batch):
     """Rows of the table that the loss ``name`` reaches, and the largest gradient."""
     _, loss = trainer.method.student_losses(batch)[name]
-    found = torch.autograd.grad(loss, [trainer.roles.student.network.gain, trainer.roles.student.network.bias])
-    rows = {i for gradient in found for i in gradient.abs().amax(1).nonzero()[:, 0].tolist()}
-    return rows, max(gradient.abs().max().item() for gradient in found)
+    result = torch.autograd.grad(loss, [trainer.roles.student.network.gain, trainer.roles.student.network.bias])
+    rows = {i for gradient in result for i in gradient.abs().amax(1).nonzero()[:, 0].tolist()}
+    return rows, max(gradient.abs().max().item() for gradient in result)
 
 
 HEADS = [("vp", "x0"), ("vp", "eps"), ("vp", "v"), ("zero_snr", "v"), ("flow", "flow"), ("edm", "edm")]
@@ -389,21 +389,21 @@ def test_an_eps_head_read_with_its_labels_own_coefficients_would_diverge():
     alpha, sigma = schedule.alpha_sigma(torch.arange(LEVELS))
     assert sigma[0] < 1e-4
     K, _ = recursion(schedule)
-    own = ((1 - alpha[:, None] * K) / sigma[:, None]).abs().amax(1)
-    assert own[LAST // 2] < 50
-    assert own[LOW] > 5e3
+    settings = ((1 - alpha[:, None] * K) / sigma[:, None]).abs().amax(1)
+    assert settings[LAST // 2] < 50
+    assert settings[LOW] > 5e3
     trainer = tabular("sharp", "eps")
     teach(trainer, *recursion(schedule))
     assert trainer.roles.student.network.gain.abs().max() < 2
-    found = []
+    result = []
     for wrong in (False, True):
         trainer = tabular("sharp", "eps", updates=300, lr=0.05)
         if wrong:
             read_at_its_own_label(trainer)
         trainer.fit()
-        found.append(error(trainer, recursion(schedule)).max().item())
-    assert found[0] < 1e-4
-    assert found[1] > 0.5
+        result.append(error(trainer, recursion(schedule)).max().item())
+    assert result[0] < 1e-4
+    assert result[1] > 0.5
 
 
 # -- where gradients go, and who is asked ------------------------------------------------------------------------
@@ -639,11 +639,11 @@ def test_guidance_is_in_both_losses(scale, solver):
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_the_student_is_told_the_condition_alone(scale, solver, calls):
     trainer, batch = classes(guidance_scale=scale, solver=solver)
-    seen, own = [], batch.condition["label"].tolist()
+    seen, settings = [], batch.condition["label"].tolist()
     trainer.roles.student.network.register_forward_pre_hook(lambda module, args: seen.append(args[2].tolist()))
     trainer.method.student_losses(batch)
-    assert seen == [own] * 3
-    assert trainer.family.teacher.labels == [own if scale == 1 else [2] * 6 + own] * calls
+    assert seen == [settings] * 3
+    assert trainer.family.teacher.labels == [settings if scale == 1 else [2] * 6 + settings] * calls
 
 
 # -- the sampler, and the config ---------------------------------------------------------------------------------
@@ -721,12 +721,12 @@ def ddim_signals(f, schedule, eps, levels):
     """The signal at each of ``levels`` (descending from T) of DDIM along them from the same noise."""
     times = [schedule.level(torch.full((len(eps),), level)) for level in levels]
     x0 = f(eps, times[0], {}).x0
-    found, x_t = [x0], schedule.add_noise(x0, eps, times[0])
+    result, x_t = [x0], schedule.add_noise(x0, eps, times[0])
     for t, s in pairwise(times):
         x_t = schedule.step(f(x_t, t, {}).x0, x_t, t, s)
         alpha, sigma = (v[0].item() for v in schedule.alpha_sigma(s))
-        found.append((x_t - sigma * eps) / alpha)
-    return found
+        result.append((x_t - sigma * eps) / alpha)
+    return result
 
 
 def rmse(a, b):

@@ -35,11 +35,11 @@ def test_it_is_the_gradient_of_the_kl_at_one_level(weight, level):
     teacher = GaussianMixture([[-0.3]], 0.09).denoiser(schedule)(x_t, t, {})
     fake_score = GaussianMixture([[0.7]], 0.16).denoiser(schedule)(x_t, t, {})
     gradient = integral_kl_gradient(teacher.x0, fake_score.x0, alpha, sigma, weight)
-    found = torch.autograd.grad((gradient * x0).mean(), (mean, deviation))
+    result = torch.autograd.grad((gradient * x0).mean(), (mean, deviation))
     a, s = alpha[0].double(), sigma[0].double()
     divergence = WEIGHTS[weight](a, s) * kl(mean, deviation, -0.3, torch.tensor(0.09), a, s)
     expected = torch.autograd.grad(divergence, (mean, deviation))
-    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.stack(result), torch.stack(expected), rtol=1e-5, atol=1e-7)
 
 
 def test_it_is_dmds_gradient_times_the_normaliser():

@@ -91,9 +91,9 @@ def test_recorded_path_is_the_sheets(monkeypatch):
     assert trainer.method.memory["start_loss"] == pytest.approx(7.835, abs=2e-3)
     assert [node.update for node in trainer.method.path] == sorted(RECORDED)
     for node in trainer.method.path:
-        found = trainer.method.store.read(node)
+        result = trainer.method.store.read(node)
         mu, V, loss = RECORDED[node.update]
-        assert (found["mu"].item(), found["V"].item()) == pytest.approx((mu, V), abs=1e-3)
+        assert (result["mu"].item(), result["V"].item()) == pytest.approx((mu, V), abs=1e-3)
         assert node.loss == pytest.approx(loss, abs=2e-3)
     losses = [trainer.method.memory["start_loss"], *(node.loss for node in trainer.method.path)]
     assert losses == sorted(losses, reverse=True)
@@ -162,13 +162,13 @@ def test_targets_are_held_and_never_pass_the_teacher():
 @pytest.mark.parametrize(("nodes", "updates"), [(1, 1), (5, 5), (5, 100), (10, 1000)])
 @pytest.mark.parametrize("spacing", ["updates", "loss"])
 def test_candidates_end_with_the_last_update_and_suffice(nodes, updates, spacing):
-    found = candidate_updates(DisBackSettings(nodes=nodes, updates=updates, spacing=spacing))
-    assert found == sorted(set(found))
-    assert found[-1] == updates
-    assert found[0] >= 1
-    assert len(found) == nodes if spacing == "updates" else len(found) >= nodes
+    result = candidate_updates(DisBackSettings(nodes=nodes, updates=updates, spacing=spacing))
+    assert result == sorted(set(result))
+    assert result[-1] == updates
+    assert result[0] >= 1
+    assert len(result) == nodes if spacing == "updates" else len(result) >= nodes
     if spacing == "updates" and updates % nodes == 0:
-        assert found == [updates // nodes * k for k in range(1, nodes + 1)]
+        assert result == [updates // nodes * k for k in range(1, nodes + 1)]
 
 
 def test_loss_spaced_nodes_are_at_equal_steps_of_loss():
@@ -207,31 +207,31 @@ def test_chosen_nodes_keep_their_order_when_the_loss_does_not_fall():
 
 def state_of(trainer):
     tensors, _ = trainer.state()
-    return {f"{group}/{k}": v.clone() for group, own in tensors.items() for k, v in own.items()}
+    return {f"{group}/{k}": v.clone() for group, settings in tensors.items() for k, v in settings.items()}
 
 
 @pytest.mark.parametrize("base", ["dmd2", "sim", "swiftbrush"])
 def test_no_nodes_is_the_base_method_bit_for_bit(base):
     mixture = GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.05, labels=[0, 1])
-    found = []
+    result = []
     for changes in ({"method": base}, {"method": "disback", "disback": {"base": base, "nodes": 0}}):
-        own = {base: {"fake_score_updates": 2}, "train": {"updates": 5, "ema_decay": 0.9}}
-        trainer = toy_trainer(toy_family(mixture), **changes, **own)
+        settings = {base: {"fake_score_updates": 2}, "train": {"updates": 5, "ema_decay": 0.9}}
+        trainer = toy_trainer(toy_family(mixture), **changes, **settings)
         trainer.fit()
-        found.append(state_of(trainer))
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+        result.append(state_of(trainer))
+    assert result[0].keys() == result[1].keys()
+    assert all(torch.equal(result[0][k], result[1][k]) for k in result[0])
 
 
 def short(run=None, base="dmd2", updates=12, recorded=6, **disback):
     """Three nodes recorded in six updates, each held for two student updates."""
-    own = {"base": base, "nodes": 3, "updates": recorded, "hold": 2, "probe": 4, "spacing": "updates", **disback}
+    settings = {"base": base, "nodes": 3, "updates": recorded, "hold": 2, "probe": 4, "spacing": "updates", **disback}
     mixture = GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.05, labels=[0, 1])
     return toy_trainer(
         toy_family(mixture),
         run=run,
         method="disback",
-        disback=own,
+        disback=settings,
         train={"updates": updates, "checkpoint_every": 3, "log_every": 1},
         **{base: {"fake_score_updates": 2}},
     )
@@ -239,12 +239,12 @@ def short(run=None, base="dmd2", updates=12, recorded=6, **disback):
 
 def test_the_base_asks_the_targets_in_turn_and_then_the_teacher():
     trainer = short()
-    asked = []
+    calls = []
     compare = trainer.method.base.predict_both
 
     def note(x0, condition):
-        asked.append(trainer.method.walk.index if trainer.method.walk.teacher.denoiser else "teacher")
-        if trainer.method.walk.index and asked[-1] != "teacher":
+        calls.append(trainer.method.walk.index if trainer.method.walk.teacher.denoiser else "teacher")
+        if trainer.method.walk.index and calls[-1] != "teacher":
             node = trainer.method.store.read(
                 trainer.method.path[trainer.method.settings.nodes - trainer.method.walk.index - 1]
             )
@@ -256,7 +256,7 @@ def test_the_base_asks_the_targets_in_turn_and_then_the_teacher():
 
     trainer.method.base.predict_both = note
     trainer.fit()
-    assert asked == [1, 1, 2, 2] + ["teacher"] * 8
+    assert calls == [1, 1, 2, 2] + ["teacher"] * 8
     assert trainer.method.walk.node_teacher is None  # freed
     assert trainer.counters["recorded"] == 6
     assert trainer.counters["student"] == 12
@@ -290,7 +290,7 @@ def test_recording_trains_the_fake_score_alone():
 def test_the_probe_takes_nothing_from_the_runs_own_samples_and_noise():
     """Of a student that starts from real samples: those that follow are what they are without a probe."""
     family = toy_family(GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.05, labels=[0, 1]))
-    found = []
+    result = []
     for probe in (1, 20):
         trainer = toy_trainer(
             family,
@@ -303,8 +303,8 @@ def test_the_probe_takes_nothing_from_the_runs_own_samples_and_noise():
         )
         trainer.begin()
         assert trainer.counters["real"] == trainer.counters["conditions"] == 8
-        found.append(trainer.noise.get_state())
-    assert torch.equal(*found)
+        result.append(trainer.noise.get_state())
+    assert torch.equal(*result)
 
 
 @pytest.mark.parametrize("recorded", [5, 6, 7])
@@ -378,7 +378,7 @@ def test_a_kill_while_nodes_are_chosen_loses_and_leaves_none(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            Path, "unlink", lambda path, **given: (dies if path.name[:5] == "node-" else unlink)(path, **given)
+            Path, "unlink", lambda path, **arguments: (dies if path.name[:5] == "node-" else unlink)(path, **arguments)
         )
         patch.setattr(files, "write_json", dies_too)
         with pytest.raises(KeyboardInterrupt):
@@ -510,7 +510,7 @@ def test_sections_of_the_base_and_of_others():
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["dmd2", "sim"])
 def test_reaches_a_mixture_through_the_real_loop(base):
-    own = {"dmd2": {}, "sim": {"c": 0.1}}[base]
+    settings = {"dmd2": {}, "sim": {"c": 0.1}}[base]
     assert_reaches_the_mixture(
-        method="disback", disback={"base": base, "nodes": 3, "updates": 60, "hold": 30}, **{base: own}
+        method="disback", disback={"base": base, "nodes": 3, "updates": 60, "hold": 30}, **{base: settings}
     )

@@ -107,8 +107,8 @@ def test_discriminator_loss_trains_the_encoder_and_not_the_decoder():
 
 def labelled_gan_trainer(method, **gan):
     """Its head tells samples and labels apart."""
-    own = {"gan": {"student_weight": 0.1, "discriminator_weight": 0.3, **gan}}
-    trainer = labelled_trainer(method, dmd2=own)
+    settings = {"gan": {"student_weight": 0.1, "discriminator_weight": 0.3, **gan}}
+    trainer = labelled_trainer(method, dmd2=settings)
     with torch.no_grad():
         for parameter in trainer.method.networks["discriminator"].parameters():
             parameter.mul_(3.0)
@@ -299,7 +299,7 @@ def test_backward_simulation_by_hand(exit_index):
     """A first noise of its own, another for every move, and the batch's for the last."""
     trainer = labelled_trainer(sampler={"steps": 4})
     batch, state = at_exit(trainer, exit_index)
-    found, t = trainer.method.student_input(batch)
+    result, t = trainer.method.student_input(batch)
     trainer.noise.set_state(state)
     trainer.noise.shared_randint(0, 3)
     times = [torch.full((8,), time) for time in (999, 749, 499, 249)]
@@ -309,7 +309,7 @@ def test_backward_simulation_by_hand(exit_index):
         for now, following, noise in zip(times, times[1:], noises, strict=False):
             x0 = trainer.roles.student(x, now, batch.condition).x0
             x = trainer.family.schedule.add_noise(x0, noise, following)
-    torch.testing.assert_close(found, x)
+    torch.testing.assert_close(result, x)
     assert torch.equal(t, times[exit_index])
 
 

@@ -37,16 +37,16 @@ def trainer_of(teacher, tmp_path, method, **changes):
         "evaluation": {"enabled": False},
     }
     if method == "feedback":
-        own = {"roles": {"student_from": str(teacher)}, "feedback": {"rewards": [{"reward": "judges:Brightness"}]}}
-        raw = merge(raw, own)
+        settings = {"roles": {"student_from": str(teacher)}, "feedback": {"rewards": [{"reward": "judges:Brightness"}]}}
+        raw = merge(raw, settings)
     return build_trainer(make_job(merge(raw, changes)), None)
 
 
 def gradients(trainer, batch):
     losses = trainer.method.student_losses(batch)
     total = sum(weight * loss for weight, loss in losses.values())
-    found = torch.autograd.grad(total, list(trainer.trained["student"].values()), allow_unused=True)
-    return losses, [g for g in found if g is not None]
+    result = torch.autograd.grad(total, list(trainer.trained["student"].values()), allow_unused=True)
+    return losses, [g for g in result if g is not None]
 
 
 # -- feedback ----------------------------------------------------------------------------------------------
@@ -89,10 +89,10 @@ def test_rollouts_take_the_numbers_of_steps_that_are_set(teacher, tmp_path):
 
 
 def test_a_reward_that_is_reached_gives_no_gradient_and_one_that_is_not_is_raised(teacher, tmp_path):
-    own = {"rewards": [{"reward": "judges:Brightness", "hinge": -1e4}]}
-    reached = trainer_of(teacher, tmp_path, "feedback", feedback=own)
-    _, found = gradients(reached, reached.method.next_batch())
-    assert all(g.abs().max() == 0 for g in found)
+    settings = {"rewards": [{"reward": "judges:Brightness", "hinge": -1e4}]}
+    reached = trainer_of(teacher, tmp_path, "feedback", feedback=settings)
+    _, result = gradients(reached, reached.method.next_batch())
+    assert all(g.abs().max() == 0 for g in result)
     trainer = trainer_of(
         teacher, tmp_path, "feedback", feedback={"rewards": [{"reward": "judges:Brightness", "hinge": 1e4}]}
     )
@@ -108,11 +108,11 @@ def test_a_reward_that_is_reached_gives_no_gradient_and_one_that_is_not_is_raise
 def test_the_rollout_has_no_gradient_but_the_last_step(teacher, tmp_path):
     """Every pass but the last is made without a graph, and the graded one is one of the ``last`` steps."""
     trainer = trainer_of(teacher, tmp_path, "feedback", sampler={"steps": 4}, feedback={"last": 2})
-    calls, own = [], trainer.roles.student._forward
+    calls, settings = [], trainer.roles.student._forward
 
     def keep(x, time, condition):
         calls.append((float(time[0]), torch.is_grad_enabled()))
-        return own(x, time, condition)
+        return settings(x, time, condition)
 
     trainer.roles.student._denoiser.forward = keep
     exits = set()
@@ -163,7 +163,7 @@ def test_merge_ratio_zero_is_the_student_below(teacher, tmp_path):
         torch.testing.assert_close(exported[key], value, rtol=0, atol=1e-6)
 
 
-def perceptual_trainer(teacher, tmp_path, model="judges:Difference", **own):
+def perceptual_trainer(teacher, tmp_path, model="judges:Difference", **settings):
     """Six pictures, two of each label; no rewards, four steps."""
     pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(6) % 3)
@@ -171,7 +171,7 @@ def perceptual_trainer(teacher, tmp_path, model="judges:Difference", **own):
         teacher,
         tmp_path,
         "feedback",
-        feedback={"rewards": [], "perceptual": {"model": model, "weight": 2.0, **own}},
+        feedback={"rewards": [], "perceptual": {"model": model, "weight": 2.0, **settings}},
         data={"images": {"npz": str(tmp_path / "images.npz")}},
         sampler={"steps": 4},
     )
@@ -181,7 +181,7 @@ def test_the_perceptual_part_starts_from_a_noised_real_picture(teacher, tmp_path
     trainer = perceptual_trainer(teacher, tmp_path)
     batch = trainer.method.next_batch()
     state, counters = trainer.noise.get_state(), dict(trainer.counters)
-    losses, found = gradients(trainer, batch)
+    losses, result = gradients(trainer, batch)
     trainer.noise.set_state(state)
     trainer.counters.update(counters)
     batch = trainer.method.next_real_batch()
@@ -191,7 +191,7 @@ def test_the_perceptual_part_starts_from_a_noised_real_picture(teacher, tmp_path
     x0 = trainer.roles.student(x_t, t, batch.condition).x0
     torch.testing.assert_close(losses["perceptual"][1], (x0 - batch.real).square().mean())
     assert losses["perceptual"][0] == 2.0
-    assert max(g.abs().max() for g in found) > 0
+    assert max(g.abs().max() for g in result) > 0
 
 
 def test_a_real_picture_noised_further_goes_on_by_the_students_own_steps(teacher, tmp_path):
@@ -211,8 +211,8 @@ def test_a_real_picture_noised_further_goes_on_by_the_students_own_steps(teacher
         expected = student(x, times[3], batch.condition).x0
         torch.testing.assert_close(result, expected)
         grads = [torch.autograd.grad(y.sum(), list(trainer.trained["student"].values())) for y in (result, expected)]
-        for own, wanted in zip(*grads, strict=True):
-            torch.testing.assert_close(own, wanted)
+        for settings, target in zip(*grads, strict=True):
+            torch.testing.assert_close(settings, target)
         firsts.add(first)
     assert firsts == {1, 2, 3}
 
@@ -251,8 +251,10 @@ def test_a_reward_of_the_wrong_shape_is_named(teacher, tmp_path):
 # -- enhancement -------------------------------------------------------------------------------------------
 
 
-def enhance(path, tmp_path, steps=4, **own):
-    return trainer_of(path, tmp_path, "enhance", sampler={"steps": steps}, dmd2={"fake_score_updates": 1}, enhance=own)
+def enhance(path, tmp_path, steps=4, **settings):
+    return trainer_of(
+        path, tmp_path, "enhance", sampler={"steps": steps}, dmd2={"fake_score_updates": 1}, enhance=settings
+    )
 
 
 def shake(role, seed=5):
@@ -309,9 +311,9 @@ def test_the_mse_term_by_hand(teacher, tmp_path, reference):
     t = torch.full((4,), 999)
     aim = start(batch.noise, t, batch.condition).x0
     if reference == 2:
-        seen, own = [], trainer.noise.randn_like
+        seen, settings = [], trainer.noise.randn_like
         trainer.noise.set_state(state)
-        trainer.noise.randn_like = lambda like: seen.append(own(like)) or seen[-1]
+        trainer.noise.randn_like = lambda like: seen.append(settings(like)) or seen[-1]
         trainer.method.student_losses(x0, batch)
         x_t = trainer.family.schedule.add_noise(aim, seen[-1], torch.full((4,), 499))
         aim = start(x_t, torch.full((4,), 499), batch.condition).x0
@@ -326,12 +328,12 @@ def test_the_other_steps_are_held_to_where_the_stage_began(teacher, tmp_path):
     batch = trainer.method.next_batch()
     x0 = trainer.method.make_sample(batch).detach()
     send_backward(trainer.method.more_student_terms([(batch, x0)]))
-    own = trainer.trained["student"].values()
-    assert all(p.grad is None or p.grad.abs().max() == 0 for p in own)  # it has not moved yet
+    settings = trainer.trained["student"].values()
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in settings)  # it has not moved yet
     shake(trainer.roles.student)
     before = {k: v.clone() for k, v in trainer.method.start.state_dict().items()}
     send_backward(trainer.method.more_student_terms([(batch, x0)]))
-    assert max(p.grad.abs().max() for p in own if p.grad is not None) > 1e-6
+    assert max(p.grad.abs().max() for p in settings if p.grad is not None) > 1e-6
     trainer.fit()
     assert all(torch.equal(before[k], v) for k, v in trainer.method.start.state_dict().items())
 
@@ -345,15 +347,15 @@ def test_the_real_score_may_be_the_stage_before(teacher, tmp_path):
     x0 = torch.randn(4, *trainer.family.sample_shape)
     batch = trainer.method.next_batch()
     state = trainer.noise.get_state()
-    found = trainer.method.distribution_matching(x0, batch.condition)
+    result = trainer.method.distribution_matching(x0, batch.condition)
     trainer.noise.set_state(state)
     t = trainer.method.draw_time(20, 980, 4)
     x_t = trainer.family.schedule.add_noise(x0, trainer.noise.randn_like(x0), t)
     with torch.no_grad():
-        said = [role(x_t, t, batch.condition).x0 for role in (trainer.method.start, trainer.roles.fake_score)]
+        prediction = [role(x_t, t, batch.condition).x0 for role in (trainer.method.start, trainer.roles.fake_score)]
         base = trainer.family.denoiser()(x_t, t, batch.condition).x0
-    torch.testing.assert_close(found, distribution_matching_gradient(x0, *said))
-    assert (said[0] - base).abs().max() > 1e-2
+    torch.testing.assert_close(result, distribution_matching_gradient(x0, *prediction))
+    assert (prediction[0] - base).abs().max() > 1e-2
 
 
 def test_pure_noise_under_the_label_800():
@@ -391,14 +393,14 @@ def test_regression_reaches_the_teachers_deterministic_map(tmp_path):
         if index < 9:
             x = schedule.step(x0, x, t, torch.full((9,), int(times[index + 1])))
     with torch.no_grad():
-        said = trainer.roles.student(noise, torch.full((9,), 999), {}).x0
-    torch.testing.assert_close(said, x0, rtol=0, atol=0.03)
+        prediction = trainer.roles.student(noise, torch.full((9,), 999), {}).x0
+    torch.testing.assert_close(prediction, x0, rtol=0, atol=0.03)
     assert len(list((tmp_path / "run" / "pairs").iterdir())) == 2
 
 
 def test_a_batch_is_pairs_in_a_seeded_order_and_the_loss_their_squared_error(teacher, tmp_path):
-    own = {"count": 10, "shard": 4, "guidance_scale": 2.0, "seed": 9}
-    trainer = trainer_of(teacher, tmp_path, "regression", regression=own)
+    settings = {"count": 10, "shard": 4, "guidance_scale": 2.0, "seed": 9}
+    trainer = trainer_of(teacher, tmp_path, "regression", regression=settings)
     batches = [trainer.method.next_batch() for _ in range(2)]
     assert trainer.method.recipe(trainer.config).seed == 9
     pairs = PairSet(tmp_path / "run" / "pairs", trainer.family, [0, 1, 2], PairRecipe(10, 4, 3, 2.0, 9))
@@ -440,17 +442,17 @@ def test_lpips_is_of_enlarged_pictures(teacher, tmp_path, monkeypatch):
         teacher, tmp_path, "regression", regression={"distance": "lpips", "count": 4, "lpips_size": 32}
     )
     batch = trainer.method.next_batch()
-    losses, found = gradients(trainer, batch)
+    losses, result = gradients(trainer, batch)
     x0 = trainer.roles.student(batch.noise, torch.full((4,), 999), batch.condition).x0
     enlarge = lambda x: torch.nn.functional.interpolate(x.expand(-1, 3, -1, -1), size=(32, 32), mode="bilinear")  # noqa: E731
     torch.testing.assert_close(losses["regression"][1], network(enlarge(x0), enlarge(batch.real)).mean())
-    assert max(g.abs().max() for g in found) > 0
+    assert max(g.abs().max() for g in result) > 0
     assert trainer.method._lpips(batch.real, batch.real) == 0
 
 
 def test_two_rewards_of_one_name_both_count(teacher, tmp_path):
-    own = [{"reward": "judges:Brightness", "hinge": 5.0}, {"reward": "judges:Brightness", "hinge": 50.0}]
-    trainer = trainer_of(teacher, tmp_path, "feedback", feedback={"rewards": own})
+    settings = [{"reward": "judges:Brightness", "hinge": 5.0}, {"reward": "judges:Brightness", "hinge": 50.0}]
+    trainer = trainer_of(teacher, tmp_path, "feedback", feedback={"rewards": settings})
     losses, _ = gradients(trainer, trainer.method.next_batch())
     first, second = (loss for _, loss in losses.values())
     torch.testing.assert_close(second - first, torch.tensor(45.0))

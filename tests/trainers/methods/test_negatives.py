@@ -37,9 +37,9 @@ def root(tmp_path_factory):
     tiny.save_pixels(root / "pixels", "v", labels=3, null=True)
     pipe = DiffusionPipeline.from_pretrained(root / "sd", safety_checker=None)
     with torch.no_grad():  # so that a text is seen in the picture
-        for name, own in pipe.unet.named_modules():
+        for name, settings in pipe.unet.named_modules():
             if name.endswith("attn2"):
-                own.to_v.weight.mul_(20)
+                settings.to_v.weight.mul_(20)
     pipe.save_pretrained(root / "sd")
     (root / "prompts.txt").write_text("a cat\na dog\na red bus\n")
     (root / "away.txt").write_text("\n".join(AWAY[:3] + AWAY[4:]) + "\n")
@@ -47,9 +47,9 @@ def root(tmp_path_factory):
 
 
 def raw(root, output, weights="mixed", method="swiftbrush", negatives=True, **changes):
-    own = {"null_probability": 0.5, "guidance_scale": 3.0}
+    settings = {"null_probability": 0.5, "guidance_scale": 3.0}
     if negatives:
-        own["negatives"] = {"prompts": str(root / "away.txt")}
+        settings["negatives"] = {"prompts": str(root / "away.txt")}
     return merge(
         {
             "method": method,
@@ -61,7 +61,7 @@ def raw(root, output, weights="mixed", method="swiftbrush", negatives=True, **ch
             "optimizer": {"student": {"lr": 1e-3}, "fake_score": {"lr": 1e-3}},
             "train": {"updates": 4, "batch_size": 2, "log_every": 1, "sample_count": 2, "trackers": []},
             "evaluation": {"enabled": False},
-            "swiftbrush": own,
+            "swiftbrush": settings,
         },
         changes,
     )
@@ -91,11 +91,11 @@ def shaken(trainer, size: float = 0.05):
 
 def spy(role, calls: list) -> None:
     """Every condition that ``role`` is asked with from now on."""
-    own = role._denoiser.forward
+    settings = role._denoiser.forward
 
     def forward(x, time, condition):
         calls.append((x.detach(), time, condition))
-        return own(x, time, condition)
+        return settings(x, time, condition)
 
     role._denoiser.forward = forward
 
@@ -108,27 +108,27 @@ def test_each_role_is_told_its_own(weights, root):
     """Student: text, negative text and a.  Teacher: negative in place of null.  Fake score: text or null alone."""
     trainer = shaken(trainer_of(root, weights=weights))
     calls = {name: [] for name in ("student", "teacher", "fake_score")}
-    for name, own in calls.items():
-        spy(getattr(trainer.roles, name), own)
+    for name, settings in calls.items():
+        spy(getattr(trainer.roles, name), settings)
     batches, next_batch = [], trainer.method.next_batch
     trainer.method.next_batch = lambda: batches.append(next_batch()) or batches[-1]
     for _ in range(6):
         trainer.iteration()
     null = trainer.family.null_condition(2)["text"]
     assert len(batches) == len(calls["student"]) == len(calls["teacher"]) == 6
-    for batch, (_, _, told), (_, _, asked) in zip(batches, calls["student"], calls["teacher"], strict=True):
+    for batch, (_, _, told), (_, _, seen_calls) in zip(batches, calls["student"], calls["teacher"], strict=True):
         assert told.keys() == {"text", "negative_text", "negative_scale"}
         assert torch.equal(told["text"], batch.condition["text"])
         assert torch.equal(told["negative_text"], batch.negative["text"])
-        assert asked.keys() == {"text"}
-        assert torch.equal(asked["text"], torch.cat([batch.negative["text"], batch.condition["text"]]))
+        assert seen_calls.keys() == {"text"}
+        assert torch.equal(seen_calls["text"], torch.cat([batch.negative["text"], batch.condition["text"]]))
     assert len(calls["fake_score"]) == 12  # compared, and trained
-    for i, (_, _, asked) in enumerate(calls["fake_score"]):
+    for i, (_, _, seen_calls) in enumerate(calls["fake_score"]):
         batch = batches[i // 2]
-        assert asked.keys() == {"text"}
+        assert seen_calls.keys() == {"text"}
         compared = torch.cat([null, batch.condition["text"]])
         trained = [batch.condition["text"], null]
-        assert any(torch.equal(asked["text"], own) for own in (trained if i % 2 else [compared]))
+        assert any(torch.equal(seen_calls["text"], settings) for settings in (trained if i % 2 else [compared]))
     texts = [row for batch in batches for row in batch.negative["text"]]
     known = trainer.family.encode_conditions([AWAY[i] for i in (0, 1, 2, 4)])["text"]
     drawn = {next(i for i in range(4) if torch.equal(known[i], row)) for row in texts}
@@ -202,8 +202,8 @@ def test_plain_batches_draw_nothing_more(root):
 @pytest.mark.parametrize("guidance", ["shared", "none"])
 def test_gradient_by_hand(guidance, root):
     """sigma^2 (eps_T - eps_L), eps_T = T(y-) + kappa (T(y) - T(y-)), eps_L guided by null or not at all."""
-    own = {"guidance_range": [0.5, 4.0], "guidance_draw": "sample", "fake_score_guidance": guidance}
-    trainer = shaken(trainer_of(root, swiftbrush=own))
+    settings = {"guidance_range": [0.5, 4.0], "guidance_draw": "sample", "fake_score_guidance": guidance}
+    trainer = shaken(trainer_of(root, swiftbrush=settings))
     batch = trainer.method.next_batch()
     x0 = trainer.method.make_sample(batch).detach()
     state = trainer.noise.get_state()
@@ -254,7 +254,7 @@ def test_gradients_of_the_student_come_through_both_branches(root):
 
 
 def test_gradient_checkpointing_changes_no_gradient(root):
-    kept = []
+    recorded = []
     for checkpointing in (False, True):
         trainer = shaken(trainer_of(root, weights="shared", train={"gradient_checkpointing": checkpointing}))
         taken = {}
@@ -262,10 +262,10 @@ def test_gradient_checkpointing_changes_no_gradient(root):
             {f"{role}/{k}": p.grad.clone() for k, p in trainer.trained[role].items() if p.grad is not None}
         )
         trainer.iteration()
-        kept.append(taken)
-    assert kept[0].keys() == kept[1].keys()
-    for key, value in kept[0].items():
-        torch.testing.assert_close(kept[1][key], value, rtol=1e-4, atol=1e-7, msg=key)
+        recorded.append(taken)
+    assert recorded[0].keys() == recorded[1].keys()
+    for key, value in recorded[0].items():
+        torch.testing.assert_close(recorded[1][key], value, rtol=1e-4, atol=1e-7, msg=key)
 
 
 def test_bf16_samples_are_close_to_float32s(root):
@@ -299,7 +299,7 @@ def started(root, output, **changes):
 
 
 def tensors_of(trainer) -> dict[str, torch.Tensor]:
-    return {f"{group}/{k}": v.clone() for group, own in trainer.state()[0].items() for k, v in own.items()}
+    return {f"{group}/{k}": v.clone() for group, settings in trainer.state()[0].items() for k, v in settings.items()}
 
 
 @pytest.mark.parametrize("weights", ["shared", "mixed"])
@@ -361,8 +361,8 @@ def test_four_steps_are_steered_at_each(root):
 
 def test_disback_around_it(root, tmp_path):
     """Degradation and backtracking on steered samples; every target is led away from the negative prompt."""
-    own = {"disback": {"base": "swiftbrush", "nodes": 2, "updates": 2, "hold": 1, "probe": 4}}
-    job, trainer, _ = started(root, tmp_path, method="disback", train={"updates": 3}, **own)
+    settings = {"disback": {"base": "swiftbrush", "nodes": 2, "updates": 2, "hold": 1, "probe": 4}}
+    job, trainer, _ = started(root, tmp_path, method="disback", train={"updates": 3}, **settings)
     told = []
     spy(trainer.roles.student, told)
     trainer.fit()
@@ -397,12 +397,12 @@ def test_settings_that_do_not_go_together(own, says, root):
 
 
 def test_without_guidance_a_range_will_do(root):
-    own = {"guidance_scale": 1.0, "guidance_range": [0.5, 4.0]}
-    settings = make_job(raw(root, "unused", swiftbrush=own)).settings
+    changes = {"guidance_scale": 1.0, "guidance_range": [0.5, 4.0]}
+    settings = make_job(raw(root, "unused", swiftbrush=changes)).settings
     assert settings.negatives is not None
     assert (settings.guidance_scale, settings.guidance_range) == (1.0, (0.5, 4.0))
     with pytest.raises(UserError, match="through its guidance"):
-        make_job(raw(root, "unused", swiftbrush={**own, "guidance_range": None}))
+        make_job(raw(root, "unused", swiftbrush={**changes, "guidance_range": None}))
 
 
 def test_teachers_of_labels_and_pixels_are_refused(root):
@@ -435,8 +435,10 @@ def test_a_teacher_with_processors_of_its_own_is_refused(root):
 def test_a_named_kernel_trains_as_native_does(negatives, root, monkeypatch):
     """Two updates within rounding; Adam's eps is large so that a gradient of rounding is no step."""
     name, calls, students = AttentionBackendName("_native_math"), [], []
-    own = _AttentionBackendRegistry._backends[name]
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, name, lambda **given: calls.append(1) or own(**given))
+    settings = _AttentionBackendRegistry._backends[name]
+    monkeypatch.setitem(
+        _AttentionBackendRegistry._backends, name, lambda **arguments: calls.append(1) or settings(**arguments)
+    )
     gentle = {"student": {"lr": 1e-2, "eps": 1e-2}, "fake_score": {"lr": 1e-2, "eps": 1e-2}}
     for backend in ("native", "_native_math"):
         changes = {"train": {"updates": 2, "attention": backend}, "optimizer": gentle}
@@ -499,10 +501,10 @@ def test_auto_on_a_cpu_is_native_and_processors_stay_stock(root):
 
 def test_a_kernel_that_stops_at_some_head_is_refused_before_the_first_update(root, monkeypatch):
     """The tiny UNet's heads are of 4: what runs on 64 is not asked there alone."""
-    own = kernels.try_backend
+    settings = kernels.try_backend
 
     def why_not(backend, device, dtype=torch.float32, head_dim=64, gradients=False, masked=False):
-        return "heads below 8" if head_dim < 8 else own(backend, device, dtype, head_dim, gradients, masked)
+        return "heads below 8" if head_dim < 8 else settings(backend, device, dtype, head_dim, gradients, masked)
 
     monkeypatch.setattr(kernels, "try_backend", why_not)
     trainer = trainer_of(root, train={"attention": "_native_math"})

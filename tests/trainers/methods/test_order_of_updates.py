@@ -69,10 +69,10 @@ def test_student_first_shares_the_samples_that_were_made_before_its_update():
     trainer, events = watched("student")
     run(trainer, 1)
     assert [event[0] for event in events] == ["made", "student", "update", "fake_score", "update"]
-    (_, _, made, graph), (_, compared), (_, trained_on) = events[0], events[1], events[3]
+    (_, _, created, graph), (_, compared), (_, trained_on) = events[0], events[1], events[3]
     assert graph
-    assert torch.equal(made, compared)
-    assert torch.equal(made, trained_on)
+    assert torch.equal(created, compared)
+    assert torch.equal(created, trained_on)
 
 
 def test_fake_score_first_trains_on_samples_of_its_own_and_the_student_makes_new_ones():
@@ -82,20 +82,20 @@ def test_fake_score_first_trains_on_samples_of_its_own_and_the_student_makes_new
     run(trainer, 2)
     kinds = [event[0] for event in events]
     assert kinds == ["made", "fake_score", "update"] * 2 + ["made", "student", "update"]
-    made = [event for event in events if event[0] == "made"]
-    assert [graph for *_, graph in made] == [False, False, True]
-    noises = [batch.noise for _, batch, *_ in made]
+    created = [event for event in events if event[0] == "made"]
+    assert [graph for *_, graph in created] == [False, False, True]
+    noises = [batch.noise for _, batch, *_ in created]
     assert not torch.equal(noises[0], noises[1])
     assert not torch.equal(noises[1], noises[2])
     trained_on = [event[1] for event in events if event[0] == "fake_score"]
-    assert torch.equal(trained_on[0], made[0][2])
-    assert torch.equal(trained_on[1], made[1][2])
-    assert torch.equal(events[-2][1], made[2][2])
+    assert torch.equal(trained_on[0], created[0][2])
+    assert torch.equal(trained_on[1], created[1][2])
+    assert torch.equal(events[-2][1], created[2][2])
     # every sample is of the student as it was before its update, the fake score's too
     trained = student.state_dict()
     assert any(not torch.equal(before[key], trained[key]) for key in before)
     student.load_state_dict(before)
-    for _, batch, samples, _ in made:
+    for _, batch, samples, _ in created:
         x_t, t = trainer.sampler.start(batch.noise), trainer.sampler.time(0, batch.noise)
         torch.testing.assert_close(trainer.roles.student(x_t, t, batch.condition).x0, samples)
 

@@ -88,11 +88,11 @@ def trainer_of(teacher, tmp_path, **changes):
     return build_trainer(make_job(config_of(teacher, tmp_path, **changes)), None)
 
 
-def targets_trainer(teacher, tmp_path, images, sampler=None, **own):
+def targets_trainer(teacher, tmp_path, images, sampler=None, **settings):
     return trainer_of(
         teacher,
         tmp_path,
-        pso={"mode": "targets", "beta": 40.0, **own},
+        pso={"mode": "targets", "beta": 40.0, **settings},
         data={"images": {"npz": str(images)}},
         sampler=sampler or {},
     )
@@ -110,15 +110,15 @@ def shaken(trainer, size=0.05):
 def gradients(trainer, batch):
     losses = trainer.method.student_losses(batch)
     total = sum(weight * loss for weight, loss in losses.values())
-    found = torch.autograd.grad(total, list(trainer.trained["student"].values()), allow_unused=True)
-    return total, [g for g in found if g is not None]
+    result = torch.autograd.grad(total, list(trainer.trained["student"].values()), allow_unused=True)
+    return total, [g for g in result if g is not None]
 
 
 def drawn(trainer, monkeypatch):
     """What the trainer draws from now on: normal noise and integers."""
     normal, whole, randn_like, randint = [], [], trainer.noise.randn_like, trainer.noise.randint
     monkeypatch.setattr(trainer.noise, "randn_like", lambda like: normal.append(randn_like(like)) or normal[-1])
-    monkeypatch.setattr(trainer.noise, "randint", lambda *given: whole.append(randint(*given)) or whole[-1])
+    monkeypatch.setattr(trainer.noise, "randint", lambda *arguments: whole.append(randint(*arguments)) or whole[-1])
     return normal, whole
 
 
@@ -132,8 +132,8 @@ def outputs(denoiser, label=1):
     """What a denoiser says at fixed inputs, at every time of a four-step student."""
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        said = [denoiser(x, torch.full((3,), t), {"label": torch.full((3,), label)}).output for t in TIMES]
-    return torch.stack(said)
+        prediction = [denoiser(x, torch.full((3,), t), {"label": torch.full((3,), label)}).output for t in TIMES]
+    return torch.stack(prediction)
 
 
 # -- the reference -----------------------------------------------------------------------------------------
@@ -146,9 +146,9 @@ def test_at_first_the_student_is_the_reference_and_has_something_to_learn(teache
     student, reference = outputs(trainer.roles.student), outputs(trainer.roles.teacher)
     rounding = 0 if weights == "shared" else 1e-6  # a copy lies elsewhere in memory, and some processors' sums see that
     torch.testing.assert_close(student, reference, rtol=0, atol=rounding)
-    loss, found = gradients(trainer, trainer.method.next_batch())
+    loss, result = gradients(trainer, trainer.method.next_batch())
     assert loss.item() == pytest.approx(math.log(2), abs=rounding or 1e-7)
-    assert max(g.abs().max() for g in found) > 1e-4
+    assert max(g.abs().max() for g in result) > 1e-4
     assert not torch.equal(outputs(trainer.roles.teacher), outputs(trainer.roles.teacher, label=2))
 
 
@@ -164,11 +164,11 @@ def test_the_reference_stays_the_base_bit_for_bit(teacher, tmp_path, weights):
 @pytest.mark.parametrize("weights", ["shared", "full"])
 def test_reference_and_stored_states_get_no_gradient(teacher, tmp_path, weights):
     trainer = shaken(trainer_of(teacher, tmp_path, roles={"weights": weights}))
-    kept, own = [], trainer.method.roll_out
-    trainer.method.roll_out = lambda *given: kept.append(own(*given)) or kept[-1]
+    recorded, settings = [], trainer.method.roll_out
+    trainer.method.roll_out = lambda *arguments: recorded.append(settings(*arguments)) or recorded[-1]
     loss = trainer.method.total("student", trainer.method.student_losses(trainer.method.next_batch()))
     loss.backward()
-    ((moves, x0),) = kept
+    ((moves, x0),) = recorded
     assert not any(part.requires_grad for part in (*(p for m in moves for p in (m.x_t, m.following)), x0))
     trained = {id(p) for p in trainer.trained["student"].values()}
     networks = (trainer.family.network, trainer.roles.student.network)
@@ -196,8 +196,8 @@ def test_a_moves_density_at_the_rollouts_weights_is_that_of_its_noise(teacher, t
         mean, std = trainer.method.rollout.transition_kernel(x0, move.x_t, move.index)
         spread = std.float()[:, None, None, None]
         stored = (-0.5 * noise**2 - spread.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
-        found = gaussian_log_prob(move.following, mean, std)
-        torch.testing.assert_close(found, stored, rtol=1e-5, atol=1e-5)
+        result = gaussian_log_prob(move.following, mean, std)
+        torch.testing.assert_close(result, stored, rtol=1e-5, atol=1e-5)
 
 
 def test_the_last_move_has_no_density_and_is_left_out(teacher, tmp_path, monkeypatch):
@@ -210,8 +210,8 @@ def test_the_last_move_has_no_density_and_is_left_out(teacher, tmp_path, monkeyp
     assert torch.equal(moves[0].x_t, batch.noise)
     assert all(torch.equal(move.following, after.x_t) for move, after in pairwise(moves))
     replay = iter(list(normal))
-    own = trainer.sampler.sample(trainer.roles.student, batch.noise, batch.condition, lambda _: next(replay))
-    torch.testing.assert_close(x0, own, rtol=1e-5, atol=1e-5)
+    settings = trainer.sampler.sample(trainer.roles.student, batch.noise, batch.condition, lambda _: next(replay))
+    torch.testing.assert_close(x0, settings, rtol=1e-5, atol=1e-5)
     winner, loser, _ = trainer.method.log_ratios(batch)
     assert winner.shape == loser.shape == (4, 3)
 
@@ -220,24 +220,24 @@ def test_a_moves_ratio_is_that_of_the_two_models_densities(teacher, tmp_path):
     trainer = shaken(trainer_of(teacher, tmp_path, pso={"reduction": "sum"}))
     batch = trainer.method.next_batch()
     moves, _ = trainer.method.roll_out(trainer.roles.student, batch.noise, batch.condition, trainer.noise.randn_like)
-    found = trainer.method.move_ratios(moves, batch.condition)
+    result = trainer.method.move_ratios(moves, batch.condition)
     for index, move in enumerate(moves):
         alpha, sigma = coefficients(trainer, torch.full((4,), TIMES[index + 1]))
-        said = [
+        prediction = [
             role(move.x_t, torch.full((4,), TIMES[index]), batch.condition).x0
             for role in (trainer.roles.student, trainer.roles.teacher)
         ]
-        logs = [-((move.following - alpha * x0) ** 2 / (2 * sigma**2)).double().flatten(1).sum(1) for x0 in said]
-        torch.testing.assert_close(found[:, index].double(), logs[0] - logs[1], rtol=1e-3, atol=1e-3)
-    assert found.abs().median() > 0.1
+        logs = [-((move.following - alpha * x0) ** 2 / (2 * sigma**2)).double().flatten(1).sum(1) for x0 in prediction]
+        torch.testing.assert_close(result[:, index].double(), logs[0] - logs[1], rtol=1e-3, atol=1e-3)
+    assert result.abs().median() > 0.1
 
 
 def test_every_sample_of_both_rollouts_is_renoised_by_itself(teacher, tmp_path):
     trainer = trainer_of(teacher, tmp_path)
-    kept, own = [], trainer.method.roll_out
-    trainer.method.roll_out = lambda *given: kept.append((given, own(*given))) or kept[-1][1]
+    recorded, settings = [], trainer.method.roll_out
+    trainer.method.roll_out = lambda *arguments: recorded.append((arguments, settings(*arguments))) or recorded[-1][1]
     trainer.method.log_ratios(trainer.method.next_batch())
-    (((role, _, condition, _), (moves, _)),) = kept
+    (((role, _, condition, _), (moves, _)),) = recorded
     assert len(moves) == 3
     for move in moves:
         x0 = role(move.x_t, torch.full((8,), TIMES[move.index]), condition).x0
@@ -249,11 +249,11 @@ def test_every_sample_of_both_rollouts_is_renoised_by_itself(teacher, tmp_path):
 @pytest.mark.parametrize("shared", [False, True])
 def test_both_rollouts_start_apart_or_together_and_end_apart(teacher, tmp_path, shared):
     trainer = trainer_of(teacher, tmp_path, pso={"shared_start": shared})
-    kept, own = [], trainer.method.roll_out
-    trainer.method.roll_out = lambda *given: kept.append(own(*given)) or kept[-1]
+    recorded, settings = [], trainer.method.roll_out
+    trainer.method.roll_out = lambda *arguments: recorded.append(settings(*arguments)) or recorded[-1]
     batch = trainer.method.next_batch()
     trainer.method.log_ratios(batch)
-    ((moves, x0),) = kept
+    ((moves, x0),) = recorded
     first, second = moves[0].x_t.chunk(2)
     assert torch.equal(first, batch.noise)
     assert torch.equal(first, second) is shared
@@ -266,10 +266,10 @@ def test_both_rollouts_start_apart_or_together_and_end_apart(teacher, tmp_path, 
 
 def test_a_constant_judge_teaches_nothing(teacher, tmp_path):
     trainer = shaken(trainer_of(teacher, tmp_path, pso={"rewards": [{"reward": "judges:Constant"}]}))
-    loss, found = gradients(trainer, trainer.method.next_batch())
+    loss, result = gradients(trainer, trainer.method.next_batch())
     assert loss.item() == 0
-    assert found
-    assert max(g.abs().max() for g in found) == 0
+    assert result
+    assert max(g.abs().max() for g in result) == 0
     before = {k: v.clone() for k, v in trainer.roles.student.state_dict().items()}
     trainer.fit()
     assert trainer.counters["student"] == 3
@@ -290,8 +290,8 @@ def test_a_reward_and_its_negative_give_opposite_logits(teacher, tmp_path):
     batch, state = trainer.method.next_batch(), trainer.noise.get_state()
     winner, loser, counts = trainer.method.log_ratios(batch)
     trainer.noise.set_state(state)
-    own = trainer.method.judge
-    trainer.method.judge = lambda *given: -own(*given)
+    settings = trainer.method.judge
+    trainer.method.judge = lambda *arguments: -settings(*arguments)
     turned = trainer.method.log_ratios(batch)
     assert torch.equal(turned[0], loser)
     assert torch.equal(turned[1], winner)
@@ -324,18 +324,18 @@ def test_the_loss_is_that_of_the_released_code(teacher, tmp_path, monkeypatch, s
 
 
 def test_two_rewards_judge_by_their_weighted_sum(teacher, tmp_path):
-    own = [{"reward": "judges:FirstValue", "weight": 2.0}, {"reward": "judges:Brightness", "weight": 0.5}]
-    trainer = trainer_of(teacher, tmp_path, pso={"rewards": own})
+    settings = [{"reward": "judges:FirstValue", "weight": 2.0}, {"reward": "judges:Brightness", "weight": 0.5}]
+    trainer = trainer_of(teacher, tmp_path, pso={"rewards": settings})
     pixels = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    wanted = 2 * pixels[:, 0, 0, 0] + 0.5 * pixels.mean(dim=(1, 2, 3))
-    torch.testing.assert_close(trainer.method.judge(pixels, [0] * 5), wanted)
+    expected = 2 * pixels[:, 0, 0, 0] + 0.5 * pixels.mean(dim=(1, 2, 3))
+    torch.testing.assert_close(trainer.method.judge(pixels, [0] * 5), expected)
 
 
 def test_the_judge_is_told_the_pairs_conditions_and_sees_both_rollouts(teacher, tmp_path, monkeypatch):
     trainer, seen = trainer_of(teacher, tmp_path), []
-    own = trainer.method.judge
+    settings = trainer.method.judge
     monkeypatch.setattr(
-        trainer.method, "judge", lambda pixels, items: seen.append((pixels, items)) or own(pixels, items)
+        trainer.method, "judge", lambda pixels, items: seen.append((pixels, items)) or settings(pixels, items)
     )
     batch = trainer.method.next_batch()
     trainer.method.log_ratios(batch)
@@ -351,19 +351,19 @@ def errors_by_hand(trainer, x0, noise, t, condition, kind="v"):
     """Mean squared errors of student and reference, (B,) each."""
     alpha, sigma = coefficients(trainer, t)
     x_t = alpha * x0 + sigma * noise
-    found = []
+    result = []
     for role in (trainer.roles.student, trainer.roles.teacher):
-        said = role(x_t, t, condition)
-        error = said.output - (alpha * noise - sigma * x0) if kind == "v" else said.x0 - x0
-        found.append(error.square().mean(dim=(1, 2, 3)))
-    return found
+        prediction = role(x_t, t, condition)
+        error = prediction.output - (alpha * noise - sigma * x0) if kind == "v" else prediction.x0 - x0
+        result.append(error.square().mean(dim=(1, 2, 3)))
+    return result
 
 
 def test_targets_against_own_samples_by_hand(teacher, tmp_path, monkeypatch, images):
     trainer = shaken(targets_trainer(teacher, tmp_path, images))
     batch = trainer.method.next_batch()
     normal, whole = drawn(trainer, monkeypatch)
-    loss, found = gradients(trainer, batch)
+    loss, result = gradients(trainer, batch)
     *renoising, noise = normal
     (steps,) = whole
     assert len(renoising) == 3
@@ -382,7 +382,7 @@ def test_targets_against_own_samples_by_hand(teacher, tmp_path, monkeypatch, ima
     logit = 40.0 * (ratios[0] - ratios[1])
     assert logit.abs().min() > 1e-3
     torch.testing.assert_close(loss, (1 + (-logit).exp()).log().mean(), rtol=1e-4, atol=1e-6)
-    assert max(g.abs().max() for g in found) > 0
+    assert max(g.abs().max() for g in result) > 0
 
 
 def test_every_step_of_the_student_is_drawn(teacher, tmp_path, images):
@@ -418,7 +418,7 @@ def test_pairs_of_pictures_by_hand(teacher, tmp_path, monkeypatch, pairs):
         == [trainer.parts.preferences.pairs.labels[i] for i in batch.indices]
     )
     normal, _ = drawn(trainer, monkeypatch)
-    loss, found = gradients(trainer, batch)
+    loss, result = gradients(trainer, batch)
     assert len(normal) == 4
     logit = torch.zeros(4)
     for noise, time in zip(normal, TIMES, strict=True):
@@ -428,7 +428,7 @@ def test_pairs_of_pictures_by_hand(teacher, tmp_path, monkeypatch, pairs):
             logit = logit - sign * 3.0 / 2 * (ours - theirs)
     assert logit.abs().min() > 1e-3
     torch.testing.assert_close(loss, (1 + (-logit).exp()).log().mean(), rtol=1e-4, atol=1e-6)
-    assert max(g.abs().max() for g in found) > 0
+    assert max(g.abs().max() for g in result) > 0
 
 
 def test_all_pairs_come_once_an_epoch_with_their_own_pictures(teacher, tmp_path, pairs):
@@ -450,33 +450,35 @@ def test_targets_against_moves_by_hand(teacher, tmp_path, monkeypatch, images):
     trainer = shaken(targets_trainer(teacher, tmp_path, images, likelihood="transition"))
     batch = trainer.method.next_batch()
     normal, _ = drawn(trainer, monkeypatch)
-    loss, found = gradients(trainer, batch)
+    loss, result = gradients(trainer, batch)
     assert len(normal) == 6
     x, logits = batch.noise, []
     for index in range(3):
         t = torch.full((4,), TIMES[index])
         alpha, sigma = coefficients(trainer, torch.full((4,), TIMES[index + 1]))
-        said = [role(x, t, batch.condition).x0 for role in (trainer.roles.student, trainer.roles.teacher)]
-        following = alpha * said[1].detach() + sigma * normal[index]
-        logs = [-((following - alpha * x0) ** 2 / (2 * sigma**2)).mean(dim=(1, 2, 3)) for x0 in said]
+        prediction = [role(x, t, batch.condition).x0 for role in (trainer.roles.student, trainer.roles.teacher)]
+        following = alpha * prediction[1].detach() + sigma * normal[index]
+        logs = [-((following - alpha * x0) ** 2 / (2 * sigma**2)).mean(dim=(1, 2, 3)) for x0 in prediction]
         ours, theirs = errors_by_hand(trainer, batch.real, normal[3 + index], t, batch.condition)
         logits.append(40.0 * (-(ours - theirs) - (logs[0] - logs[1])))
         x = following
     logit = torch.stack(logits, 1)
     assert logit.abs().max() > 1e-2
     torch.testing.assert_close(loss, (1 + (-logit).exp()).log().mean(), rtol=1e-3, atol=1e-5)
-    assert max(g.abs().max() for g in found) > 0
+    assert max(g.abs().max() for g in result) > 0
 
 
 def test_a_smaller_error_on_targets_and_a_less_likely_sample_lower_the_loss(teacher, tmp_path, monkeypatch, images):
     trainer = targets_trainer(teacher, tmp_path, images, likelihood="transition")
 
     def loss(error, ratio):
-        said = {"student": error, "teacher": 0.5}
-        monkeypatch.setattr(trainer.method, "errors", lambda role, x0, *_: torch.full((len(x0),), said[role.name]))
+        prediction = {"student": error, "teacher": 0.5}
+        monkeypatch.setattr(
+            trainer.method, "errors", lambda role, x0, *_: torch.full((len(x0),), prediction[role.name])
+        )
         monkeypatch.setattr(trainer.method, "move_ratios", lambda moves, _: torch.full((4, len(moves)), ratio))
-        ((_, found),) = trainer.method.student_losses(trainer.method.next_batch()).values()
-        return found.item()
+        ((_, result),) = trainer.method.student_losses(trainer.method.next_batch()).values()
+        return result.item()
 
     assert loss(0.5, 0.0) == pytest.approx(math.log(2), rel=1e-6)
     assert loss(0.49, 0.0) == pytest.approx(math.log1p(math.exp(-40 * 0.01)), rel=1e-4)
@@ -485,18 +487,18 @@ def test_a_smaller_error_on_targets_and_a_less_likely_sample_lower_the_loss(teac
 
 
 def test_own_samples_are_the_untuned_models_or_the_tuned_ones(teacher, tmp_path, images):
-    found = {}
+    result = {}
     for whose in ("untuned", "tuned"):
         trainer = shaken(targets_trainer(teacher, tmp_path, images, reference_samples=whose))
         batch = trainer.method.next_batch()
         state = trainer.noise.get_state()
-        found[whose] = trainer.method.samples(batch)
+        result[whose] = trainer.method.samples(batch)
         trainer.noise.set_state(state)
         role = trainer.roles.teacher if whose == "untuned" else trainer.roles.student
-        own = trainer.sampler.sample(role, batch.noise, batch.condition, trainer.noise.randn_like)
-        assert torch.equal(found[whose], own)
-        assert not found[whose].requires_grad
-    assert (found["tuned"] - found["untuned"]).abs().max() > 1e-2
+        settings = trainer.sampler.sample(role, batch.noise, batch.condition, trainer.noise.randn_like)
+        assert torch.equal(result[whose], settings)
+        assert not result[whose].requires_grad
+    assert (result["tuned"] - result["untuned"]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("over_steps", ["step", "sum"])
@@ -570,9 +572,9 @@ def test_bad_settings_are_one_line(name, teacher, tmp_path):
     ],
 )
 def test_the_transition_likelihood_needs_stochastic_moves_too(teacher, tmp_path, images, changes, says):
-    own = {"pso": {"mode": "targets", "likelihood": "transition"}, "data": {"images": {"npz": str(images)}}}
+    settings = {"pso": {"mode": "targets", "likelihood": "transition"}, "data": {"images": {"npz": str(images)}}}
     with pytest.raises(UserError) as caught:
-        trainer_of(teacher, tmp_path, **merge(own, changes))
+        trainer_of(teacher, tmp_path, **merge(settings, changes))
     assert says in str(caught.value)
     assert "pso.likelihood = transition" in str(caught.value)
 
@@ -596,12 +598,12 @@ def test_sharpness_by_hand():
 def test_the_probe_logs_reward_distance_and_sharpness_of_each_number_of_steps(teacher, tmp_path):
     trainer = trainer_of(teacher, tmp_path, sampler={"steps": 4, "also_steps": [1, 2]})
     trainer.begin()
-    wanted = {f"probe/{what}@{steps}" for what in ("reward", "distance", "sharpness") for steps in (1, 2, 4)}
-    assert {name for name in trainer.parts.journal.values if name.startswith("probe")} == wanted
+    expected = {f"probe/{what}@{steps}" for what in ("reward", "distance", "sharpness") for steps in (1, 2, 4)}
+    assert {name for name in trainer.parts.journal.values if name.startswith("probe")} == expected
     assert [trainer.parts.journal.values[f"probe/distance@{steps}"][0].item() for steps in (1, 2, 4)] == [0.0] * 3
     shaken(trainer).method.probe()
     for steps, times in ((1, [999]), (2, [999, 499]), (4, TIMES)):
-        found = {
+        result = {
             what: trainer.parts.journal.values[f"probe/{what}@{steps}"][1].item()
             for what in ("reward", "distance", "sharpness")
         }
@@ -612,18 +614,18 @@ def test_the_probe_logs_reward_distance_and_sharpness_of_each_number_of_steps(te
             sampler = FewStepSampler(trainer.family.schedule, tuple(times))
             with torch.no_grad():
                 sampled.append(sampler.sample(role, draw(torch.zeros(3, 1, 8, 8)), condition, draw))
-        assert found["reward"] == pytest.approx(sampled[0][:, 0, 0, 0].mean().item(), rel=1e-5)
-        assert found["distance"] == pytest.approx((sampled[0] - sampled[1]).square().mean().sqrt().item(), rel=1e-5)
-        assert found["sharpness"] == pytest.approx(Sharpness()(sampled[0], []).mean().item(), rel=1e-5)
-        assert found["distance"] > 1e-2
+        assert result["reward"] == pytest.approx(sampled[0][:, 0, 0, 0].mean().item(), rel=1e-5)
+        assert result["distance"] == pytest.approx((sampled[0] - sampled[1]).square().mean().sqrt().item(), rel=1e-5)
+        assert result["sharpness"] == pytest.approx(Sharpness()(sampled[0], []).mean().item(), rel=1e-5)
+        assert result["distance"] > 1e-2
 
 
 def test_probing_changes_neither_the_run_nor_its_count_of_passes(teacher, tmp_path):
     runs, probes = [], []
     for every in (1, 1000):
         trainer = trainer_of(teacher, tmp_path, train={"sample_every": every})
-        own = trainer.method.probe
-        trainer.method.probe = lambda own=own, every=every: probes.append(every) or own()
+        settings = trainer.method.probe
+        trainer.method.probe = lambda settings=settings, every=every: probes.append(every) or settings()
         trainer.fit()
         runs.append(trainer)
     assert (probes.count(1), probes.count(1000)) == (4, 1)
@@ -683,11 +685,11 @@ def test_the_reward_rises_and_the_samples_keep_their_spread():
         pso={"rewards": [{"reward": "judges:FirstValue"}], "beta": 5.0, "clamp": None},
         train={"updates": 200, "batch_size": 64},
     )
-    before, watched, own = students_samples(trainer), {}, trainer.method.log
+    before, watched, settings = students_samples(trainer), {}, trainer.method.log
 
     def log(name, value):
         watched.setdefault(name, []).append(torch.as_tensor(value).item())
-        own(name, value)
+        settings(name, value)
 
     trainer.method.log = log
     trainer.fit()
@@ -716,11 +718,11 @@ def test_targets_move_a_one_step_model_that_a_diffusion_loss_blurs():
     targets = torch.tensor([0.7, -0.1]) + 0.4 * torch.randn(1000, 2, generator=generator)
     after = {}
     for loss in ("margin", "diffusion"):
-        own = copy.deepcopy(family)
-        own.teacher_denoiser = lambda: None
+        settings = copy.deepcopy(family)
+        settings.teacher_denoiser = lambda: None
         trainer = toy_trainer(
-            own,
-            RealSource(own, ImageSet("points", None, 1000, None, ""), targets[:, :, None, None], 0),
+            settings,
+            RealSource(settings, ImageSet("points", None, 1000, None, ""), targets[:, :, None, None], 0),
             method="pso",
             roles={"weights": "full"},
             pso={"mode": "targets", "loss": loss, "beta": 10.0},
@@ -730,7 +732,7 @@ def test_targets_move_a_one_step_model_that_a_diffusion_loss_blurs():
         before = students_samples(trainer)
         trainer.fit()
         after[loss] = students_samples(trainer)
-    for found in after.values():
-        assert found[:, 0].mean() - before[:, 0].mean() > 0.3
+    for result in after.values():
+        assert result[:, 0].mean() - before[:, 0].mean() > 0.3
     assert (after["margin"].std(0) / before.std(0) - 1).abs().max() < 0.15
     assert (after["diffusion"].std(0) < 0.1 * before.std(0)).all()

@@ -69,8 +69,8 @@ def normalised(fake_score: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return (fake_score - teacher) / (SAMPLES - teacher).abs().mean(1, keepdim=True)
 
 
-def at_level(**own) -> dict:
-    return {"min_level": LEVEL, "max_level": LEVEL, **own}
+def at_level(**settings) -> dict:
+    return {"min_level": LEVEL, "max_level": LEVEL, **settings}
 
 
 def coefficients(level=LEVEL) -> tuple[float, float]:
@@ -127,8 +127,8 @@ def test_swiftbrush_takes_the_difference_of_eps(scale, fake_score_guidance, shar
     """sigma^2 (eps_teacher - eps_fake) = sigma alpha (m_fake - m_teacher); of v it would be sigma times the
     difference, of x0 ``sigma^2 (m_teacher - m_fake)``."""
     alpha, sigma = coefficients()
-    own = at_level(guidance_scale=scale, fake_score_guidance=fake_score_guidance)
-    trainer = trainer_of("swiftbrush", swiftbrush=own, roles={"weights": "full"})
+    settings = at_level(guidance_scale=scale, fake_score_guidance=fake_score_guidance)
+    trainer = trainer_of("swiftbrush", swiftbrush=settings, roles={"weights": "full"})
     expected = alpha * sigma * (guided(FAKE_SCORE, scale if shared else 1.0) - guided(TEACHER, scale))
     torch.testing.assert_close(sample_gradient(trainer), expected)
 
@@ -139,13 +139,13 @@ def test_swiftbrush_reads_eps_off_networks_of_any_kind(kind):
     alpha, sigma = coefficients()
     trainer = trainer_of("swiftbrush", kind, swiftbrush=at_level(guidance_scale=1.0), roles={"weights": "full"})
     state = trainer.noise.get_state()
-    found = sample_gradient(trainer)
+    result = sample_gradient(trainer)
     trainer.noise.set_state(state)
     trainer.method.draw_time(LEVEL, LEVEL, 4)
     x_t = alpha * SAMPLES + sigma * trainer.noise.randn(4, 2, 1, 1, dtype=F64)[..., 0, 0]
     fake_score = sigma * x_t + alpha * FAKE_SCORE[LABELS] if kind == "v" else FAKE_SCORE[LABELS]
     teacher = (x_t - alpha * TEACHER[LABELS]) / sigma
-    torch.testing.assert_close(found, sigma**2 * (teacher - fake_score))
+    torch.testing.assert_close(result, sigma**2 * (teacher - fake_score))
 
 
 def test_swiftbrush_leads_away_from_negatives_in_place_of_the_teachers_null_condition():
@@ -172,13 +172,13 @@ def test_every_loss_of_the_student_counts_by_its_weight(weight):
 @pytest.mark.parametrize("method", ["dmd2", "swiftbrush", "sim"])
 def test_a_deterministic_students_rollout_begins_with_the_batchs_noise(method):
     """It draws none of its own."""
-    own = {"sampler": {"steps": 4, "transition": "ode"}, "roles": {"weights": "full"}}
-    trainer, exits = trainer_of(method, **own), set()
+    settings = {"sampler": {"steps": 4, "transition": "ode"}, "roles": {"weights": "full"}}
+    trainer, exits = trainer_of(method, **settings), set()
     times = [torch.full((4,), time) for time in (999, 749, 499, 249)]
     for _ in range(20):
-        made = batch()
-        x_t, t = trainer.method.student_input(made)
-        x = made.noise
+        created = batch()
+        x_t, t = trainer.method.student_input(created)
+        x = created.noise
         for now, following in pairwise(times):
             if now[0] <= t[0]:
                 break
@@ -203,13 +203,13 @@ WALKED = {
 @pytest.mark.parametrize("base", WALKED)
 def test_disback_leads_from_the_fake_score_to_each_target_in_turn(base):
     """T_1 = s'_2, T_2 = s'_1 of three nodes, then the teacher; the fake score starts as s'_3."""
-    own, expected = WALKED[base]
+    settings, expected = WALKED[base]
     trainer = trainer_of(
         "disback",
         disback={"base": base, "nodes": 3, "updates": 6, "hold": 1, "probe": 4, "spacing": "updates"},
         roles={"weights": "full"},
         optimizer={"fake_score": {"lr": 0.1}},
-        **{base: own},
+        **{base: settings},
     )
     with torch.no_grad():
         trainer.roles.student.network.values.add_(1.0)  # what the recorded weights go to
@@ -250,8 +250,8 @@ def error_gradient(labels: torch.Tensor) -> torch.Tensor:
 def test_the_fake_score_learns_the_samples_each_under_its_own_label(method):
     """At level 0 alone; the eps error is alpha / sigma times that of x0, and SwiftBrush's weight alpha^2 more."""
     section = "dmd2" if method == "enhance" else method
-    own = {"fake_score_max_level": 0, "null_probability": 0.0, "guidance_scale": 3.0}
-    trainer = trainer_of(method, **{section: own}, roles={"weights": "full"})
+    settings = {"fake_score_max_level": 0, "null_probability": 0.0, "guidance_scale": 3.0}
+    trainer = trainer_of(method, **{section: settings}, roles={"weights": "full"})
     alpha, sigma = coefficients(0)
     factor = alpha**4 / sigma**2 if method == "swiftbrush" else 1.0
     expected = factor * error_gradient(LABELS)
@@ -259,15 +259,15 @@ def test_the_fake_score_learns_the_samples_each_under_its_own_label(method):
 
 
 def test_the_fake_score_learns_the_null_label_where_the_coin_says_so():
-    own = {"fake_score_max_level": 0, "null_probability": 0.5}
-    trainer = trainer_of("dmd2", dmd2=own)
-    labels, found = {"null": torch.full((4,), 2), "own": LABELS}, set()
+    settings = {"fake_score_max_level": 0, "null_probability": 0.5}
+    trainer = trainer_of("dmd2", dmd2=settings)
+    labels, result = {"null": torch.full((4,), 2), "own": LABELS}, set()
     for _ in range(20):
         trainer.roles.fake_score.network.zero_grad()
         gradient = fake_score_gradient(trainer)
         (name,) = [n for n, which in labels.items() if torch.allclose(gradient, error_gradient(which), atol=1e-5)]
-        found.add(name)
-    assert found == {"null", "own"}
+        result.add(name)
+    assert result == {"null", "own"}
 
 
 # -- the loop --------------------------------------------------------------------------------------------------

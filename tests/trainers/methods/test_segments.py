@@ -55,11 +55,11 @@ def test_edges_of_the_sheet(points, segments, expected):
 @pytest.mark.parametrize("points", [8, 40, 50, 59, 1000])
 def test_edges_increase_and_half_as_many_segments_keep_a_subset(points):
     for segments in range(1, min(points, 64) + 1):
-        found = edges(points, segments)
-        assert (found[0], found[-1], len(found)) == (0, points, segments + 1)
-        assert all(a < b for a, b in pairwise(found))
+        result = edges(points, segments)
+        assert (result[0], result[-1], len(result)) == (0, points, segments + 1)
+        assert all(a < b for a, b in pairwise(result))
         if segments % 2 == 0:
-            assert set(edges(points, segments // 2)) < set(found)
+            assert set(edges(points, segments // 2)) < set(result)
 
 
 @pytest.mark.parametrize(("points", "segments"), [(4, 5), (4, 0)])
@@ -115,8 +115,8 @@ def test_edges_are_the_few_step_times_on_every_schedule(name, segments):
     schedule = SCHEDULES[name]()
     grid = grid_of(schedule, 40, segments)
     assert torch.equal(grid.edges, torch.tensor(edges(40, segments)))
-    found = grid.time[grid.edges[1:]].flip(0)
-    torch.testing.assert_close(found.to(F64), torch.tensor(few_step_times(schedule, segments), dtype=F64))
+    result = grid.time[grid.edges[1:]].flip(0)
+    torch.testing.assert_close(result.to(F64), torch.tensor(few_step_times(schedule, segments), dtype=F64))
     assert (grid.time[1:] > grid.time[:-1]).all()
     assert (grid.sigma[1:] > grid.sigma[:-1]).all()
     assert grid.alpha.dtype == grid.sigma.dtype == F64
@@ -141,7 +141,7 @@ def test_the_lowest_point_is_the_clean_sample_but_timestep_0_for_tcd():
 def predictions(schedule, x0, x_t, t) -> dict[str, Prediction]:
     """One prediction as each kind of head would say it."""
     output = {kind: schedule.from_x0(x0, kind, x_t, t) for kind in ("x0", "eps", "v", "flow")}
-    return {kind: Prediction(schedule, x_t, t, said, kind) for kind, said in output.items()}
+    return {kind: Prediction(schedule, x_t, t, prediction, kind) for kind, prediction in output.items()}
 
 
 def at_random(schedule, grid, u, seed=0):
@@ -156,9 +156,9 @@ def test_a_move_to_where_one_is_is_none(name):
     schedule = SCHEDULES[name]()
     grid = grid_of(schedule)
     u = torch.arange(1, 41)
-    x_u, said = at_random(schedule, grid, u)
-    for kind, own in said.items():
-        torch.testing.assert_close(grid.add_noise(own.x0, own.eps, u), x_u, rtol=1e-9, atol=1e-9, msg=kind)
+    x_u, prediction = at_random(schedule, grid, u)
+    for kind, settings in prediction.items():
+        torch.testing.assert_close(grid.add_noise(settings.x0, settings.eps, u), x_u, rtol=1e-9, atol=1e-9, msg=kind)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -166,17 +166,17 @@ def test_every_kind_of_head_moves_alike_and_as_the_schedules_step(name):
     schedule = SCHEDULES[name]()
     grid = grid_of(schedule)
     u, end = pairs(40)
-    x_u, said = at_random(schedule, grid, u)
-    moved = {kind: grid.add_noise(own.x0, own.eps, end) for kind, own in said.items()}
+    x_u, prediction = at_random(schedule, grid, u)
+    moved = {kind: grid.add_noise(settings.x0, settings.eps, end) for kind, settings in prediction.items()}
     for kind in ("eps", "v", "flow"):
         torch.testing.assert_close(moved[kind], moved["x0"], rtol=1e-8, atol=1e-8, msg=kind)
     inner = end > 0
-    step = schedule.step(said["x0"].x0[inner], x_u[inner], grid.time[u[inner]], grid.time[end[inner]])
+    step = schedule.step(prediction["x0"].x0[inner], x_u[inner], grid.time[u[inner]], grid.time[end[inner]])
     torch.testing.assert_close(moved["x0"][inner], step, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(moved["x0"][~inner], said["x0"].x0[~inner])
+    torch.testing.assert_close(moved["x0"][~inner], prediction["x0"].x0[~inner])
     # the printed form: (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) x0
     ratio = scale(grid.sigma[end] / grid.sigma[u])
-    printed = ratio * x_u + (scale(grid.alpha[end]) - scale(grid.alpha[u]) * ratio) * said["x0"].x0
+    printed = ratio * x_u + (scale(grid.alpha[end]) - scale(grid.alpha[u]) * ratio) * prediction["x0"].x0
     torch.testing.assert_close(moved["x0"], printed, rtol=1e-10, atol=1e-10)
 
 
@@ -186,8 +186,8 @@ def test_moves_along_one_prediction_do_not_depend_on_the_path(transition):
     grid = grid_of(schedule, transition=transition)
     high, low = pairs(40)
     between = (high + low + 1) // 2
-    _, said = at_random(schedule, grid, high)
-    x0, eps = said["x0"].x0, said["x0"].eps
+    _, prediction = at_random(schedule, grid, high)
+    x0, eps = prediction["x0"].x0, prediction["x0"].eps
     middle = grid.add_noise(x0, eps, between)
     again = Prediction(schedule, middle, grid.time[between], x0, "x0")
     torch.testing.assert_close(again.eps, eps, rtol=1e-9, atol=1e-9)
@@ -203,10 +203,10 @@ def test_flow_moves_are_euler_steps_along_the_velocity():
     schedule = FlowSchedule()
     grid = grid_of(schedule)
     u, end = pairs(40)
-    x_u, said = at_random(schedule, grid, u)
-    own = said["flow"]
-    euler = x_u + scale(grid.time[end] - grid.time[u]) * own.output
-    torch.testing.assert_close(grid.add_noise(own.x0, own.eps, end), euler, rtol=1e-12, atol=1e-12)
+    x_u, prediction = at_random(schedule, grid, u)
+    settings = prediction["flow"]
+    euler = x_u + scale(grid.time[end] - grid.time[u]) * settings.output
+    torch.testing.assert_close(grid.add_noise(settings.x0, settings.eps, end), euler, rtol=1e-12, atol=1e-12)
 
 
 def solver_of_the_lcm_scripts(alphas_cumprod: np.ndarray, x0: np.ndarray, eps: np.ndarray, index: int) -> np.ndarray:
@@ -246,10 +246,10 @@ def test_a_move_of_one_point_is_the_stock_ddim_step(points, transition, to_one, 
     grid = grid_of(schedule, points, transition=transition)
     assert stock.timesteps.flip(0).tolist() == grid.time[1:].tolist()
     u = torch.arange(1, points + 1)
-    x_u, said = at_random(schedule, grid, u)
-    moved = grid.add_noise(said[ours].x0, said[ours].eps, u - 1)
+    x_u, prediction = at_random(schedule, grid, u)
+    moved = grid.add_noise(prediction[ours].x0, prediction[ours].eps, u - 1)
     for i in range(points):
-        step = stock.step(said[ours].output[i], int(grid.time[i + 1]), x_u[i]).prev_sample
+        step = stock.step(prediction[ours].output[i], int(grid.time[i + 1]), x_u[i]).prev_sample
         torch.testing.assert_close(moved[i], step, rtol=1e-9, atol=1e-9)
 
 
@@ -284,10 +284,10 @@ def test_the_exact_jump_of_a_gaussian(name, c):
     x_u = torch.linspace(-3, 3, len(u), dtype=F64).reshape(-1, 1, 1, 1)
     off = x_u - scale(grid.alpha[u]) * MEAN
     gain = exact_gain(grid.alpha[u], grid.sigma[u], grid.alpha[end], grid.sigma[end], c)
-    own = Prediction(schedule, x_u, grid.time[u], MEAN + scale(gain) * off, "x0")
+    settings = Prediction(schedule, x_u, grid.time[u], MEAN + scale(gain) * off, "x0")
     r = spread(grid, c)
     exact = scale(grid.alpha[end]) * MEAN + scale(r[end] / r[u]) * off
-    torch.testing.assert_close(grid.add_noise(own.x0, own.eps, end), exact, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grid.add_noise(settings.x0, settings.eps, end), exact, rtol=1e-9, atol=1e-9)
     clean = end == 0  # the consistency function
     torch.testing.assert_close(gain[clean], c / r[u][clean])
 
@@ -295,8 +295,8 @@ def test_the_exact_jump_of_a_gaussian(name, c):
 def test_the_exact_gains_of_the_sheet():
     schedule = linear_betas()
     alpha, sigma = schedule.alpha_sigma(torch.tensor([0, 249, 499, 749, 998, 999]))
-    found = exact_gain(alpha[-1], sigma[-1], alpha[:-1], sigma[:-1], 1.0)
-    assert found.tolist() == pytest.approx([0.973, 0.548, 0.316, 0.154, 0.068], abs=6e-4)
+    result = exact_gain(alpha[-1], sigma[-1], alpha[:-1], sigma[:-1], 1.0)
+    assert result.tolist() == pytest.approx([0.973, 0.548, 0.316, 0.154, 0.068], abs=6e-4)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -305,13 +305,13 @@ def test_the_exact_gain_of_a_short_jump_is_the_posterior_means(name):
     schedule, c = SCHEDULES[name](), 0.8
     t = few_step_times(schedule, 8)[3]
     time = torch.tensor([t, t]) if name != "vp" else torch.tensor([int(t)] * 2)
-    said = GaussianMixture([[MEAN]], c**2).denoiser(schedule)(tall(0, 1), time, {}).x0.flatten()
+    prediction = GaussianMixture([[MEAN]], c**2).denoiser(schedule)(tall(0, 1), time, {}).x0.flatten()
     gaps = []
     for part in (0.08, 0.04, 0.02):
         (alpha_t, alpha_s), (sigma_t, sigma_s) = schedule.alpha_sigma(
             torch.tensor([t, t * (1 - part)], dtype=F64).round() if name == "vp" else torch.tensor([t, t * (1 - part)])
         )
-        gaps.append((exact_gain(alpha_t, sigma_t, alpha_s, sigma_s, c) - (said[1] - said[0])).abs().item())
+        gaps.append((exact_gain(alpha_t, sigma_t, alpha_s, sigma_s, c) - (prediction[1] - prediction[0])).abs().item())
     assert gaps[0] > 1e-4
     assert gaps[1] / gaps[0] == pytest.approx(0.5, abs=0.1)
     assert gaps[2] / gaps[1] == pytest.approx(0.5, abs=0.1)
@@ -324,10 +324,10 @@ def test_the_teachers_step_multiplies_a_gaussian_by_s(name, c):
     grid = grid_of(schedule)
     u = torch.arange(1, 41)
     x_u = torch.linspace(-3, 3, 40, dtype=F64).reshape(-1, 1, 1, 1)
-    own = GaussianMixture([[MEAN]], c**2).denoiser(schedule)(x_u, grid.time[u], {})
+    settings = GaussianMixture([[MEAN]], c**2).denoiser(schedule)(x_u, grid.time[u], {})
     off = x_u - scale(grid.alpha[u]) * MEAN
     expected = scale(grid.alpha[u - 1]) * MEAN + scale(multiplier(grid, c)) * off
-    torch.testing.assert_close(grid.add_noise(own.x0, own.eps, u - 1), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grid.add_noise(settings.x0, settings.eps, u - 1), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["vp", "flow"])
@@ -349,8 +349,8 @@ def test_the_teacher_of_the_sheet_in_fifty_steps():
     """Std 0.9729 for data of std 1, 0.2764 for 0.3 and 1.944 for 2: what a student can reach at best."""
     schedule = linear_betas()
     grid = grid_of(schedule, 50, transition="tcd")
-    found = [multiplier(grid, c).prod().item() for c in (1.0, 0.3, 2.0)]
-    assert found == pytest.approx([0.9729, 0.2764, 1.944], abs=5e-4)
+    result = [multiplier(grid, c).prod().item() for c in (1.0, 0.3, 2.0)]
+    assert result == pytest.approx([0.9729, 0.2764, 1.944], abs=5e-4)
 
 
 # -- where the lowest segment ends ---------------------------------------------------------------------------------

@@ -45,10 +45,10 @@ def test_shared_guidance_rests_at_the_unguided_teacher(scale):
 
 @pytest.mark.parametrize(("scale", "fixed_point"), [(1.0, 0.7), (3.0, 1.7), (4.5, 2.45)])
 def test_teacher_only_guidance_rests_at_the_guided_mean(scale, fixed_point):
-    own = {"guidance_scale": scale, "fake_score_guidance": "none"}
-    assert gradient([fixed_point, 99.0], **own).abs().max() < 1e-12  # and never asks the fake score's null
+    settings = {"guidance_scale": scale, "fake_score_guidance": "none"}
+    assert gradient([fixed_point, 99.0], **settings).abs().max() < 1e-12  # and never asks the fake score's null
     if scale != 1:
-        assert gradient([0.7, 0.2], **own).abs().mean() > 1e-3
+        assert gradient([0.7, 0.2], **settings).abs().mean() > 1e-3
 
 
 def test_shared_direction_is_linear_in_the_scale_over_both_branches():
@@ -60,10 +60,10 @@ def test_shared_direction_is_linear_in_the_scale_over_both_branches():
 @pytest.mark.parametrize("draw", ["batch", "sample"])
 def test_random_guidance_is_in_expectation_the_mean_scale(draw):
     """PG-SB: the mean over kappa of its gradient is that of the mean kappa, 2.25 for U(0.5, 4)."""
-    own = {"guidance_range": [0.5, 4.0], "guidance_draw": draw}
+    settings = {"guidance_range": [0.5, 4.0], "guidance_draw": draw}
     at = []
     for place in (0.0, 1.0):  # linear in kappa, so the mean of the ends is the mean of all
-        trainer, x0, condition = guided_trainer([0.9, 0.3], **own)
+        trainer, x0, condition = guided_trainer([0.9, 0.3], **settings)
         trainer.noise.generator.manual_seed(7)
         trainer.noise.shared_uniform = lambda place=place: place
         trainer.noise.uniform = lambda count, place=place: torch.full((count,), place, dtype=F64)
@@ -233,11 +233,11 @@ def test_clip_loss_reaches_the_sample_and_is_clamped_per_sample(clip_trainer):
 @pytest.mark.parametrize(("decay", "expected"), [("linear", [0.1, 0.05, 0.01]), ("none", [0.1, 0.1, 0.1])])
 def test_clip_weight_decays_over_the_run(clip_trainer, decay, expected):
     trainer = clip_trainer(decay=decay)
-    found = []
+    result = []
     for done in (0, 5, 9):
         trainer.counters["student"] = done
-        found.append(trainer.method.clip_weight())
-    assert found == pytest.approx(expected)
+        result.append(trainer.method.clip_weight())
+    assert result == pytest.approx(expected)
 
 
 def test_clip_needs_prompts():

@@ -68,9 +68,9 @@ def test_points_are_uniform_and_their_ends_lie_in_their_own_segment(end, segment
     for point in range(1, 41):
         mine = u == point
         choices = int(point - start[mine][0])
-        found = torch.bincount((where - start)[mine], minlength=choices).double()
-        assert len(found) == choices
-        statistic += ((found - found.mean()) ** 2 / found.mean()).sum().item()
+        result = torch.bincount((where - start)[mine], minlength=choices).double()
+        assert len(result) == choices
+        statistic += ((result - result.mean()) ** 2 / result.mean()).sum().item()
         freedom += choices - 1
     assert freedom == sum((point - 1) % (40 // segments) for point in range(1, 41))
     if freedom:
@@ -130,9 +130,9 @@ def test_one_segment_to_its_start_is_plain_consistency_distillation(name, distan
     expected = squared.mean() if c is None else ((squared + c**2).sqrt() - c).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
     assert weight == distance.get("mse_weight", 1.0)
-    found, wanted = gradients(trainer, loss), gradients(trainer, expected)
-    for key in found:
-        torch.testing.assert_close(found[key], wanted[key], rtol=1e-8, atol=1e-12)
+    result, target = gradients(trainer, loss), gradients(trainer, expected)
+    for key in result:
+        torch.testing.assert_close(result[key], target[key], rtol=1e-8, atol=1e-12)
     assert trainer.method.total("student", {"consistency": (weight, loss)}).item() == pytest.approx(
         weight * loss.item()
     )
@@ -168,9 +168,9 @@ def test_before_training_the_student_samples_as_the_teachers_ddim_bit_for_bit(se
     noise = torch.randn(16, 2, 1, 1, generator=torch.Generator().manual_seed(0))
     times = few_step_times(trainer.family.schedule, segments)
     with torch.no_grad():
-        found = trainer.sampler.sample(trainer.roles.student, noise, {}, None)
-        wanted = ode_sample(lambda x, t: trainer.roles.teacher(x, t, {}).x0, trainer.family.schedule, times, noise)
-    assert torch.equal(found, wanted)
+        result = trainer.sampler.sample(trainer.roles.student, noise, {}, None)
+        expected = ode_sample(lambda x, t: trainer.roles.teacher(x, t, {}).x0, trainer.family.schedule, times, noise)
+    assert torch.equal(result, expected)
     grid = trainer.method.grid
     assert trainer.sampler.times == tuple(grid.time[grid.edges[1:]].flip(0).tolist())
 
@@ -192,12 +192,12 @@ def test_at_a_segments_first_point_the_target_is_the_teachers_step_and_no_networ
     step = grid.add_noise(teacher.x0, teacher.eps, below)
     expected = (grid.add_noise(student.x0, student.eps, below) - step).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-14)
-    found, wanted = gradients(trainer, loss), gradients(trainer, expected)
-    for key in found:
-        torch.testing.assert_close(found[key], wanted[key], rtol=1e-9, atol=1e-14)
+    result, target = gradients(trainer, loss), gradients(trainer, expected)
+    for key in result:
+        torch.testing.assert_close(result[key], target[key], rtol=1e-9, atol=1e-14)
     for parameter in trainer.method.target.network.parameters():
         parameter.fill_(math.nan)
-    assert_same(found, gradients(trainer, trainer.method.student_losses(batch)["consistency"][1]))
+    assert_same(result, gradients(trainer, trainer.method.student_losses(batch)["consistency"][1]))
 
 
 def test_at_a_later_point_the_target_network_is_asked():
@@ -222,16 +222,16 @@ def test_a_student_that_agrees_with_itself_has_no_loss_whichever_end_is_drawn(tr
             return self.x0.expand_as(x)
 
     family = AnalyticFamily(GaussianMixture([[0.7]], 0.0).denoiser(linear_betas()), Says(), "x0", (1, 1, 1))
-    own = {"points": 8, "end": "random", "target_decay": 0.0, "sampler": {"transition": transition}}
-    trainer, batch = trainer_of(family, **own), batch_of(dim=1)
+    settings = {"points": 8, "end": "random", "target_decay": 0.0, "sampler": {"transition": transition}}
+    trainer, batch = trainer_of(family, **settings), batch_of(dim=1)
 
     def losses():
-        found = {}
+        result = {}
         for u in range(1, 9):
             for end in range(u):
                 point_at(trainer, u, end)
-                found[u, end] = trainer.method.student_losses(batch)["consistency"][1].item()
-        return found
+                result[u, end] = trainer.method.student_losses(batch)["consistency"][1].item()
+        return result
 
     double(trainer)
     with torch.no_grad():
@@ -246,16 +246,16 @@ def test_a_student_that_agrees_with_itself_has_no_loss_whichever_end_is_drawn(tr
 def test_gathered_batches_count_as_one():
     """The mean of their losses, each on real samples and noise of its own, in one step."""
     trainer = trainer_of(train={"gradient_accumulation": 3})
-    losses, kept = [], {}
+    losses, recorded = [], {}
     student_losses, update = trainer.method.student_losses, trainer.step
 
     def noting(batch):
-        found = student_losses(batch)
-        losses.append(gradients(trainer, found["consistency"][1]))
+        result = student_losses(batch)
+        losses.append(gradients(trainer, result["consistency"][1]))
         return student_losses(batch)
 
     def keeping(role):
-        kept.update({k: p.grad.clone() for k, p in trainer.trained[role].items()})
+        recorded.update({k: p.grad.clone() for k, p in trainer.trained[role].items()})
         return update(role)
 
     trainer.method.student_losses, trainer.step = noting, keeping
@@ -264,9 +264,9 @@ def test_gathered_batches_count_as_one():
     trainer.iteration()
     assert trainer.counters["real"] == 24
     assert trainer.counters["student"] == 1
-    for key, found in kept.items():
-        torch.testing.assert_close(found, sum(own[key] for own in losses) / 3, rtol=1e-4, atol=1e-6)
-    assert max((losses[0][k] - losses[1][k]).abs().max() for k in kept) > 1e-4
+    for key, result in recorded.items():
+        torch.testing.assert_close(result, sum(settings[key] for settings in losses) / 3, rtol=1e-4, atol=1e-6)
+    assert max((losses[0][k] - losses[1][k]).abs().max() for k in recorded) > 1e-4
 
 
 # -- the target --------------------------------------------------------------------------------------------------
@@ -284,8 +284,8 @@ def test_without_decay_the_target_is_the_student_itself_and_no_gradient_passes_i
         teacher = trainer.roles.teacher(x_u, grid.time[u], {})
         x_below = grid.add_noise(teacher.x0, teacher.eps, u - 1)
     near, far = trainer.roles.student(x_below, grid.time[u - 1], {}), trainer.roles.student(x_u, grid.time[u], {})
-    p, q = (grid.add_noise(said.x0, said.eps, end) for said in (far, near))
-    found, trained = gradients(trainer, loss), trainer.trained["student"]
+    p, q = (grid.add_noise(prediction.x0, prediction.eps, end) for prediction in (far, near))
+    result, trained = gradients(trainer, loss), trainer.trained["student"]
     stopped, through = (
         dict(
             zip(
@@ -296,9 +296,9 @@ def test_without_decay_the_target_is_the_student_itself_and_no_gradient_passes_i
         )
         for aim in (q.detach(), q)
     )
-    for key in found:
-        torch.testing.assert_close(found[key], stopped[key], rtol=1e-9, atol=1e-13)
-    assert max((found[key] - through[key]).abs().max() for key in found) > 1e-3
+    for key in result:
+        torch.testing.assert_close(result[key], stopped[key], rtol=1e-9, atol=1e-13)
+    assert max((result[key] - through[key]).abs().max() for key in result) > 1e-3
 
 
 @pytest.mark.parametrize("weights", ["full", "shared"])
@@ -351,8 +351,8 @@ def test_gradients_reach_the_student_alone(weights, teacher):
 def test_target_and_previous_stage_start_as_the_student_and_the_latter_stays(weights, monkeypatch):
     """The student begins away from the teacher, as in every stage but the first."""
 
-    def elsewhere(*args, **own):
-        roles = Roles(*args, **own)
+    def elsewhere(*args, **settings):
+        roles = Roles(*args, **settings)
         shake(roles.student)
         return roles
 
@@ -374,63 +374,63 @@ def test_target_and_previous_stage_start_as_the_student_and_the_latter_stays(wei
 # -- guidance ----------------------------------------------------------------------------------------------------
 
 
-def guided_trainer(**own):
+def guided_trainer(**settings):
     """Teacher N(0.7, 0.3) for label 0 and N(0.2, 0.3) for null; the aim is the teacher's step itself."""
     teacher = ByLabel([0.7, 0.2], 0.3, linear_betas())
     torch.manual_seed(0)
     family = AnalyticFamily(teacher, MLP(1, 8, 1), "v", (1, 1, 1), num_labels=1)
-    trainer = trainer_of(family, segments=40, **own)
+    trainer = trainer_of(family, segments=40, **settings)
     double(trainer)
-    asked = []
+    calls = []
 
     class Spy:
         schedule = teacher.schedule
 
         def __call__(self, x_t, t, condition):
-            asked.append(condition["label"].tolist())
+            calls.append(condition["label"].tolist())
             return teacher(x_t, t, condition)
 
     trainer.method.solver = Spy()
-    return trainer, teacher, asked
+    return trainer, teacher, calls
 
 
 def scale_of(trainer, teacher, batch, u):
     """The guidance scale of each sample, read off the aim; w = omega + 1."""
     grid = trainer.method.grid
     x_u = grid.add_noise(batch.real, batch.noise, u)
-    said, null = (teacher(x_u, grid.time[u], {"label": torch.full((8,), label)}) for label in (0, 1))
-    end = [grid.add_noise(p.x0, p.eps, u - 1) for p in (null, said)]
+    prediction, null = (teacher(x_u, grid.time[u], {"label": torch.full((8,), label)}) for label in (0, 1))
+    end = [grid.add_noise(p.x0, p.eps, u - 1) for p in (null, prediction)]
     return ((trainer.method.target_jump(x_u, u, u - 1, batch) - end[0]) / (end[1] - end[0])).flatten()
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 3.0, 7.5])
 def test_the_teachers_step_is_guided_by_the_lcm_convention(w):
-    trainer, teacher, asked = guided_trainer(guidance_scale=w)
+    trainer, teacher, calls = guided_trainer(guidance_scale=w)
     u, grid = torch.tensor([1, 2, 3, 9, 20, 30, 39, 40]), trainer.method.grid
     batch = batch_of(dim=1, condition={"label": torch.zeros(8, dtype=torch.long)})
     torch.testing.assert_close(
         scale_of(trainer, teacher, batch, u), torch.full((8,), w, dtype=F64), rtol=1e-6, atol=1e-6
     )
-    assert asked == [[0] * 8 if w == 1 else [1] * 8 + [0] * 8]
+    assert calls == [[0] * 8 if w == 1 else [1] * 8 + [0] * 8]
     x_u = grid.add_noise(batch.real, batch.noise, u)
-    said, null = (teacher(x_u, grid.time[u], {"label": torch.full((8,), label)}) for label in (0, 1))
-    x0 = said.x0 + (w - 1) * (said.x0 - null.x0)
-    eps = said.eps + (w - 1) * (said.eps - null.eps)
+    prediction, null = (teacher(x_u, grid.time[u], {"label": torch.full((8,), label)}) for label in (0, 1))
+    x0 = prediction.x0 + (w - 1) * (prediction.x0 - null.x0)
+    eps = prediction.eps + (w - 1) * (prediction.eps - null.eps)
     by_hand = grid.add_noise(x0, eps, u - 1)
     torch.testing.assert_close(trainer.method.target_jump(x_u, u, u - 1, batch), by_hand, rtol=1e-9, atol=1e-9)
 
 
 def test_one_scale_is_drawn_a_batch_uniform_in_its_range():
-    trainer, teacher, asked = guided_trainer(guidance_range=[2.0, 14.0])
+    trainer, teacher, calls = guided_trainer(guidance_range=[2.0, 14.0])
     u = torch.full((8,), 20)
-    found = []
+    result = []
     for seed in range(5):
         batch = batch_of(dim=1, condition={"label": torch.zeros(8, dtype=torch.long)}, seed=seed)
         scales = scale_of(trainer, teacher, batch, u)
         torch.testing.assert_close(scales, scales[:1].expand(8), rtol=1e-9, atol=1e-9)
-        found.append(scales[0].item())
-    assert len(set(found)) == 5
-    assert asked == [[1] * 8 + [0] * 8] * 5
+        result.append(scales[0].item())
+    assert len(set(result)) == 5
+    assert calls == [[1] * 8 + [0] * 8] * 5
     draws = torch.tensor([trainer.method.draw_scale(8) for _ in range(4000)])
     assert draws.min() >= 2
     assert draws.max() < 14
@@ -440,15 +440,15 @@ def test_one_scale_is_drawn_a_batch_uniform_in_its_range():
 def test_student_and_target_are_asked_for_the_condition_alone():
     trainer, _, _ = guided_trainer(guidance_scale=5.0)
     trainer.method.grid = grid_of(trainer.family.schedule, 40, 4)
-    asked, forward = [], trainer.family.forward
+    calls, forward = [], trainer.family.forward
 
     def noting(network, x, time, condition):
-        asked.append((network is trainer.roles.student.network, condition["label"].tolist()))
+        calls.append((network is trainer.roles.student.network, condition["label"].tolist()))
         return forward(network, x, time, condition)
 
     trainer.family.forward = noting
     trainer.method.student_losses(batch_of(dim=1, condition={"label": torch.zeros(8, dtype=torch.long)}))
-    assert asked == [(True, [0] * 8), (False, [0] * 8)]
+    assert calls == [(True, [0] * 8), (False, [0] * 8)]
 
 
 def check_null(trainer):
@@ -503,11 +503,11 @@ def test_settings_that_do_not_go_together(changes, says):
 
 
 def test_data_and_weights_that_do_not_do():
-    own = {"method": "tscd", "sampler": {"transition": "ode"}}
-    one_line(r"set data\.images", toy_trainer, **own)
+    settings = {"method": "tscd", "sampler": {"transition": "ode"}}
+    one_line(r"set data\.images", toy_trainer, **settings)
     images = {"data": {"images": {"folder": "unused"}}}
-    one_line(r"roles\.weights = mixed", toy_trainer, **own, **images, roles={"weights": "mixed"})
-    assert TSCD.needs(toy_trainer(**own, **images).config).images
+    one_line(r"roles\.weights = mixed", toy_trainer, **settings, **images, roles={"weights": "mixed"})
+    assert TSCD.needs(toy_trainer(**settings, **images).config).images
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_the_method_is_registered_as_itself():
 
 @pytest.mark.parametrize("weights", ["full", "shared"])
 def test_two_and_two_updates_are_four_bit_for_bit(weights):
-    own = {
+    settings = {
         "target_decay": 0.9,
         "teacher": "previous_stage",
         "end": "random",
@@ -562,7 +562,7 @@ def test_two_and_two_updates_are_four_bit_for_bit(weights):
             trainer.iteration()
         return trainer
 
-    whole, first, second = (unets(weights, **own) for _ in range(3))
+    whole, first, second = (unets(weights, **settings) for _ in range(3))
     for trainer in (whole, first):  # a student that began elsewhere
         shake(trainer.roles.student)
         shake(trainer.method.solver, seed=2)
@@ -603,10 +603,10 @@ def test_four_stages_in_turn_reach_the_teachers_samples_in_fewer_and_fewer_steps
     real = real_source(family, mixture.sample(4000, torch.Generator().manual_seed(3)).float().reshape(-1, 2, 1, 1))
     noise = torch.randn(4000, 2, 1, 1, generator=torch.Generator().manual_seed(5))  # that of students_samples
     times = few_step_times(family.schedule, 40)
-    wanted = ode_sample(lambda x, t: family.teacher(x, t, {}).x0, family.schedule, times, noise).flatten(1).double()
+    expected = ode_sample(lambda x, t: family.teacher(x, t, {}).x0, family.schedule, times, noise).flatten(1).double()
     truth = mixture.sample(4000, torch.Generator().manual_seed(1))
-    assert energy_distance(wanted, truth) < 0.002
-    last, found = family.network.state_dict(), {}
+    assert energy_distance(expected, truth) < 0.002
+    last, result = family.network.state_dict(), {}
     for segments in (8, 4, 2, 1):
         family.network.load_state_dict(last)  # a stage's student starts as the last stage's
         trainer = trainer_of(
@@ -622,13 +622,13 @@ def test_four_stages_in_turn_reach_the_teachers_samples_in_fewer_and_fewer_steps
         after = students_samples(trainer)
         with trainer.exported():
             last = {k: v.clone() for k, v in trainer.roles.student.state_dict().items()}
-        rmse = [(x - wanted).square().mean().sqrt().item() for x in (before, after)]
-        found[segments] = (*rmse, energy_distance(before, truth), energy_distance(after, truth))
+        rmse = [(x - expected).square().mean().sqrt().item() for x in (before, after)]
+        result[segments] = (*rmse, energy_distance(before, truth), energy_distance(after, truth))
     bounds = {8: (0.18, 0.015), 4: (0.18, 0.015), 2: (0.22, 0.025), 1: (0.3, 0.045)}
     for segments, (rmse, distance) in bounds.items():
-        before, after, far, near = found[segments]
-        assert after < rmse, found
-        assert near < distance, found
-        assert after < before, found
-        assert near < far, found
-    assert found[1][0] > 0.4, found
+        before, after, far, near = result[segments]
+        assert after < rmse, result
+        assert near < distance, result
+        assert after < before, result
+        assert near < far, result
+    assert result[1][0] > 0.4, result

@@ -43,16 +43,16 @@ def test_the_discriminators_width(conditional, times):
 
 
 def test_making_the_discriminator_draws_from_the_seed_alone():
-    made = []
+    created = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         family = toy_family()
         family.teacher_denoiser = lambda: None
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        made.append(trainer_of(family, adversarial={"weight": 0.1}).method.networks["discriminator"].state_dict())
+        created.append(trainer_of(family, adversarial={"weight": 0.1}).method.networks["discriminator"].state_dict())
         assert torch.equal(torch.get_rng_state(), state)
-    assert_same(*made)
+    assert_same(*created)
 
 
 def test_a_teacher_in_closed_form_has_no_features_for_it():
@@ -62,18 +62,18 @@ def test_a_teacher_in_closed_form_has_no_features_for_it():
 
 def watched(trainer):
     """What the teacher's mid-block is asked: (x, t, whether a gradient is kept)."""
-    asked, features = [], trainer.roles.teacher.features
+    calls, features = [], trainer.roles.teacher.features
 
     def noting(x_t, t, condition):
-        asked.append((x_t.detach().clone(), t.clone(), x_t.requires_grad and torch.is_grad_enabled()))
+        calls.append((x_t.detach().clone(), t.clone(), x_t.requires_grad and torch.is_grad_enabled()))
         return features(x_t, t, condition)
 
     trainer.roles.teacher.features = noting
-    return asked, features
+    return calls, features
 
 
-def adversarial_trainer(conditional=True, **own):
-    trainer = self_taught(segments=4, adversarial={"weight": 0.3, "conditional": conditional}, **own)
+def adversarial_trainer(conditional=True, **settings):
+    trainer = self_taught(segments=4, adversarial={"weight": 0.3, "conditional": conditional}, **settings)
     shake(trainer.roles.student)
     shake(trainer.method.target, seed=2)
     shake(trainer.method.networks["discriminator"], 0.3)
@@ -84,7 +84,7 @@ def adversarial_trainer(conditional=True, **own):
 @pytest.mark.parametrize("end", ["start", "random"])
 def test_candidates_and_both_losses_by_hand(end, conditional):
     trainer = adversarial_trainer(conditional, end=end)
-    asked, features = watched(trainer)
+    calls, features = watched(trainer)
     batch, state = trainer.method.next_batch(), trainer.noise.get_state()
     losses = trainer.method.student_losses(batch)
     assert losses.keys() == {"consistency", "generator"}
@@ -94,8 +94,8 @@ def test_candidates_and_both_losses_by_hand(end, conditional):
     grid, times = trainer.method.grid, torch.tensor([0, *few_step_times(trainer.family.schedule, 40)[::-1]]).long()
     u, e = trainer.method.draw_points(8)
     x_u = trainer.family.schedule.add_noise(batch.real, batch.noise, times[u])
-    said = trainer.roles.student(x_u, times[u], {})
-    jump_, aim = grid.add_noise(said.x0, said.eps, e), trainer.method.target_jump(x_u, u, e, batch)
+    prediction = trainer.roles.student(x_u, times[u], {})
+    jump_, aim = grid.add_noise(prediction.x0, prediction.eps, e), trainer.method.target_jump(x_u, u, e, batch)
     high = (u + 9) // 10 * 10
     look = e + 1 + torch.floor(trainer.noise.uniform(8) * (high - e)).long()
     ratio = grid.alpha[look] / grid.alpha[e]
@@ -106,7 +106,7 @@ def test_candidates_and_both_losses_by_hand(end, conditional):
 
     beside = [(x_u, times[u], False)] if conditional else []
     for (x, t, grad), (x_, t_, grad_) in zip(
-        asked, [*beside, (fake, times[look], True), (real, times[look], False)], strict=True
+        calls, [*beside, (fake, times[look], True), (real, times[look], False)], strict=True
     ):
         torch.testing.assert_close(x, x_.detach(), rtol=1e-4, atol=1e-5)
         assert torch.equal(t, t_)
@@ -117,21 +117,21 @@ def test_candidates_and_both_losses_by_hand(end, conditional):
         seen = [torch.cat([x, features(x_u, times[u], {})], 1) for x in seen]
     by_hand = torch.log1p(torch.exp(-head(seen[0]))).mean()
     torch.testing.assert_close(losses["generator"][1], by_hand, rtol=1e-4, atol=1e-5)
-    found, wanted = gradients(trainer, losses["generator"][1]), gradients(trainer, by_hand)
-    for key in found:
-        torch.testing.assert_close(found[key], wanted[key], rtol=1e-3, atol=1e-6)
-    assert max(x.abs().max() for x in found.values()) > 1e-6
+    result, expected = gradients(trainer, losses["generator"][1]), gradients(trainer, by_hand)
+    for key in result:
+        torch.testing.assert_close(result[key], expected[key], rtol=1e-3, atol=1e-6)
+    assert max(x.abs().max() for x in result.values()) > 1e-6
 
-    kept = {}
-    trainer.step = lambda role: kept.update({k: p.grad.clone() for k, p in trainer.trained[role].items()})
+    recorded = {}
+    trainer.step = lambda role: recorded.update({k: p.grad.clone() for k, p in trainer.trained[role].items()})
     take_all(trainer, trainer.method.other_updates())
     (logged,) = trainer.parts.journal.values["loss/discriminator"]
     seen = [x.detach() for x in seen]
-    wanted = torch.log1p(torch.exp(head(seen[0]))).mean() + torch.log1p(torch.exp(-head(seen[1]))).mean()
-    torch.testing.assert_close(logged, wanted.detach(), rtol=1e-4, atol=1e-5)
-    own = dict(head.named_parameters())
-    for (key, _), value in zip(own.items(), torch.autograd.grad(wanted, list(own.values())), strict=True):
-        torch.testing.assert_close(kept[key], value, rtol=1e-3, atol=1e-5)
+    expected = torch.log1p(torch.exp(head(seen[0]))).mean() + torch.log1p(torch.exp(-head(seen[1]))).mean()
+    torch.testing.assert_close(logged, expected.detach(), rtol=1e-4, atol=1e-5)
+    settings = dict(head.named_parameters())
+    for (key, _), value in zip(settings.items(), torch.autograd.grad(expected, list(settings.values())), strict=True):
+        torch.testing.assert_close(recorded[key], value, rtol=1e-3, atol=1e-5)
     assert trainer.method.candidates == []
 
 
@@ -140,7 +140,7 @@ def test_candidates_and_both_losses_by_hand(end, conditional):
 def test_both_candidates_are_taken_to_one_point_above_their_end_and_inside_the_segment(end, point):
     """Points 11..20 are a segment; from an end e to e + 1 .. 20, uniformly."""
     trainer = adversarial_trainer(False, end=end)
-    asked, _ = watched(trainer)
+    calls, _ = watched(trainer)
     trainer.noise.randint = lambda low, high, count: torch.full((count,), point)
     draw, ends = trainer.method.draw_points, []
 
@@ -151,14 +151,14 @@ def test_both_candidates_are_taken_to_one_point_above_their_end_and_inside_the_s
 
     trainer.method.draw_points = noting
     trainer.method.student_losses(Batch({}, torch.randn(20_000, 2, 1, 1), [], torch.zeros(20_000, 2, 1, 1)))
-    (_, fake_time, _), (_, real_time, _) = asked
+    (_, fake_time, _), (_, real_time, _) = calls
     assert torch.equal(fake_time, real_time)
     look, where = (fake_time + 1) // 25, ends[0]
     assert set(where.tolist()) == (set(range(10, point)) if end == "random" else {10})
     for low in where.unique().tolist():
-        found = torch.bincount(look[where == low] - low - 1)
-        assert len(found) == 20 - low
-        assert len(found) == 1 or scipy.stats.chisquare(found).pvalue > 1e-3
+        result = torch.bincount(look[where == low] - low - 1)
+        assert len(result) == 20 - low
+        assert len(result) == 1 or scipy.stats.chisquare(result).pvalue > 1e-3
 
 
 def test_the_students_turn_trains_no_discriminator_and_its_own_turn_no_student():
@@ -186,24 +186,24 @@ def test_the_students_turn_trains_no_discriminator_and_its_own_turn_no_student()
 
 def test_the_discriminator_takes_the_mean_of_a_gathered_updates_batches():
     trainer = adversarial_trainer(train={"gradient_accumulation": 3})
-    head, kept, update = trainer.method.networks["discriminator"], {}, trainer.step
+    head, recorded, update = trainer.method.networks["discriminator"], {}, trainer.step
 
     def noting(role):
         if role == "discriminator":
             looked = list(trainer.method.candidates)
-            kept["found"] = [p.grad.clone() for p in head.parameters()]
+            recorded["found"] = [p.grad.clone() for p in head.parameters()]
             losses = [
                 module.discriminator_loss(head(torch.cat([c.real, c.start], 1)), head(torch.cat([c.fake, c.start], 1)))
                 for c in looked
             ]
-            kept["wanted"] = torch.autograd.grad(sum(losses) / 3, list(head.parameters()))
-            kept["batches"] = len(looked)
+            recorded["wanted"] = torch.autograd.grad(sum(losses) / 3, list(head.parameters()))
+            recorded["batches"] = len(looked)
         return update(role)
 
     trainer.step = noting
     trainer.iteration()
-    assert kept["batches"] == 3
-    for a, b in zip(kept["found"], kept["wanted"], strict=True):
+    assert recorded["batches"] == 3
+    for a, b in zip(recorded["found"], recorded["wanted"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert trainer.counters["discriminator"] == 1
 
@@ -227,10 +227,10 @@ def test_the_plans_passes_are_those_that_a_run_makes(own, passes):
 # -- phased consistency's discriminator --------------------------------------------------------------------------
 
 
-def phased(conditional=False, **own):
+def phased(conditional=False, **settings):
     """Hinge, two heads on the output of each of a UNet's five blocks."""
     adversarial = {"weight": 0.3, "loss": "hinge", "features": "all", "heads": 2, "conditional": conditional}
-    trainer = unets(adversarial=adversarial, **own)
+    trainer = unets(adversarial=adversarial, **settings)
     shake(trainer.roles.student)
     shake(trainer.method.networks["discriminator"])
     return trainer

@@ -39,19 +39,21 @@ class Gains(nn.Module):
 
 def curvature(grid, c, end):
     """Half the second derivative of a point's loss by its gain: E[w_e^2] r_u^2, with 1 for u = 0."""
-    found = [1.0]
+    result = [1.0]
     for u in range(1, grid.points + 1):
         start = int(grid.start(torch.tensor([u])))
         e = torch.arange(start, u if end == "random" else start + 1)
         w = grid.alpha[e] - grid.alpha[u] * grid.sigma[e] / grid.sigma[u]
-        found.append((w**2).mean().item() * (grid.alpha[u] ** 2 * c**2 + grid.sigma[u] ** 2).item())
-    return torch.tensor(found, dtype=F64)
+        result.append((w**2).mean().item() * (grid.alpha[u] ** 2 * c**2 + grid.sigma[u] ** 2).item())
+    return torch.tensor(result, dtype=F64)
 
 
-def gaussian_trainer(schedule, points=40, segments=1, c=1.0, mean=0.0, transition="ode", train=None, gain=None, **own):
+def gaussian_trainer(
+    schedule, points=40, segments=1, c=1.0, mean=0.0, transition="ode", train=None, gain=None, **settings
+):
     """Teacher N(mean, c^2) and a student of one gain a point; ``segments`` need not divide ``points``."""
     grid = grid_of(schedule, points, segments, transition)
-    network = Gains(grid, schedule, mean, curvature(grid, c, own.get("end", "start")) ** -0.5)
+    network = Gains(grid, schedule, mean, curvature(grid, c, settings.get("end", "start")) ** -0.5)
     if gain is not None:
         network.raw.data.copy_(gain / network.unit)
     family = AnalyticFamily(GaussianMixture([[mean]], c**2).denoiser(schedule), network, "x0", (1, 1, 1))
@@ -59,11 +61,11 @@ def gaussian_trainer(schedule, points=40, segments=1, c=1.0, mean=0.0, transitio
         family,
         real_source(family),
         method="tscd",
-        tscd={"grid": points, **{k: v for k, v in own.items() if k != "optimizer"}},
+        tscd={"grid": points, **{k: v for k, v in settings.items() if k != "optimizer"}},
         sampler={"transition": "ode" if isinstance(schedule, FlowSchedule) else "tcd"},
         data={"images": {"folder": "unused"}},
         train={"updates": 4, "batch_size": 4 * points, "log_every": 10**6, **(train or {})},
-        optimizer={"student": {"lr": points / 2, "clip": 1e9, **own.get("optimizer", {})}},
+        optimizer={"student": {"lr": points / 2, "clip": 1e9, **settings.get("optimizer", {})}},
     )
     trainer.method.grid = grid
     double(trainer)
@@ -137,8 +139,8 @@ def test_the_loop_ends_where_every_jump_to_a_segments_start_is_the_teachers_step
     trainer.fit()
     assert trainer.counters["student"] == updates
     gain = trainer.roles.student.network.gain.detach()
-    wanted = products(trainer.method.grid, c)
-    torch.testing.assert_close(gain[1:], wanted[1:], rtol=0, atol=1e-5)
+    expected = products(trainer.method.grid, c)
+    torch.testing.assert_close(gain[1:], expected[1:], rtol=0, atol=1e-5)
     u = torch.arange(1, points + 1)
     step = multiplier(trainer.method.grid, c)
     start = trainer.method.grid.start(u)
@@ -146,7 +148,7 @@ def test_the_loop_ends_where_every_jump_to_a_segments_start_is_the_teachers_step
     torch.testing.assert_close(jump(trainer.method.grid, gain, u, start), teachers, rtol=0, atol=1e-5)
     if own["target_decay"]:
         target = trainer.method.target.network.gain.detach()
-        torch.testing.assert_close(target[1:], wanted[1:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(target[1:], expected[1:], rtol=0, atol=1e-5)
 
 
 def expected_gradients(trainer):
@@ -160,8 +162,8 @@ def expected_gradients(trainer):
         places = ((torch.arange(choices) + 0.5) / choices).repeat_interleave(4)
         trainer.noise.uniform = lambda count, places=places: places
         ((_, loss),) = trainer.method.student_losses(trainer.method.next_batch(choices)).values()
-        (found,) = gradients(trainer, loss).values()
-        total += found / grid.points
+        (result,) = gradients(trainer, loss).values()
+        total += result / grid.points
     return total[1:]
 
 
@@ -172,14 +174,14 @@ def test_the_loss_is_stationary_at_its_own_law_and_not_at_the_others(segments, c
     trainer = gaussian_trainer(schedule, 50, segments, c, 0.7, transition, end=law, target_decay=0.0)
     for name, gains in LAWS.items():
         set_gains(trainer, gains(trainer.method.grid, c))
-        found = expected_gradients(trainer).abs()
+        result = expected_gradients(trainer).abs()
         if name == law:
-            assert found.max() < 1e-12
+            assert result.max() < 1e-12
         else:
             start = trainer.method.grid.start(torch.arange(1, 51))
             first = torch.arange(1, 51) - start == 1
-            assert found[first].max() < 1e-12  # there the two laws are one
-            assert (found[~first] > 1e-9).all()
+            assert result[first].max() < 1e-12  # there the two laws are one
+            assert (result[~first] > 1e-9).all()
 
 
 def total_gain(trainer):
@@ -203,19 +205,19 @@ TABLE = {
 
 @pytest.mark.parametrize(("c", "end"), TABLE)
 def test_the_sheets_table_of_deviations(c, end):
-    schedule, found = linear_betas(), []
+    schedule, result = linear_betas(), []
     for segments in SEGMENTS:
         trainer = gaussian_trainer(schedule, 50, segments, c, transition="tcd", end=end)
         set_gains(trainer, LAWS[end](trainer.method.grid, c))
-        found.append(total_gain(trainer))
-    assert found == pytest.approx(TABLE[c, end], abs=6e-4)
+        result.append(total_gain(trainer))
+    assert result == pytest.approx(TABLE[c, end], abs=6e-4)
 
 
 @pytest.mark.parametrize(("end", "deviation"), [("start", 0.9729), ("random", 0.681)])
 def test_drawn_points_lead_to_the_sheets_deviation(end, deviation):
     """u and its end by the trainer's own draws: 0.681 of 0.973 at one segment, where ``start`` keeps it."""
-    own = {"end": end, "target_decay": 0.0, "optimizer": {"lr": 25.0, "decay": 500}}
-    trainer = gaussian_trainer(linear_betas(), 50, 1, 1.0, 0.0, "tcd", {"updates": 500}, **own)
+    settings = {"end": end, "target_decay": 0.0, "optimizer": {"lr": 25.0, "decay": 500}}
+    trainer = gaussian_trainer(linear_betas(), 50, 1, 1.0, 0.0, "tcd", {"updates": 500}, **settings)
     del trainer.noise.randint  # the class's own again
     trainer.fit()
     assert total_gain(trainer) == pytest.approx(deviation, abs=0.01)
@@ -226,14 +228,14 @@ def test_a_later_stage_taught_by_the_one_before_keeps_the_first_teachers_traject
     schedule, c, mean = linear_betas(), 0.6, 0.7
     fine = grid_of(schedule, 40, 8, "tcd")
     known = products(fine, c)[[0, *range(5, 41, 5)]]
-    own = {"teacher": "previous_stage", "target_decay": 0.0}
-    trainer = gaussian_trainer(schedule, 8, 2, c, mean, "tcd", {"updates": 12}, known, **own)
+    settings = {"teacher": "previous_stage", "target_decay": 0.0}
+    trainer = gaussian_trainer(schedule, 8, 2, c, mean, "tcd", {"updates": 12}, known, **settings)
     trainer.fit()
     step, gain = multiplier(fine, c), trainer.roles.student.network.gain.detach()
     u = torch.arange(1, 9)
     start = trainer.method.grid.start(u)
-    wanted = torch.stack([step[5 * b : 5 * t].prod() for b, t in zip(start, u, strict=True)])
-    torch.testing.assert_close(jump(trainer.method.grid, gain, u, start), wanted, rtol=0, atol=1e-5)
+    expected = torch.stack([step[5 * b : 5 * t].prod() for b, t in zip(start, u, strict=True)])
+    torch.testing.assert_close(jump(trainer.method.grid, gain, u, start), expected, rtol=0, atol=1e-5)
     base = products(trainer.method.grid, c)  # what eight steps of the teacher itself would have taught
     assert (base - gain)[1:].abs().max() > 0.01
     torch.testing.assert_close(trainer.method.solver.network.gain, known, rtol=0, atol=1e-5)

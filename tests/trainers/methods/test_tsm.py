@@ -36,7 +36,9 @@ def test_the_loss_by_hand(scale):
     t = trainer.noise.randint(300, 400, 8)
     alpha, sigma = (c.float().reshape(-1, 1, 1, 1) for c in trainer.family.schedule.alpha_sigma(t))
     x_t = alpha * batch.real + sigma * batch.noise
-    conditional, null = (trainer.family.teacher(x_t, t, {"label": own}).x0 for own in (labels, torch.full((8,), 2)))
+    conditional, null = (
+        trainer.family.teacher(x_t, t, {"label": settings}).x0 for settings in (labels, torch.full((8,), 2))
+    )
     x0 = null + scale * (conditional - null)
     v = alpha * (x_t - alpha * x0) / sigma - sigma * x0
     says = trainer.roles.student.network(x_t, t.float(), labels)
