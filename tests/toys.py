@@ -107,8 +107,10 @@ def toy_trainer(family: AnalyticFamily | None = None, real=None, run=None, **cha
         "nodes": NodeStore(run.nodes if run else None),
         **replaced,
     }
-    if needs.teacher_pairs:
-        parts["teacher_pairs"] = make_pair_source(job, family, Fit(items, items), Accelerator(cpu=True))
+    if needs.teacher_pairs is not None:
+        parts["teacher_pairs"] = make_pair_source(
+            needs.teacher_pairs, job, family, Fit(items, items), Accelerator(cpu=True)
+        )
     return Trainer(job.method, Parts(config, family, roles, sampler, **parts), run)
 
 

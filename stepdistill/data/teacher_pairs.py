@@ -67,6 +67,15 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"pairs-{index:05d}.safetensors"
 
 
+@dataclass(frozen=True)
+class PairPlan:
+    """Which pairs a run wants: how they are made, the folder that they are in, and how many are made at a time."""
+
+    recipe: PairRecipe
+    folder: Path
+    batch: int
+
+
 def make_pairs(
     family: Family,
     items: list[Any],

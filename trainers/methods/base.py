@@ -21,6 +21,7 @@ from stepdistill.config import Section
 from stepdistill.data.images import ImageSet
 from stepdistill.data.preference_pairs import PreferenceSettings
 from stepdistill.data.streams import ConditionSource, PairSource, PreferenceSource, RealBatch, RealSource
+from stepdistill.data.teacher_pairs import PairPlan
 from stepdistill.denoiser import Condition
 from stepdistill.digests import Digests
 from stepdistill.errors import UserError
@@ -100,8 +101,8 @@ class Needs:
     negatives: Any = None
     """Settings with ``read()``, which gives negative prompts."""
     preferences: PreferenceSettings | None = None
-    teacher_pairs: bool = False
-    """The teacher's noise-sample pairs; the method has ``recipe(config)`` and ``folder(config)``."""
+    teacher_pairs: PairPlan | None = None
+    """The teacher's noise-sample pairs."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.config import Section, UserPath
-from stepdistill.data.teacher_pairs import PairRecipe
+from stepdistill.data.teacher_pairs import PairPlan, PairRecipe
 from stepdistill.errors import UserError
 from stepdistill.run import PAIRS
 from stepdistill.seeds import RunSeed
@@ -61,7 +60,7 @@ class Regression(DirectMethod):
             lpips=lpips,
             pixels=lpips,
             decoder=settings.decoder,
-            teacher_pairs=True,
+            teacher_pairs=PairPlan(cls.recipe(config), cls.folder(config), settings.pair_batch),
         )
 
     @classmethod
@@ -112,22 +111,3 @@ class Regression(DirectMethod):
         if min(pixels.shape[-2:]) < size:
             pictures = [nn.functional.interpolate(p, size=(size, size), mode="bilinear") for p in pictures]
         return self.parts.lpips(*pictures).mean()
-
-
-def load_lpips() -> nn.Module:
-    """torchmetrics' LPIPS network on VGG, frozen: pictures (B, 3, H, W) in [-1, 1] to distances (B, 1, 1, 1).
-
-    Raises:
-        UserError: VGG's weights are not in torch's hub cache and cannot be fetched.
-    """
-    from torchmetrics.functional.image.lpips import _LPIPS
-
-    try:
-        network = _LPIPS(pretrained=True, net="vgg")
-    except Exception as error:  # of the download, of its certificate, of a torchvision that is missing
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"regression.distance = lpips: VGG's weights cannot be loaded ({reason}); put vgg16-397923af.pth into "
-            f"{torch.hub.get_dir()}/checkpoints, or set regression.distance=mse"
-        ) from None
-    return network.eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from stepdistill.data.prompts import content_notes
 from stepdistill.data.router import Router
 from stepdistill.data.sources import load_images, load_prompts
 from stepdistill.data.streams import ConditionSource, PairSource, PreferenceSource, RealSource
-from stepdistill.data.teacher_pairs import PairSet, make_pairs
+from stepdistill.data.teacher_pairs import PairPlan, PairSet, make_pairs
 from stepdistill.devices import DTYPES
 from stepdistill.digests import digest_networks
 from stepdistill.errors import UserError, first_line
@@ -28,6 +28,7 @@ from stepdistill.eval.measure.reference_statistics import ReferenceStatistics
 from stepdistill.families import load_family
 from stepdistill.families.base import Family
 from stepdistill.judges.load import load_clip
+from stepdistill.judges.lpips import load_lpips
 from stepdistill.judges.perception import load_perceptual
 from stepdistill.judges.rewards import check_models, load_rewards
 from stepdistill.roles.recorded import NodeStore
@@ -38,7 +39,6 @@ from stepdistill.settings import RunSettings
 from stepdistill.trainers.loop.ranks import on_main
 from stepdistill.trainers.loop.trainer import Trainer
 from stepdistill.trainers.methods.base import Parts, Shares
-from stepdistill.trainers.methods.regression import load_lpips
 
 from .job import Job
 
@@ -116,7 +116,8 @@ def check_teacher_steps(job: Job, family: Family) -> None:
         UserError: one that is used is too high.
     """
     config, scheduler = job.config, family.scheduler
-    if job.method.name == "pso" or not (config.evaluation.enabled or job.method.name == "regression"):
+    tunes = job.method.make_record(config).baseline == "untuned"  # a model of few steps, which is no teacher of many
+    if tunes or not (config.evaluation.enabled or job.needs.teacher_pairs):
         return
     evaluated = config.evaluation.teacher_steps if config.evaluation.enabled else []
     for key, steps in [("teacher.steps", config.teacher.steps), *(("evaluation.teacher_steps", n) for n in evaluated)]:
@@ -351,8 +352,8 @@ def make_parts(
         parts.negatives = ConditionSource(family, needs.negatives.read(), config.seed)
     if needs.preferences is not None:
         parts.preferences = _preferences(job, family, cache)
-    if needs.teacher_pairs:
-        parts.teacher_pairs = make_pair_source(job, family, fit, accelerator)
+    if needs.teacher_pairs is not None:
+        parts.teacher_pairs = make_pair_source(needs.teacher_pairs, job, family, fit, accelerator)
     return parts
 
 
@@ -366,19 +367,17 @@ def _preferences(job: Job, family: Family, cache: Path) -> PreferenceSource:
     return PreferenceSource(family, pairs, sources, seed + 4)
 
 
-def make_pair_source(job: Job, family: Family, fit: Fit, accelerator: Accelerator) -> PairSource:
+def make_pair_source(plan: PairPlan, job: Job, family: Family, fit: Fit, accelerator: Accelerator) -> PairSource:
     """The teacher's pairs, which are made when they are first used; each process makes its share."""
-    config = job.config
-    recipe, folder, share = job.method.recipe(config), job.method.folder(config), accelerator.process_index
+    part = (accelerator.process_index, accelerator.num_processes)
+    autocast_dtype = job.config.train.autocast_dtype
 
     def make() -> PairSet:
-        part = (share, accelerator.num_processes)
-        batch, dtype = config.regression.pair_batch, config.train.autocast_dtype
-        make_pairs(family, fit.all_items, recipe, folder, batch, part, dtype)
+        make_pairs(family, fit.all_items, plan.recipe, plan.folder, plan.batch, part, autocast_dtype)
         accelerator.wait_for_everyone()
-        return PairSet(folder, family, fit.all_items, recipe)
+        return PairSet(plan.folder, family, fit.all_items, plan.recipe)
 
-    return PairSource(family, make, config.seed + 4)
+    return PairSource(family, make, job.config.seed + 4)
 
 
 def build_stored(job: Job, run: RunFolder) -> Trainer:

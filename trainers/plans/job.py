@@ -28,10 +28,18 @@ class Job:
 
     config: RunSettings
     method: type[Method]
-    needs: Needs
     sections: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     cache: Path | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """What the method's settings need.
+
+        Raises:
+            UserError: they contradict each other; never for the job of :func:`make_job`.
+        """
+        return self.method.needs(self.config)
 
     @property
     def settings(self) -> Section:
@@ -63,7 +71,8 @@ def make_job(raw: dict[str, Any], where: str = "config") -> Job:
     model = create_model(f"{method.__name__}Config", __base__=RunSettings, **fields)
     used = {key: value for key, value in raw.items() if key not in unused}
     config = check(model, merge(method.defaults_of(raw), used), where)
-    job = Job(config, method, method.needs(config), tuple(sections), unused)
+    method.needs(config)  # refuses what contradicts itself
+    job = Job(config, method, tuple(sections), unused)
     _check_combinations(job)
     return job
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from stepdistill.data.teacher_pairs import make_pairs
 from stepdistill.errors import UserError
 from stepdistill.files import LOCK
 from stepdistill.locks import Lock
 from stepdistill.trainers.loop.ranks import locked
-from stepdistill.trainers.methods.regression import Regression, RegressionSettings
 
 from .build import check_fit, load_teacher, make_accelerator
 from .plan import Plan
@@ -25,19 +22,18 @@ def make_pairs_of(plan: Plan, share: tuple[int, int], where: str) -> None:
     Raises:
         UserError: no regression in it, or another process makes the same share.
     """
-    jobs = [job for job in plan.undivided_jobs if job.method is Regression]
+    jobs = [(job, needed) for job in plan.undivided_jobs if (needed := job.needs.teacher_pairs) is not None]
     if not jobs:
         raise UserError(f"{where}: no stage with method = regression; nothing needs pairs")
     accelerator = make_accelerator()
-    for job in jobs:
-        config, settings = job.config, cast(RegressionSettings, job.settings)
-        family = load_teacher(config).to(accelerator.device)
+    for job, needed in jobs:
+        family = load_teacher(job.config).to(accelerator.device)
         items = check_fit(job, family).all_items
-        folder, recipe = Regression.folder(config), Regression.recipe(config)
-        lock = Lock(folder, file=folder / f"{LOCK}-{share[0]}-of-{share[1]}")
+        lock = Lock(needed.folder, file=needed.folder / f"{LOCK}-{share[0]}-of-{share[1]}")
         with locked(accelerator, lock):
-            make_pairs(family, items, recipe, folder, settings.pair_batch, share, config.train.autocast_dtype)
-        print(f"pairs {folder}")
+            autocast_dtype = job.config.train.autocast_dtype
+            make_pairs(family, items, needed.recipe, needed.folder, needed.batch, share, autocast_dtype)
+        print(f"pairs {needed.folder}")
 
 
 def share_of(text: str) -> tuple[int, int]:
