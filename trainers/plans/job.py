@@ -21,6 +21,8 @@ class Job:
     """A checked config with its method.
 
     Attributes:
+        needs: what the settings need, of the config as it was checked; a rehearsal's config lacks the students that
+            earlier stages have still to make.
         sections: the config's sections that the method reads.
         unused: sections of other methods that the file also holds.
         cache: where latents are stored, ``cache`` in the run folder by default.
@@ -28,18 +30,10 @@ class Job:
 
     config: RunSettings
     method: type[Method]
+    needs: Needs
     sections: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     cache: Path | None = None
-
-    @property
-    def needs(self) -> Needs:
-        """What the method's settings need.
-
-        Raises:
-            UserError: they contradict each other; never for the job of :func:`make_job`.
-        """
-        return self.method.needs(self.config)
 
     @property
     def settings(self) -> Section:
@@ -71,8 +65,7 @@ def make_job(raw: dict[str, Any], where: str = "config") -> Job:
     model = create_model(f"{method.__name__}Config", __base__=RunSettings, **fields)
     used = {key: value for key, value in raw.items() if key not in unused}
     config = check(model, merge(method.defaults_of(raw), used), where)
-    method.needs(config)  # refuses what contradicts itself
-    job = Job(config, method, tuple(sections), unused)
+    job = Job(config, method, method.needs(config), tuple(sections), unused)
     _check_combinations(job)
     return job
 
